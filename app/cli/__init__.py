@@ -1,0 +1,1 @@
+"""The `matvit` command: one file per subcommand."""

@@ -1,0 +1,1 @@
+"""The demo photographs, and scripts that draw data from its origins."""

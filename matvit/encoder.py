@@ -1,0 +1,72 @@
+"""What the rest of the product knows of an encoder: two small protocols, no torch.
+
+A torch module, an OpenVINO session and a remote service are interchangeable behind `ImageEncoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from matvit.preprocess import FloatArray, ImageSource
+from matvit.spec import EncoderShape, SubmodelSpec
+
+
+class ImageEncoder(Protocol):
+    """One encoder of one fixed spec, ready to embed pictures. N pictures, D embedding width."""
+
+    @property
+    def spec(self) -> SubmodelSpec:
+        """The submodel that this encoder computes."""
+
+    @property
+    def space_id(self) -> str:
+        """Identity of the embedding space; embeddings compare only where it is equal."""
+
+    @property
+    def runtime(self) -> str:
+        """Name of what computes it, for example "torch-cpu"."""
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+
+    def preprocess(self, images: Sequence[ImageSource]) -> FloatArray:
+        """Pictures -> (N, 3, H, W) float32. Raises ImageError for the first unreadable one."""
+
+    def encode(self, pixels: FloatArray) -> FloatArray:
+        """(N, 3, H, W) float32 -> (N, D) float32 of unit length."""
+
+    def embed(self, images: Sequence[ImageSource]) -> FloatArray:
+        """`encode(preprocess(images))`: pictures -> (N, D) float32 of unit length."""
+
+
+class ElasticEncoder(Protocol):
+    """An encoder from which submodels of one embedding space are cut; `MatViT` is one."""
+
+    @property
+    def name(self) -> str:
+        """Short human name, for messages."""
+
+    @property
+    def source(self) -> str | None:
+        """What `from_pretrained` found it by (name, absolute folder, hub id); None if never saved."""
+
+    @property
+    def space_id(self) -> str:
+        """Identity of the embedding space that all its submodels share."""
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Hash of the weight file that it came from; None if never saved."""
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+
+    @property
+    def shape(self) -> EncoderShape:
+        """The full encoder's sizes and axes; parses specs."""
+
+    def encoder(self, spec: str | SubmodelSpec | None = None) -> ImageEncoder:
+        """The submodel `spec` (None: full) with preprocessing, ready to embed pictures."""

@@ -1,0 +1,76 @@
+"""The error tree: every error a person can cause says what is wrong, where, and how to mend it.
+
+MatVitError
+├── SpecError               a submodel spec that names no submodel of this encoder
+├── BackboneError           a timm model that cannot be made elastic
+├── CheckpointError         a checkpoint folder that is missing, damaged or too new
+├── ImageError              one picture that cannot be read
+├── DatasetError            a folder or parquet file that holds no labelled pictures
+├── RecipeError             a training recipe that cannot be carried out
+└── MissingExtraError       an optional dependency that is not installed
+
+`retrieval.errors` adds the index's branch.
+"""
+
+from __future__ import annotations
+
+
+class MatVitError(Exception):
+    """Base of every error that is raised for what a user or a file supplied.
+
+    `str(error)` is one sentence: where, what, and what to do about it.
+    """
+
+    def __init__(self, *, what: str, where: str, fix: str) -> None:
+        self.what = what
+        self.where = where
+        self.fix = fix
+        super().__init__(what, where, fix)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.fix}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling between worker processes.
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(kind: type[MatVitError], what: str, where: str, fix: str) -> MatVitError:
+    return kind(what=what, where=where, fix=fix)
+
+
+class SpecError(MatVitError, ValueError):
+    """A submodel spec that is malformed or names no submodel of this encoder."""
+
+
+class BackboneError(MatVitError):
+    """A timm model whose architecture cannot be made elastic."""
+
+
+class CheckpointError(MatVitError):
+    """A checkpoint folder that is missing, damaged, or of a newer format."""
+
+
+class ImageError(MatVitError):
+    """One picture that cannot be read; `what` is the short reason that reports list."""
+
+
+class DatasetError(MatVitError):
+    """A data set that is missing, empty, or not in a layout that is read."""
+
+
+class RecipeError(MatVitError):
+    """A training recipe that is malformed or cannot be carried out."""
+
+
+class MissingExtraError(MatVitError, ImportError):
+    """An optional dependency is not installed; `fix` is the exact install line."""
+
+    @classmethod
+    def for_extra(cls, extra: str, *, purpose: str) -> MissingExtraError:
+        """The error that names the install line for `extra`, needed for `purpose`."""
+        return cls(
+            what=f"{purpose} needs packages that are not installed",
+            where=f"extra '{extra}'",
+            fix=f'run: pip install "matvit-retrieval[{extra}]"',
+        )

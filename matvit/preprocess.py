@@ -1,0 +1,128 @@
+"""From a picture to the encoder's input: the same for gallery, query and evaluation; no torch.
+
+Equal to timm's evaluation transform with the same settings (resize the short side, antialiased
+bilinear, centre crop, normalise) within 1/255, except that large JPEGs are first decoded at a
+reduced DCT scale, always and everywhere, which is part of the embedding space's identity.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from matvit.errors import ImageError
+
+FloatArray = npt.NDArray[np.float32]
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_PIXELS = 200_000_000  # larger ones are refused before decoding, as decompression bombs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes pixels; all of it except the resolution, which a spec may change."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop: str = "centre-square"
+    resize: str = "bilinear-antialiased"
+    jpeg_scale: int = 2  # JPEGs are decoded at the smallest DCT scale >= this x the input size; 0: full size
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, with stable keys (the embedding space's identity hashes them)."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def __call__(self, source: ImageSource, *, size: int) -> FloatArray:
+        """One picture -> (3, size, size) float32, normalised.
+
+        Raises ImageError when the picture cannot be read.
+        """
+        image = open_image(source, draft_size=self.jpeg_scale * size)
+        pixels = np.asarray(resize_centre_square(image, size), dtype=np.float32)
+        normalised = (pixels / 255.0 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+
+    def batch(self, sources: Sequence[ImageSource], *, size: int) -> FloatArray:
+        """Pictures -> (N, 3, size, size) float32. Raises ImageError for the first unreadable one."""
+        if not sources:
+            return np.empty((0, 3, size, size), dtype=np.float32)
+        return np.stack([self(source, size=size) for source in sources])
+
+
+def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
+    """A picture as upright 8-bit RGB: path, encoded bytes, or PIL image (first frame of an animation).
+
+    With `draft_size` > 0, JPEGs may come back smaller, but never below that many pixels a side.
+    Raises ImageError with a short reason when it is missing, no picture, damaged, or too large.
+    """
+    where = "picture" if isinstance(source, bytes | Image.Image) else os.fspath(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(ImageOps.exif_transpose(source))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if draft_size:
+                image.draft("RGB", (draft_size, draft_size))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+        raise ImageError(
+            what=_reason(error),
+            where=where,
+            fix="give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    known: dict[type[Exception], str] = {
+        FileNotFoundError: "no such file",
+        IsADirectoryError: "is a folder, not a picture",
+        PermissionError: "may not be read",
+        UnidentifiedImageError: "not a picture in a supported format",
+        Image.DecompressionBombError: f"has more than {MAX_PIXELS // 10**6} megapixels",
+    }
+    for kind, reason in known.items():
+        if isinstance(error, kind):
+            return reason
+    return f"damaged picture ({str(error) or type(error).__name__})"
+
+
+def resize_centre_square(image: Image.Image, size: int) -> Image.Image:
+    """The centre square as timm's Resize(short side) + CenterCrop would cut it, in one antialiased pass."""
+    width, height = image.size
+    # Reproduces torchvision's integer sizes and crop offset, without resizing what is cropped away.
+    if width <= height:
+        new_width, new_height = size, max(size, int(size * height / width))
+    else:
+        new_width, new_height = max(size, int(size * width / height)), size
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    box = (
+        left * width / new_width,
+        top * height / new_height,
+        (left + size) * width / new_width,
+        (top + size) * height / new_height,
+    )
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit and wider: convert() would clip to white
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
+        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")  # transparent product pictures are meant on white
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,1 @@
+"""Training of elastic encoders: `matvit train RECIPE.yaml`."""

@@ -1,0 +1,1 @@
+"""Adaptive image retrieval: one index, any query cost."""
