@@ -1,0 +1,343 @@
+"""Labelled pictures from a class-per-folder tree or Hugging Face parquet files; no torch.
+
+A location is one of
+    FOLDER            pictures in class folders; the class is the folder's path below FOLDER
+    FOLDER            parquet shards of one split
+    FOLDER/SPLIT      the shards FOLDER/SPLIT-*.parquet
+    FILE.parquet      one parquet file
+    GLOB              parquet files, for example "food/train-*.parquet"
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from matvit.errors import DatasetError, MissingExtraError
+from matvit.preprocess import ImageSource
+
+T = TypeVar("T")
+
+LabelArray = npt.NDArray[np.int64]
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImages:
+    """N pictures with a class each, in an order that depends on the data alone."""
+
+    name: str  # the location as given, with the selection of classes
+    class_names: tuple[str, ...]  # sorted; only the selected ones, also those without a picture here
+    labels: LabelArray  # (N,) indices into class_names
+    images: Sequence[ImageSource]  # N paths, or encoded bytes that are fetched on access
+    origins: Sequence[str]  # N texts for messages: the path, or the parquet file and row
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex fingerprint of class names, labels and the pictures' encoded bytes; reads every picture once.
+
+        Raises DatasetError when a picture's file can no longer be read.
+        """
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        digest.update(self.labels.astype("<i8").tobytes())
+        for image, origin in zip(self.images, self.origins, strict=True):
+            content = _encoded(image, origin)
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
+        return digest.hexdigest()
+
+
+def data_folder() -> Path:
+    """The folder of the public data sets: `MATVIT_DATA`, or ../shared/data beside the project's root.
+
+    Raises DatasetError when neither is a folder.
+    """
+    given = os.environ.get("MATVIT_DATA")
+    folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        raise DatasetError(
+            what="no such folder" if given else "the data sets are not there",
+            where=f"MATVIT_DATA={given}" if given else str(folder),
+            fix="set the environment variable MATVIT_DATA to the folder that holds the data sets",
+        )
+    return folder
+
+
+def read_dataset(location: str | Path, *, classes: str | None = None, exclude: Sequence[str] = ()) -> LabelledImages:
+    """The labelled pictures at `location` (see the module's text); parquet bytes stay in memory, encoded.
+
+    `classes` keeps some of the sorted class names, by index: a slice "50:101" or a list "0,3,7".
+    `exclude` leaves out classes by name, or by the name's first word ("n07753592" for "n07753592 banana").
+    Indices count before anything is left out.
+
+    Raises DatasetError for a missing or empty data set, for one that is in no known layout, and for
+    classes that it does not have; MissingExtraError when parquet cannot be read here.
+    """
+    files = _parquet_files(str(location))
+    rows = _read_tree(Path(location)) if files is None else _read_parquet(files, str(location))
+    selected = _select_classes(rows.class_names, classes, exclude, str(location))
+    keep = np.flatnonzero(np.isin(rows.labels, selected))
+    if not len(keep):
+        raise _error(location, "no pictures are in the selected classes", "select other classes")
+    return LabelledImages(
+        name=str(location) if classes is None else f"{location} [{classes}]",
+        class_names=tuple(rows.class_names[index] for index in selected),
+        labels=np.searchsorted(selected, rows.labels[keep]).astype(np.int64),
+        images=_Subset(rows.images, keep),
+        origins=_Subset(rows.origins, keep),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Everything at a location, before classes are selected."""
+
+    class_names: tuple[str, ...]  # sorted
+    labels: LabelArray
+    images: Sequence[ImageSource]
+    origins: Sequence[str]
+
+
+def _error(location: str | Path, what: str, fix: str) -> DatasetError:
+    return DatasetError(what=what, where=str(location), fix=fix)
+
+
+class _Subset(Sequence[T]):
+    """The chosen rows of a sequence, fetched on access."""
+
+    def __init__(self, whole: Sequence[T], rows: npt.NDArray[np.intp]) -> None:
+        self._whole = whole
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return _Subset(self._whole, self._rows[index])
+        return self._whole[int(self._rows[index])]
+
+
+class _ArrowBytes(Sequence[bytes]):
+    """A binary arrow column as a sequence of bytes; a null becomes b"", which no decoder takes for a picture."""
+
+    def __init__(self, column: Any) -> None:
+        self._column = column  # pyarrow.ChunkedArray
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        if isinstance(index, slice):
+            return _ArrowBytes(self._column[index])
+        content: bytes | None = self._column[index].as_py()
+        return content or b""
+
+
+# --- where the data are -------------------------------------------------------------------------
+
+
+def _parquet_files(location: str) -> list[Path] | None:
+    """The parquet files that `location` names, sorted, or None for a tree of pictures."""
+    path = Path(location)
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise _error(location, "is a file, but no parquet file", "give a .parquet file or a folder")
+        return [path]
+    if path.is_dir():
+        shards = sorted(path.glob("*.parquet"))
+        return _one_complete_split(shards, location) if shards else None
+    if path.parent.is_dir():
+        shards = [shard for shard in sorted(path.parent.glob("*.parquet")) if _split_of(shard) == path.name]
+        if shards:
+            return _one_complete_split(shards, location)
+    matches = sorted(Path(match) for match in glob.glob(location) if match.endswith(".parquet"))  # noqa: PTH207
+    if not matches:
+        raise _error(location, "no such data set", "give a folder of class folders, or parquet files")
+    return _one_complete_split(matches, location)
+
+
+_SHARD = re.compile(r"(?P<split>.*?)[-_.]?\d*(-of-(?P<count>\d+).*)?")
+
+
+def _split_of(shard: Path) -> str:
+    match = _SHARD.fullmatch(shard.stem)
+    return match["split"] if match else shard.stem
+
+
+def _one_complete_split(shards: list[Path], location: str) -> list[Path]:
+    splits = sorted({_split_of(shard) for shard in shards})
+    if len(splits) > 1:
+        folder = shards[0].parent
+        raise _error(location, f"holds the splits {', '.join(splits)}", f"name one, for example {folder / splits[0]}")
+    counts = {match["count"] for shard in shards if (match := _SHARD.fullmatch(shard.stem)) and match["count"]}
+    if counts and {int(count) for count in counts} != {len(shards)}:
+        expected = " or ".join(sorted(str(int(count)) for count in counts))
+        raise _error(location, f"{len(shards)} of {expected} shards are there", "fetch the missing shards")
+    return shards
+
+
+# --- a tree of pictures -------------------------------------------------------------------------
+
+
+def _read_tree(root: Path) -> _Rows:
+    files = sorted(_pictures(root))
+    if not files:
+        raise _error(root, "holds no pictures and no parquet files", "give a folder of class folders")
+    names = [path.parent.relative_to(root).as_posix() for path in files]
+    stray = names.count(".")
+    if stray:
+        what = f"{stray} pictures, such as {files[names.index('.')].name}, are in no class folder"
+        raise _error(root, what, "move each picture into a folder that is named after its class")
+    class_names = sorted(set(names))
+    labels = np.searchsorted(np.array(class_names), np.array(names)).astype(np.int64)
+    return _Rows(class_names=tuple(class_names), labels=labels, images=files, origins=[str(path) for path in files])
+
+
+def _pictures(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES:
+                yield Path(folder, name)
+
+
+# --- parquet ------------------------------------------------------------------------------------
+
+
+def _read_parquet(files: Sequence[Path], location: str) -> _Rows:
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise MissingExtraError.for_extra("parquet", purpose="reading parquet files") from error
+    columns: list[Any] = []
+    names: list[str] = []
+    known: set[str] = set()
+    origins: list[str] = []
+    for file in files:
+        table = _read_table(file)
+        file_labels = _label_column(table, file)
+        file_classes = _schema_names(table)
+        known.update(file_classes)
+        names += _names_of(file_labels, file_classes, file)
+        columns += table.column("image.bytes").chunks
+        origins += [f"{file} row {row}" for row in range(len(table))]
+    if not names:
+        raise _error(location, "holds no rows", "give parquet files with pictures")
+    class_names = sorted(known.union(names))
+    position = {name: index for index, name in enumerate(class_names)}
+    return _Rows(
+        class_names=tuple(class_names),
+        labels=np.array([position[name] for name in names], dtype=np.int64),
+        images=_ArrowBytes(pa.chunked_array(columns)),
+        origins=origins,
+    )
+
+
+def _read_table(file: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(file, partitioning=None).flatten()
+    except (pa.ArrowException, OSError) as error:
+        raise _error(file, "is no readable parquet file", "fetch it again") from error
+    if "image.bytes" not in table.column_names:
+        raise _error(file, "has no column 'image' with bytes", "use the Hugging Face form image{bytes, path}, label")
+    return table
+
+
+def _label_column(table: Any, file: Path) -> list[int | str]:
+    if "label" not in table.column_names:
+        raise _error(file, "has no column 'label'", "use the Hugging Face form image{bytes, path}, label")
+    labels: list[int | str] = table.column("label").to_pylist()
+    if not all(isinstance(label, int | str) for label in labels):
+        raise _error(file, "has rows whose label is no number and no text", "give every row a label")
+    return labels
+
+
+def _schema_names(table: Any) -> list[str]:
+    """Class names from the schema's Hugging Face metadata; empty when it has none."""
+    metadata = table.schema.metadata or {}
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _names_of(labels: Sequence[int | str], class_names: Sequence[str], file: Path) -> list[str]:
+    if not class_names:
+        return [str(label) for label in labels]
+    unnamed = [label for label in labels if not (isinstance(label, int) and 0 <= label < len(class_names))]
+    if unnamed:  # Hugging Face writes -1 for "unlabelled"
+        what = f"{len(unnamed)} rows have a label, such as {unnamed[0]}, outside the {len(class_names)} named classes"
+        raise _error(file, what, "use a split that is labelled")
+    return [class_names[int(label)] for label in labels]
+
+
+# --- which classes ------------------------------------------------------------------------------
+
+
+def _select_classes(
+    names: Sequence[str], classes: str | None, exclude: Sequence[str], location: str
+) -> npt.NDArray[np.int64]:
+    """Sorted indices into `names`."""
+    chosen = set(range(len(names)) if classes is None else _parse_classes(classes, len(names), location))
+    for excluded in exclude:
+        matches = {index for index, name in enumerate(names) if excluded in (name, name.split(" ")[0])}
+        if not matches:
+            raise _error(location, f"has no class '{excluded}' to leave out", "exclude only classes that it has")
+        chosen -= matches
+    if not chosen:
+        raise _error(location, "no class is left", "select more classes or exclude fewer")
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def _parse_classes(text: str, count: int, location: str) -> Sequence[int]:
+    numbers: Sequence[int] = ()
+    if match := re.fullmatch(r"(\d*):(\d*)", text.strip()):
+        numbers = range(int(match[1] or 0), int(match[2] or count))
+    elif re.fullmatch(r"\d+(\s*,\s*\d+)*", text.strip()):
+        numbers = [int(number) for number in text.split(",")]
+    if not numbers or max(numbers) >= count:
+        raise _error(
+            location,
+            f"classes '{text}' does not select from its {count} classes",
+            f"give a slice such as 0:{count} or a list such as 0,{count - 1} of the sorted class names",
+        )
+    return numbers
+
+
+def _encoded(image: ImageSource, origin: str) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        if isinstance(image, str | os.PathLike):
+            return Path(image).read_bytes()
+    except OSError as error:
+        raise _error(origin, "can no longer be read", "restore the file") from error
+    return image.tobytes()
