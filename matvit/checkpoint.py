@@ -1,0 +1,264 @@
+"""Checkpoints: a folder (or hub repository) that holds one trained elastic encoder.
+
+config.json          format version, name, architecture, axes, preprocessing, weight file, space_id
+model.safetensors    the full encoder's tensors; submodels are slices of it
+pareto.json          per submodel: FLOPs, parameters, measured quality and latency
+training.json        recipe, data, seed, code version and metrics of the run that made it
+README.md            model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from matvit import backbone, quantization
+from matvit.errors import CheckpointError
+from matvit.identity import space_id
+from matvit.model import AxesConfig, MatViT
+from matvit.model_card import model_card
+from matvit.preprocess import Preprocessing
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, PARETO, TRAINING, CARD = (
+    "config.json",
+    "model.safetensors",
+    "pareto.json",
+    "training.json",
+    "README.md",
+)
+Storage = Literal["float32", "int8"]
+
+
+class PreprocessingConfig(BaseModel):
+    """JSON form of `Preprocessing`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop: Literal["centre-square"]
+    resize: Literal["bilinear-antialiased"]
+    jpeg_scale: int
+
+
+class WeightsConfig(BaseModel):
+    """The weight file, its hash, and how its matrices are stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Literal["model.safetensors"]
+    bytes: int
+    sha256: str
+    storage: Storage
+
+
+class CheckpointConfig(BaseModel):
+    """config.json, field by field: see docs/formats/checkpoint.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    name: str
+    encoder: backbone.ViTConfig
+    axes: AxesConfig
+    preprocessing: PreprocessingConfig
+    weights: WeightsConfig
+    space_id: str
+
+
+def bundled_names() -> tuple[str, ...]:
+    """Names of the checkpoints that ship with the package."""
+    folder = resources.files("matvit.bundled")
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.joinpath(CONFIG).is_file()))
+
+
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a bundled name, a checkpoint folder or a hub repository id (downloaded if new).
+
+    Raises CheckpointError when there is none.
+    """
+    text = os.fspath(source)
+    if text in bundled_names():
+        return Path(str(resources.files("matvit.bundled").joinpath(text)))
+    if Path(text).is_dir():
+        return Path(text)
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not Path(text).exists():
+        return _download(text, revision)
+    raise CheckpointError(
+        what="no such checkpoint",
+        where=text,
+        fix=f"give a bundled name ({', '.join(bundled_names())}), a checkpoint folder, or a hub id such as owner/name",
+    )
+
+
+def load(source: str | Path, *, revision: str | None = None) -> MatViT:
+    """The elastic encoder of a checkpoint, on the CPU, in eval mode.
+
+    Raises CheckpointError when the checkpoint is missing, damaged, or of a newer format.
+    """
+    folder = locate(source, revision=revision)
+    config = read_config(folder)
+    tensors = read_tensors(folder, config)
+    vit = backbone.build(config.encoder, {name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+    model = MatViT(
+        vit,
+        preprocessing=Preprocessing(**config.preprocessing.model_dump()),
+        axes=config.axes,
+        name=config.name,
+    )
+    local = os.fspath(source) not in bundled_names() and Path(source).is_dir()
+    model.source = os.fspath(Path(source).resolve()) if local else os.fspath(source)
+    model.weights_sha256 = config.weights.sha256
+    model.pareto = tuple(_read_json(folder / PARETO, missing=[]))
+    model.record = _read_json(folder / TRAINING, missing={})
+    if model.space_id != config.space_id:
+        raise _damaged(folder / CONFIG, f"its space_id {config.space_id:.8} is not the weights' {model.space_id:.8}")
+    return model
+
+
+def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> None:
+    """Write `model` as a checkpoint folder, replacing an earlier checkpoint there in one step.
+
+    With storage "int8" the weights are rounded in the file only: load it to get what it computes.
+    Raises CheckpointError when `folder` exists and is not a checkpoint.
+    """
+    target = Path(folder)
+    if target.exists() and not (target / CONFIG).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(
+            what="exists and is not a checkpoint", where=str(target), fix="choose a new folder for the checkpoint"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    unfinished.mkdir()
+    try:
+        for name, content in _files(model, storage).items():
+            _write_synced(unfinished / name, content)
+        _swap(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """config.json, checked. Raises CheckpointError when it is missing, malformed, or of a newer format."""
+    path = folder / CONFIG
+    raw = _read_json(path)
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            what=f"checkpoint format {version} is newer than this program's {FORMAT_VERSION}",
+            where=str(path),
+            fix="upgrade matvit-retrieval",
+        )
+    try:
+        return CheckpointConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(path, f"field '{'.'.join(map(str, first['loc']))}': {first['msg']}") from error
+
+
+def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantization.FloatArray]:
+    """The full encoder's tensors, de-quantised to float32, after checking the file's hash.
+
+    Raises CheckpointError when the file is missing or not the one that the config names.
+    """
+    path = folder / config.weights.file
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    if hashlib.sha256(content).hexdigest() != config.weights.sha256:
+        raise _damaged(path, "its sha256 is not the one in config.json")
+    try:
+        return quantization.dequantize(load_safetensors(content))
+    except (SafetensorError, KeyError) as error:
+        raise _damaged(path, f"not a readable safetensors file ({error})") from error
+
+
+def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
+    tensors = {name: tensor.detach().float().cpu().numpy() for name, tensor in model.vit.state_dict().items()}
+    stored = quantization.quantize(tensors) if storage == "int8" else tensors
+    weights = save_safetensors({name: stored[name] for name in sorted(stored)})
+    computed = quantization.dequantize(stored)
+    config = CheckpointConfig(
+        format_version=FORMAT_VERSION,
+        name=model.name,
+        encoder=model.config,
+        axes=model.axes,
+        preprocessing=PreprocessingConfig(**model.preprocessing.to_json()),
+        weights=WeightsConfig(
+            file="model.safetensors", bytes=len(weights), sha256=hashlib.sha256(weights).hexdigest(), storage=storage
+        ),
+        space_id=space_id(computed, model.config, model.preprocessing),
+    )
+    return {
+        CONFIG: _json(config.model_dump(mode="json")),
+        WEIGHTS: weights,
+        PARETO: _json(list(model.pareto)),
+        TRAINING: _json(model.record),
+        CARD: model_card(model).encode(),
+    }
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in `target`'s place; a kill in between leaves one of the two whole, under a dotted name."""
+    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _read_json(path: Path, *, missing: Any = None) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if missing is not None:
+            return missing
+        raise CheckpointError(
+            what=f"holds no {path.name}", where=str(path.parent), fix="give the folder of a MatViT checkpoint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"not readable as JSON ({error})") from error
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(what=what, where=str(path), fix="fetch or save the checkpoint again")
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = [CONFIG, WEIGHTS, PARETO, TRAINING, CARD]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        raise CheckpointError(
+            what=f"cannot be fetched from the hub ({str(error).splitlines()[0]})",
+            where=repository,
+            fix="check the id, the network and HF_TOKEN, or give a local folder",
+        ) from error

@@ -1,0 +1,42 @@
+"""Analytic cost of a submodel. Checked in tests against torch's own counter."""
+
+from __future__ import annotations
+
+from matvit.backbone import ViTConfig
+from matvit.spec import SubmodelSpec
+
+
+def flops(config: ViTConfig, spec: SubmodelSpec) -> int:
+    """Operations for one picture: 2 x multiply-adds of all matrix products, attention's included."""
+    patches = (spec.image_size // config.patch_size) ** 2
+    tokens = patches + config.reg_tokens + int(config.class_token)
+    dim = config.embed_dim
+    attention_dim = dim // config.num_heads * spec.heads
+    macs = patches * 3 * config.patch_size**2 * dim
+    for block in spec.kept_blocks:
+        macs += tokens * dim * 3 * attention_dim  # query, key, value
+        macs += 2 * tokens * tokens * attention_dim  # scores, and their product with the values
+        macs += tokens * attention_dim * dim  # output projection
+        macs += 2 * tokens * dim * spec.widths[block]
+    return 2 * macs
+
+
+def num_params(config: ViTConfig, spec: SubmodelSpec) -> int:
+    """Parameters of the extracted submodel."""
+    dim, patches = config.embed_dim, (spec.image_size // config.patch_size) ** 2
+    prefix = config.reg_tokens + int(config.class_token)
+    total = 3 * config.patch_size**2 * dim + dim * config.patch_bias + prefix * dim
+    if config.pos_embed == "learn":
+        total += (patches + (0 if config.no_embed_class else prefix)) * dim
+    total += 2 * dim * (int(config.pre_norm) + int(config.final_norm))
+    return total + sum(_block_params(config, spec, block) for block in spec.kept_blocks)
+
+
+def _block_params(config: ViTConfig, spec: SubmodelSpec, block: int) -> int:
+    dim, width = config.embed_dim, spec.widths[block]
+    head_dim = dim // config.num_heads
+    attention_dim = head_dim * spec.heads
+    attention = 3 * attention_dim * (dim + config.qkv_bias) + dim * (attention_dim + config.proj_bias)
+    attention += 4 * head_dim * config.qk_norm
+    ffn = width * (dim + config.proj_bias) + dim * (width + config.proj_bias)
+    return attention + ffn + 4 * dim + 2 * dim * config.layer_scale

@@ -1,0 +1,232 @@
+"""MatViT: a timm ViT whose feed-forward layers are nested, so that smaller encoders are slices of it.
+
+Letters in shape comments: B batch, C channels, H W pixels, N tokens, D embedding, F FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from matvit import backbone, cost, identity
+from matvit.errors import BackboneError
+from matvit.preprocess import Preprocessing
+from matvit.spec import EncoderShape, SubmodelSpec
+from matvit.torch_encoder import TorchEncoder
+
+
+class AxesConfig(BaseModel):
+    """Axes besides FFN width; all off until an encoder was trained for them (see EncoderShape)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    heads: bool = False
+    keep_order: tuple[int, ...] = ()
+    image_size_step: int = 0  # pixels
+
+
+def nested_ffn(mlp: Mlp, tokens: Tensor, width: int) -> Tensor:
+    """The FFN on its first `width` hidden units: (B, N, D) -> (B, N, D), computing only the slices.
+
+    Source: MatFormer, arXiv 2310.07707, section 3.1.
+    """
+    hidden = mlp.drop1(mlp.act(F.linear(tokens, *_rows(mlp.fc1, width))))  # (B, N, width)
+    output: Tensor = mlp.drop2(F.linear(hidden, mlp.fc2.weight[:, :width], mlp.fc2.bias))
+    return output
+
+
+def run_block(block: Block, tokens: Tensor, width: int) -> Tensor:
+    """timm's pre-norm block with its FFN cut to `width` hidden units: (B, N, D) -> (B, N, D)."""
+    tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+    output: Tensor = tokens + block.drop_path2(block.ls2(nested_ffn(block.mlp, block.norm2(tokens), width)))
+    return output
+
+
+def _rows(linear: nn.Linear, width: int) -> tuple[Tensor, Tensor | None]:
+    return linear.weight[:width], None if linear.bias is None else linear.bias[:width]
+
+
+class MatViT(nn.Module):
+    """The elastic encoder: images and a submodel spec in, unit-length embeddings out.
+
+    Make one with `MatViT.from_pretrained` (a trained checkpoint) or `MatViT.from_timm` (a plain ViT).
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        *,
+        preprocessing: Preprocessing,
+        axes: AxesConfig | None = None,
+        name: str = "matvit",
+    ) -> None:
+        """Wraps `vit` itself (not a copy). Raises BackboneError when it cannot be made elastic."""
+        super().__init__()
+        self.config = backbone.describe(vit)
+        self.axes = axes or AxesConfig()
+        self.preprocessing = preprocessing
+        self.name = name
+        self.vit = vit
+        self.source: str | None = None
+        self.weights_sha256: str | None = None
+        self.pareto: tuple[dict[str, Any], ...] = ()  # rows of pareto.json
+        self.record: dict[str, Any] = {}  # training.json: recipe, data, seed, code version, metrics
+        self.block_forward: Callable[[Block, Tensor, int], Tensor] = run_block  # training compiles it
+        self._space_id: tuple[object, str] | None = None
+        self.shape = EncoderShape(
+            ffn_widths=self.config.ffn_widths,
+            num_heads=self.config.num_heads,
+            image_size=self.config.image_size,
+            head_axis=self.axes.heads,
+            keep_order=self.axes.keep_order,
+            image_size_step=self.axes.image_size_step,
+        )
+        self.eval()
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: str | nn.Module,
+        *,
+        pretrained: bool = False,
+        image_size: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> MatViT:
+        """A MatViT whose full submodel computes what the timm model computes; its units are not yet ordered.
+
+        `model` is a timm name or a module (copied, its classifier left out). `image_size` (pixels)
+        resamples the position table. Raises BackboneError for an unknown or unsupported model.
+        """
+        name = model if isinstance(model, str) else "matvit"
+        vit = _create(model, pretrained) if isinstance(model, str) else model
+        config = backbone.describe(vit)
+        state = {key: value.detach().clone() for key, value in vit.state_dict().items() if not key.startswith("head.")}
+        if image_size is not None and image_size != config.image_size:
+            state, config = _resample(vit, state, config, image_size)
+        copy = backbone.build(config, state)
+        return cls(copy, preprocessing=preprocessing or _timm_preprocessing(vit), name=name)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> MatViT:
+        """A trained encoder: a bundled name ("matvit-small"), a checkpoint folder, or a hub repository id.
+
+        Raises CheckpointError when it is missing, damaged, or of a newer format.
+        """
+        from matvit import checkpoint
+
+        return checkpoint.load(source, revision=revision)
+
+    def save_pretrained(self, folder: str | Path, *, storage: Literal["float32", "int8"] = "float32") -> None:
+        """Write the checkpoint folder, atomically: see `matvit.checkpoint.save`."""
+        from matvit import checkpoint
+
+        checkpoint.save(self, folder, storage=storage)
+
+    def forward(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
+        """(B, 3, H, W), normalised as `preprocessing` says -> (B, D) of unit length.
+
+        Raises SpecError when `spec` names no submodel of this encoder.
+        """
+        return F.normalize(self.features(images, spec), dim=-1)
+
+    def features(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
+        """The embedding before it is scaled to unit length: (B, 3, H, W) -> (B, D)."""
+        spec, vit = self.shape.spec(spec), self.vit
+        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))  # (B, N, D)
+        for index in spec.kept_blocks:
+            tokens = self.block_forward(vit.blocks[index], tokens, spec.widths[index])
+        embedding: Tensor = vit.forward_head(vit.norm(tokens), pre_logits=True)
+        return embedding
+
+    def extract(self, spec: str | SubmodelSpec | None = None) -> VisionTransformer:
+        """A plain, really smaller timm module with copied weights, in eval mode.
+
+        Law: normalize(extract(spec)(images)) == self(images, spec) to 1e-5 in fp32.
+        """
+        from matvit.extraction import extract
+
+        return extract(self, self.shape.spec(spec))
+
+    def encoder(self, spec: str | SubmodelSpec | None = None) -> TorchEncoder:
+        """The extracted submodel with preprocessing, on this module's device: what `retrieval` takes."""
+        spec = self.shape.spec(spec)
+        return TorchEncoder(
+            self.extract(spec),
+            spec=spec,
+            space_id=self.space_id,
+            embedding_dim=self.embedding_dim,
+            preprocessing=self.preprocessing,
+        )
+
+    def flops(self, spec: str | SubmodelSpec | None = None) -> int:
+        """Floating-point operations for one picture (2 x multiply-adds, attention products included)."""
+        return cost.flops(self.config, self.shape.spec(spec))
+
+    def num_params(self, spec: str | SubmodelSpec | None = None) -> int:
+        """Parameters of the extracted submodel."""
+        return cost.num_params(self.config, self.shape.spec(spec))
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, the same for every submodel."""
+        return self.config.embed_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def space_id(self) -> str:
+        """sha256 over the full encoder's tensors, the embedding layer and the preprocessing."""
+        # Optimisers change tensors in place and bump their version counters: never serve a stale id.
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in self.vit.state_dict().values())
+        if self._space_id is None or self._space_id[0] != state:
+            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in self.vit.state_dict().items()}
+            self._space_id = (state, identity.space_id(arrays, self.config, self.preprocessing))
+        return self._space_id[1]
+
+
+def _create(name: str, pretrained: bool) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
+        raise BackboneError(
+            what=f"timm cannot create it ({str(error).splitlines()[0]})",
+            where=f"timm model '{name}'",
+            fix="choose a name from timm.list_models('vit_*'), and check the network if it is pretrained",
+        ) from error
+    return model
+
+
+def _resample(
+    vit: VisionTransformer, state: dict[str, Tensor], config: backbone.ViTConfig, image_size: int
+) -> tuple[dict[str, Tensor], backbone.ViTConfig]:
+    from timm.layers import resample_abs_pos_embed
+
+    if image_size % config.patch_size:
+        raise BackboneError(
+            what=f"{image_size} px is not a multiple of its {config.patch_size} px patches",
+            where="image_size",
+            fix=f"use a multiple of {config.patch_size}",
+        )
+    if config.pos_embed == "learn":
+        grid = image_size // config.patch_size
+        prefix = 0 if config.no_embed_class else vit.num_prefix_tokens
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [grid, grid], num_prefix_tokens=prefix)
+    return state, config.model_copy(update={"image_size": image_size})
+
+
+def _timm_preprocessing(vit: nn.Module) -> Preprocessing:
+    cfg: Mapping[str, Any] = getattr(vit, "pretrained_cfg", {})
+    mean, std = cfg.get("mean", timm.data.IMAGENET_DEFAULT_MEAN), cfg.get("std", timm.data.IMAGENET_DEFAULT_STD)
+    return Preprocessing(mean=tuple(mean), std=tuple(std))

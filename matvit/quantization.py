@@ -1,0 +1,56 @@
+"""int8 weights with one scale per output channel, for small files; computing stays in float32.
+
+The scales have 12-bit mantissas, so that scale x integer is exact in float32 and de-quantised
+weights quantise again to the same integers and scales: saving a loaded checkpoint changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Tensors = dict[str, npt.NDArray[np.generic]]
+
+_INTEGERS, _SCALES = ".int8", ".scale"  # suffixes of the two stored tensors
+
+
+def quantize(tensors: Mapping[str, FloatArray]) -> Tensors:
+    """Weight matrices (two or more dimensions, name ending in "weight") become int8 + scales; others stay."""
+    stored: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim >= 2 and name.endswith("weight"):
+            stored[name + _INTEGERS], stored[name + _SCALES] = _quantize(tensor)
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def dequantize(stored: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, FloatArray]:
+    """The float32 tensors that `quantize` stored; names and shapes as before."""
+    tensors: dict[str, FloatArray] = {}
+    for name, tensor in stored.items():
+        if name.endswith(_INTEGERS):
+            base = name.removesuffix(_INTEGERS)
+            scale = stored[base + _SCALES].astype(np.float32)
+            shaped = scale.reshape(-1, *[1] * (tensor.ndim - 1))
+            tensors[base] = tensor.astype(np.float32) * shaped
+        elif not name.endswith(_SCALES):
+            tensors[name] = tensor.astype(np.float32)
+    return tensors
+
+
+def _quantize(weight: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:
+    rows = weight.reshape(weight.shape[0], -1)
+    scale = _round_up_to_12_bits(np.abs(rows).max(axis=1) / np.float32(127))
+    divisor = np.where(scale == 0, np.float32(1), scale)[:, None]
+    integers = np.rint(rows / divisor).astype(np.int8)
+    return integers.reshape(weight.shape), scale
+
+
+def _round_up_to_12_bits(values: FloatArray) -> FloatArray:
+    mantissa, exponent = np.frexp(values)
+    rounded: FloatArray = np.ldexp(np.ceil(mantissa * 4096) / 4096, exponent).astype(np.float32)
+    return rounded

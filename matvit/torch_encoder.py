@@ -1,0 +1,51 @@
+"""The torch runtime: an extracted submodel behind the `ImageEncoder` protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from matvit.preprocess import FloatArray, ImageSource, Preprocessing
+from matvit.spec import SubmodelSpec
+
+
+class TorchEncoder:
+    """One submodel with its preprocessing, on the device of its module. Implements `ImageEncoder`."""
+
+    def __init__(
+        self, module: nn.Module, *, spec: SubmodelSpec, space_id: str, embedding_dim: int, preprocessing: Preprocessing
+    ) -> None:
+        self.module = module.eval()
+        self.spec = spec
+        self.space_id = space_id
+        self.preprocessing = preprocessing
+        self.device = next(module.parameters()).device
+        self._embedding_dim = embedding_dim
+
+    @property
+    def runtime(self) -> str:
+        """ "torch-cpu" or "torch-cuda"."""
+        return f"torch-{self.device.type}"
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self._embedding_dim
+
+    def preprocess(self, images: Sequence[ImageSource]) -> FloatArray:
+        """Pictures -> (N, 3, H, W) float32. Raises ImageError for the first unreadable one."""
+        return self.preprocessing.batch(images, size=self.spec.image_size)
+
+    @torch.inference_mode()
+    def encode(self, pixels: FloatArray) -> FloatArray:
+        """(N, 3, H, W) float32 -> (N, D) float32 of unit length."""
+        batch = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        embeddings: FloatArray = F.normalize(self.module(batch).float(), dim=-1).cpu().numpy()
+        return embeddings
+
+    def embed(self, images: Sequence[ImageSource]) -> FloatArray:
+        """Pictures -> (N, D) float32 of unit length."""
+        return self.encode(self.preprocess(images))
