@@ -22,7 +22,7 @@ from matvit.errors import ImageError
 FloatArray = npt.NDArray[np.float32]
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
 MAX_PIXELS = 200_000_000  # larger ones are refused before decoding, as decompression bombs
 
 
