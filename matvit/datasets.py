@@ -204,7 +204,7 @@ def _one_complete_split(shards: list[Path], location: str) -> list[Path]:
 
 
 def _read_tree(root: Path) -> _Rows:
-    files = sorted(_pictures(root))
+    files = sorted(_pictures(root), key=Path.as_posix)
     if not files:
         raise _error(root, "holds no pictures and no parquet files", "give a folder of class folders")
     names = [path.parent.relative_to(root).as_posix() for path in files]
@@ -218,7 +218,7 @@ def _read_tree(root: Path) -> _Rows:
 
 
 def _pictures(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES:

@@ -1,0 +1,115 @@
+"""Retrieval quality, exact and in plain numpy: top-k search, recall, average precision, agreement.
+
+Q queries, M gallery pictures, D embedding width, K hits a query. Every measure gives one value per
+query, so that two encoders can be compared query by query; average them with `.mean()`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+NO_HIT = -1  # pads rows of hits where the gallery has fewer than k pictures
+_BLOCK_SCORES = 1 << 23  # scores held at a time: 32 MB of float32
+
+
+def top_k(
+    queries: FloatArray, gallery: FloatArray, k: int, *, exclude: IntArray | None = None
+) -> tuple[FloatArray, IntArray]:
+    """The k gallery rows of highest inner product with each query; equal scores by ascending row.
+
+    queries (Q, D) and gallery (M, D) float32 -> scores (Q, K) float32 and rows (Q, K) int64, with
+    K = min(k, M). `exclude` (Q,) int64 names one gallery row that each query must not find (itself,
+    in leave-one-out; NO_HIT for none); a place that no row is left for has the score -inf and the
+    row NO_HIT. Raises ValueError for embeddings that are not finite, or do not fit each other.
+    """
+    _check_embeddings(queries, gallery, k)
+    kept = min(k, len(gallery))
+    scores = np.empty((len(queries), kept), dtype=np.float32)
+    rows = np.empty((len(queries), kept), dtype=np.int64)
+    step = max(1, _BLOCK_SCORES // len(gallery))
+    for start in range(0, len(queries), step):
+        block = slice(start, start + step)
+        similarity = queries[block] @ gallery.T
+        if exclude is not None:
+            barred = np.flatnonzero(exclude[block] >= 0)
+            similarity[barred, exclude[block][barred]] = -np.inf
+        rows[block] = _best_rows(similarity, kept)
+        scores[block] = np.take_along_axis(similarity, rows[block], axis=1)
+    rows[np.isneginf(scores)] = NO_HIT
+    return scores, rows
+
+
+def _check_embeddings(queries: FloatArray, gallery: FloatArray, k: int) -> None:
+    if k < 1 or not len(gallery):
+        raise ValueError(f"cannot find {k} hits in a gallery of {len(gallery)}")
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries {queries.shape} and gallery {gallery.shape} are not rows of one width")
+    if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
+        raise ValueError("embeddings hold NaN or infinite values")  # NaN would sort anywhere
+
+
+def _best_rows(similarity: FloatArray, k: int) -> IntArray:
+    """(Q, M) -> (Q, k): columns of the highest scores, ties by ascending column."""
+    columns = similarity.shape[1]
+    if k >= columns:
+        return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    # A partition is fast but picks any of several equal scores at the border: take all that reach it.
+    border = np.partition(similarity, columns - k, axis=1)[:, columns - k, None]
+    result = np.empty((len(similarity), k), dtype=np.int64)
+    for query, reaching in enumerate(similarity >= border):
+        candidates = np.flatnonzero(reaching)
+        order = np.argsort(-similarity[query, candidates], kind="stable")
+        result[query] = candidates[order[:k]]
+    return result
+
+
+def recall_at_k(hit_labels: IntArray, query_labels: IntArray, k: int) -> npt.NDArray[np.bool_]:
+    """(Q, K), (Q,) -> (Q,) bool: one of the first k hits has the query's label."""
+    return np.asarray((hit_labels[:, :k] == query_labels[:, None]).any(axis=1))
+
+
+def average_precision(hit_labels: IntArray, query_labels: IntArray, relevant: IntArray, *, k: int = 100) -> Values:
+    """(Q, K), (Q,), (Q,) -> (Q,): average precision of the first k hits, 0 to 1.
+
+    The precisions at the right hits are summed and divided by min(k, relevant), where `relevant`
+    counts the gallery's pictures of the query's label (without the query itself). A query with
+    nothing to find has 0. Hits need K >= min(k, M) columns, or the value is too low.
+    """
+    right = hit_labels[:, :k] == query_labels[:, None]
+    precision = np.cumsum(right, axis=1) / np.arange(1, right.shape[1] + 1)
+    return np.asarray((precision * right).sum(axis=1) / np.clip(relevant, 1, k), dtype=np.float64)
+
+
+def agreement(hits: IntArray, reference: IntArray) -> Values:
+    """(Q, K), (Q, K) gallery rows -> (Q,): the fraction of the reference's hits that were also found."""
+    # Within a row ids are distinct (NO_HIT aside), so that counting equal pairs counts the intersection.
+    there = reference != NO_HIT
+    found = ((reference[:, :, None] == hits[:, None, :]).any(axis=2) & there).sum(axis=1)
+    return np.asarray(found / np.maximum(there.sum(axis=1), 1), dtype=np.float64)
+
+
+def bootstrap_interval(
+    values: npt.NDArray[Any], *, seed: int = 0, samples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """(Q,) -> (low, high): percentile bootstrap interval of the mean, for example of paired differences.
+
+    Raises ValueError without values.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        raise ValueError("the mean of no values has no interval")
+    # Drawing how often each distinct value comes equals resampling the queries, and stays fast for
+    # differences of hits and misses, which have three distinct values however many queries there are.
+    distinct, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=samples)
+    means = drawn @ distinct / len(values)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
