@@ -9,15 +9,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
+import timm.layers.activations
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from timm.layers import Attention, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed, QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from matvit.errors import BackboneError
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": GELUTanh,
     "quick_gelu": QuickGELU,
@@ -31,19 +33,19 @@ class ViTConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: Literal["vit"] = "vit"
-    image_size: int  # pixels
-    patch_size: int  # pixels
-    embed_dim: int
-    num_heads: int
-    ffn_widths: tuple[int, ...]  # hidden units of each block
-    activation: str = "gelu"
-    norm_eps: float = 1e-6
+    image_size: PositiveInt  # pixels, a multiple of patch_size
+    patch_size: PositiveInt  # pixels
+    embed_dim: PositiveInt  # a multiple of num_heads
+    num_heads: PositiveInt
+    ffn_widths: tuple[PositiveInt, ...]  # hidden units of each block
+    activation: Activation = "gelu"
+    norm_eps: PositiveFloat = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False
     proj_bias: bool = True
     layer_scale: bool = False
     class_token: bool = True
-    reg_tokens: int = 0
+    reg_tokens: NonNegativeInt = 0
     no_embed_class: bool = False
     pos_embed: Literal["learn", "none"] = "learn"
     patch_bias: bool = True
@@ -53,34 +55,38 @@ class ViTConfig(BaseModel):
     pool: Literal["token", "avg", "avgmax", "max"] = "token"
     pool_include_prefix: bool = False
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> ViTConfig:
+        if not self.ffn_widths:
+            raise ValueError("there are no blocks")
+        if self.image_size % self.patch_size or self.embed_dim % self.num_heads:
+            raise ValueError("image_size or embed_dim is not a multiple of patch_size or num_heads")
+        if self.pool == "token" and not self.class_token:
+            raise ValueError("pooling 'token' needs a class token")
+        return self
+
 
 def describe(vit: Any) -> ViTConfig:
-    """The config of a timm model. Raises BackboneError when it cannot be made elastic."""
+    """The config of a timm model, its classifier left out. Raises BackboneError when it cannot be made elastic."""
     if type(vit) is not VisionTransformer:
         raise _refusal(f"{type(vit).__name__} is not a plain timm VisionTransformer")
     if vit.attn_pool is not None or vit.global_pool not in {"token", "avg", "avgmax", "max"}:
         raise _refusal(f"pooling '{vit.global_pool}' is not supported")
+    if not len(vit.blocks):
+        raise _refusal("it has no blocks")
     patch = vit.patch_embed
     if type(patch) is not PatchEmbed or not isinstance(patch.norm, nn.Identity):
         raise _refusal(f"its patch embedding is a {type(patch).__name__} with extra layers")
-    (height, width), (patch_height, patch_width) = patch.img_size, patch.patch_size
-    if height != width or patch_height != patch_width or vit.in_chans != 3:
-        raise _refusal("it does not take square RGB pictures in square patches")
-    for index, block in enumerate(vit.blocks):
-        _check_block(block, index)
-    block = vit.blocks[0]
+    side, patch_side = (patch.img_size or (0,))[0], patch.patch_size[0]
+    square = patch.img_size == (side, side) and patch.patch_size == (patch_side, patch_side)
+    if not square or not side or side % patch_side or vit.in_chans != 3:
+        raise _refusal("it does not take square RGB pictures of one size in whole square patches")
     return ViTConfig(
-        image_size=height,
-        patch_size=patch_height,
+        image_size=side,
+        patch_size=patch_side,
         embed_dim=vit.embed_dim,
-        num_heads=block.attn.num_heads,
         ffn_widths=tuple(block.mlp.fc1.out_features for block in vit.blocks),
-        activation=_activation_name(block.mlp.act),
-        norm_eps=block.norm1.eps,
-        qkv_bias=block.attn.qkv.bias is not None,
-        qk_norm=not isinstance(block.attn.q_norm, nn.Identity),
-        proj_bias=block.attn.proj.bias is not None,
-        layer_scale=isinstance(block.ls1, LayerScale),
+        **_describe_blocks(vit),
         class_token=vit.cls_token is not None,
         reg_tokens=vit.num_reg_tokens,
         no_embed_class=vit.no_embed_class,
@@ -138,19 +144,47 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
     return vit.eval().requires_grad_(True)
 
 
+def _describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
+    """What all blocks share, FFN width aside. Raises BackboneError when they are unlike each other."""
+    for index, block in enumerate(vit.blocks):
+        _check_block(block, index)
+    kinds = [
+        {
+            "num_heads": block.attn.num_heads,
+            "activation": _activation_name(block.mlp.act),
+            "qkv_bias": block.attn.qkv.bias is not None,
+            "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+            "proj_bias": block.attn.proj.bias is not None,
+            "layer_scale": isinstance(block.ls1, LayerScale),
+        }
+        for block in vit.blocks
+    ]
+    eps = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
+    if len(eps) != 1 or any(kind != kinds[0] for kind in kinds):
+        raise _refusal("its blocks or norms differ in more than FFN width")
+    return {"norm_eps": eps.pop(), **kinds[0]}
+
+
 def _check_block(block: Any, index: int) -> None:
     where = f"block {index}"
     if type(block) is not Block:
         raise _refusal(f"{where} is a {type(block).__name__}, not a plain pre-norm Block")
-    if type(block.attn) is not Attention or not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
-        raise _refusal(f"{where} has attention of another kind ({type(block.attn).__name__})")
-    if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
-        raise _refusal(f"{where} has a feed-forward of another kind ({type(block.mlp).__name__})")
-    if not isinstance(block.mlp.fc1, nn.Linear) or not isinstance(block.norm1, nn.LayerNorm):
+    attn, mlp = block.attn, block.mlp
+    # Older timm has neither attn.norm nor attn.gate.
+    extras = (getattr(attn, "norm", None), getattr(attn, "gate", None))
+    if type(attn) is not Attention or not all(extra is None or type(extra) is nn.Identity for extra in extras):
+        raise _refusal(f"{where} has attention of another kind ({type(attn).__name__})")
+    if attn.num_heads * attn.head_dim != attn.qkv.in_features:
+        raise _refusal(f"{where} has {attn.num_heads} attention heads of another size than usual")
+    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
+        raise _refusal(f"{where} has a feed-forward of another kind ({type(mlp).__name__})")
+    if not isinstance(mlp.fc1, nn.Linear) or not isinstance(block.norm1, nn.LayerNorm):
         raise _refusal(f"{where} does not use Linear layers and LayerNorm")
 
 
-def _activation_name(activation: nn.Module) -> str:
+def _activation_name(activation: nn.Module) -> Activation:
+    if type(activation) is timm.layers.activations.GELU:  # what act_layer="gelu" gives; computes the same
+        return "gelu"
     for name, kind in ACTIVATIONS.items():
         if type(activation) is kind and getattr(activation, "approximate", "none") == "none":
             return name

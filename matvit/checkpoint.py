@@ -19,20 +19,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from matvit import backbone, quantization
-from matvit.errors import CheckpointError
+from matvit.errors import BackboneError, CheckpointError, SpecError
 from matvit.identity import space_id
 from matvit.model import AxesConfig, MatViT
 from matvit.model_card import model_card
 from matvit.preprocess import Preprocessing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 CONFIG, WEIGHTS, PARETO, TRAINING, CARD = (
     "config.json",
     "model.safetensors",
@@ -48,11 +49,11 @@ class PreprocessingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     crop: Literal["centre-square"]
     resize: Literal["bilinear-antialiased"]
-    jpeg_scale: int
+    jpeg_scale: NonNegativeInt
 
 
 class WeightsConfig(BaseModel):
@@ -71,13 +72,31 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: int
+    format_version: Literal[1]
     name: str
     encoder: backbone.ViTConfig
     axes: AxesConfig
     preprocessing: PreprocessingConfig
     weights: WeightsConfig
     space_id: str
+
+
+class ParetoRow(BaseModel):
+    """One row of pareto.json: a submodel, its cost, and what was measured of it; more may be said."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    spec: str
+    flops: int
+    params: int
+    relative_flops: float
+    quality: dict[str, float] = {}
+
+
+_PARETO: TypeAdapter[list[ParetoRow]] = TypeAdapter(list[ParetoRow])
+_RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # not ../folder
 
 
 def bundled_names() -> tuple[str, ...]:
@@ -92,14 +111,18 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     Raises CheckpointError when there is none.
     """
     text = os.fspath(source)
-    if text in bundled_names():
+    if _is_bundled(source):
         return Path(str(resources.files("matvit.bundled").joinpath(text)))
-    if Path(text).is_dir():
+    try:
+        exists, is_folder = Path(text).exists(), Path(text).is_dir()
+    except (OSError, ValueError) as error:  # no file name at all, or in a folder that may not be read
+        raise CheckpointError(what=f"cannot be looked up ({error})", where=text[:200], fix="check the path") from error
+    if is_folder:
         return Path(text)
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not Path(text).exists():
+    if isinstance(source, str) and _HUB_ID.fullmatch(text) and not exists:
         return _download(text, revision)
     raise CheckpointError(
-        what="no such checkpoint",
+        what="is a file, not a checkpoint folder" if exists else "no such checkpoint",
         where=text,
         fix=f"give a bundled name ({', '.join(bundled_names())}), a checkpoint folder, or a hub id such as owner/name",
     )
@@ -113,18 +136,20 @@ def load(source: str | Path, *, revision: str | None = None) -> MatViT:
     folder = locate(source, revision=revision)
     config = read_config(folder)
     tensors = read_tensors(folder, config)
-    vit = backbone.build(config.encoder, {name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
-    model = MatViT(
-        vit,
-        preprocessing=Preprocessing(**config.preprocessing.model_dump()),
-        axes=config.axes,
-        name=config.name,
-    )
-    local = os.fspath(source) not in bundled_names() and Path(source).is_dir()
+    try:
+        model = MatViT(
+            backbone.build(config.encoder, {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}),
+            preprocessing=Preprocessing(**config.preprocessing.model_dump()),
+            axes=config.axes,
+            name=config.name,
+        )
+    except (BackboneError, SpecError) as error:
+        raise _damaged(folder / CONFIG, error.what) from error
+    local = not _is_bundled(source) and Path(source).is_dir()
     model.source = os.fspath(Path(source).resolve()) if local else os.fspath(source)
     model.weights_sha256 = config.weights.sha256
-    model.pareto = tuple(_read_json(folder / PARETO, missing=[]))
-    model.record = _read_json(folder / TRAINING, missing={})
+    model.pareto = tuple(_read_checked(folder / PARETO, _PARETO, missing=[]))
+    model.record = _read_checked(folder / TRAINING, _RECORD, missing={})
     if model.space_id != config.space_id:
         raise _damaged(folder / CONFIG, f"its space_id {config.space_id:.8} is not the weights' {model.space_id:.8}")
     return model
@@ -134,20 +159,26 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
     """Write `model` as a checkpoint folder, replacing an earlier checkpoint there in one step.
 
     With storage "int8" the weights are rounded in the file only: load it to get what it computes.
-    Raises CheckpointError when `folder` exists and is not a checkpoint.
+    Raises CheckpointError when `folder` exists and holds anything but a checkpoint, when a weight is
+    NaN or infinite, or when the files cannot be written; an earlier checkpoint is then left as it was.
     """
-    target = Path(folder)
-    if target.exists() and not (target / CONFIG).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(
-            what="exists and is not a checkpoint", where=str(target), fix="choose a new folder for the checkpoint"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(folder).resolve()
+    _refuse_to_replace(target)
+    files = _files(model, storage)
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    unfinished.mkdir()
     try:
-        for name, content in _files(model, storage).items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+        for name, content in files.items():
             _write_synced(unfinished / name, content)
+        _sync_folder(unfinished)
         _swap(unfinished, target)
+    except OSError as error:
+        raise CheckpointError(
+            what=f"cannot be written ({error.strerror})",
+            where=str(target),
+            fix="free some space or choose a new folder",
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -166,8 +197,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     try:
         return CheckpointConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(path, f"field '{'.'.join(map(str, first['loc']))}': {first['msg']}") from error
+        raise _malformed(path, error) from error
 
 
 def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantization.FloatArray]:
@@ -180,19 +210,23 @@ def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantizati
         content = path.read_bytes()
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    if len(content) != config.weights.bytes:
+        raise _damaged(path, f"has {len(content)} bytes, not the {config.weights.bytes} that config.json says")
     if hashlib.sha256(content).hexdigest() != config.weights.sha256:
         raise _damaged(path, "its sha256 is not the one in config.json")
     try:
         return quantization.dequantize(load_safetensors(content))
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # another writer's dtypes and shapes
         raise _damaged(path, f"not a readable safetensors file ({error})") from error
 
 
 def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
     tensors = {name: tensor.detach().float().cpu().numpy() for name, tensor in model.vit.state_dict().items()}
+    _refuse_non_finite(tensors)
     stored = quantization.quantize(tensors) if storage == "int8" else tensors
     weights = save_safetensors({name: stored[name] for name in sorted(stored)})
     computed = quantization.dequantize(stored)
+    _refuse_non_finite(computed)  # rounding to int8 can push the largest float32 over the edge
     config = CheckpointConfig(
         format_version=FORMAT_VERSION,
         name=model.name,
@@ -216,10 +250,63 @@ def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
 def _swap(new: Path, target: Path) -> None:
     """Put `new` in `target`'s place; a kill in between leaves one of the two whole, under a dotted name."""
     old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-    if target.exists():
+    replaces = target.exists()
+    if replaces:
         target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        if replaces:
+            old.rename(target)
+        raise
+    _sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_to_replace(target: Path) -> None:
+    """Replacing a checkpoint deletes its folder: nothing else of the user's may be in it."""
+    if not target.exists():
+        return
+    if target.is_dir():
+        found = {entry.name for entry in target.iterdir()}
+        foreign = found - {CONFIG, WEIGHTS, PARETO, TRAINING, CARD}
+        if not found or (not foreign and _is_checkpoint(target)):
+            return
+        what = (
+            f"holds '{min(foreign)}', which is no part of a checkpoint" if foreign else "is not a checkpoint's folder"
+        )
+    else:
+        what = "is a file"
+    raise CheckpointError(what=what, where=str(target), fix="choose a new folder for the checkpoint")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether config.json is one of ours, of any version: other tools' model folders have one too."""
+    try:
+        raw = _read_json(folder / CONFIG)
+    except CheckpointError:
+        return False
+    return isinstance(raw, dict) and {"format_version", "space_id"} <= raw.keys()
+
+
+def _refuse_non_finite(tensors: dict[str, quantization.FloatArray]) -> None:
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise CheckpointError(
+                what="has NaN or infinite values",
+                where=f"tensor '{name}'",
+                fix="save an encoder whose training converged",
+            )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names durable; Windows has no such call and does not need it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -242,8 +329,28 @@ def _read_json(path: Path, *, missing: Any = None) -> Any:
         raise CheckpointError(
             what=f"holds no {path.name}", where=str(path.parent), fix="give the folder of a MatViT checkpoint"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, f"not readable as JSON ({error})") from error
+
+
+def _read_checked(path: Path, kind: TypeAdapter[Any], *, missing: Any) -> Any:
+    """The file's JSON as it stands, if it has the shape of `kind`."""
+    raw = _read_json(path, missing=missing)
+    try:
+        kind.validate_python(raw)
+    except ValidationError as error:
+        raise _malformed(path, error) from error
+    return raw
+
+
+def _is_bundled(source: str | Path) -> bool:
+    return isinstance(source, str) and source in bundled_names()  # a Path is always a folder
+
+
+def _malformed(path: Path, error: ValidationError) -> CheckpointError:
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    return _damaged(path, f"field '{field}': {first['msg']}" if field else first["msg"])
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -258,7 +365,7 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         raise CheckpointError(
-            what=f"cannot be fetched from the hub ({str(error).splitlines()[0]})",
+            what=f"cannot be fetched from the hub ({(str(error) or type(error).__name__).splitlines()[0]})",
             where=repository,
             fix="check the id, the network and HF_TOKEN, or give a local folder",
         ) from error

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from matvit.errors import SpecError
 from matvit.spec import SubmodelSpec
 
 if TYPE_CHECKING:
@@ -19,13 +18,7 @@ def extract(model: MatViT, spec: SubmodelSpec) -> VisionTransformer:
     """A stand-alone timm module with copied weights, on the same device and dtype, in eval mode.
 
     Law: normalize(extract(model, spec)(images)) == model(images, spec).
-    Raises SpecError for axes that this version cannot cut.
     """
-    uncut = model.shape.spec()
-    if (spec.heads, spec.depth, spec.image_size) != (uncut.heads, uncut.depth, uncut.image_size):
-        raise SpecError(
-            what=f"spec '{spec}' cuts more than FFN widths", where="extract", fix="use a spec such as S or 6S.6XL"
-        )
     # deepcopy takes a replacement for every object that it meets in the memo: the full-width
     # layers are never copied, only their slices.
     memo: dict[int, object] = {}
@@ -39,7 +32,7 @@ def extract(model: MatViT, spec: SubmodelSpec) -> VisionTransformer:
 def _narrow(linear: nn.Linear, *, rows: int | None = None, columns: int | None = None) -> nn.Linear:
     weight = linear.weight.detach()[:rows, :columns].clone()
     narrow = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
-    narrow.weight = nn.Parameter(weight)
+    narrow.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
     if linear.bias is not None:
-        narrow.bias = nn.Parameter(linear.bias.detach()[:rows].clone())
+        narrow.bias = nn.Parameter(linear.bias.detach()[:rows].clone(), requires_grad=linear.bias.requires_grad)
     return narrow

@@ -15,7 +15,7 @@ from matvit.preprocess import Preprocessing
 
 
 def space_id(tensors: Mapping[str, npt.NDArray[Any]], config: BaseModel, preprocessing: Preprocessing) -> str:
-    """sha256 (hex) over the full encoder's tensors as computed with, its config, and the preprocessing.
+    """sha256 (hex) over the full encoder's float32 tensors, its config, and the preprocessing.
 
     Names, shapes and dtypes are hashed with the bytes; file format, quantised storage and submodels
     do not enter, so saving, loading and tuning small submodels beside a frozen full one keep it.

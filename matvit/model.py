@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from matvit import backbone, cost, identity
-from matvit.errors import BackboneError
+from matvit.errors import BackboneError, SpecError
 from matvit.preprocess import Preprocessing
 from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.torch_encoder import TorchEncoder
@@ -72,6 +72,12 @@ class MatViT(nn.Module):
         """Wraps `vit` itself (not a copy). Raises BackboneError when it cannot be made elastic."""
         super().__init__()
         self.config = backbone.describe(vit)
+        if not isinstance(vit.head, nn.Identity):
+            raise BackboneError(
+                what="the model has a classifier",
+                where="MatViT",
+                fix="use MatViT.from_timm(model), which leaves it out",
+            )
         self.axes = axes or AxesConfig()
         self.preprocessing = preprocessing
         self.name = name
@@ -106,7 +112,7 @@ class MatViT(nn.Module):
         `model` is a timm name or a module (copied, its classifier left out). `image_size` (pixels)
         resamples the position table. Raises BackboneError for an unknown or unsupported model.
         """
-        name = model if isinstance(model, str) else "matvit"
+        name = model.rpartition("/")[2] if isinstance(model, str) else "matvit"
         vit = _create(model, pretrained) if isinstance(model, str) else model
         config = backbone.describe(vit)
         state = {key: value.detach().clone() for key, value in vit.state_dict().items() if not key.startswith("head.")}
@@ -140,7 +146,7 @@ class MatViT(nn.Module):
 
     def features(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
         """The embedding before it is scaled to unit length: (B, 3, H, W) -> (B, D)."""
-        spec, vit = self.shape.spec(spec), self.vit
+        spec, vit = self._cut(spec), self.vit
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))  # (B, N, D)
         for index in spec.kept_blocks:
             tokens = self.block_forward(vit.blocks[index], tokens, spec.widths[index])
@@ -154,7 +160,7 @@ class MatViT(nn.Module):
         """
         from matvit.extraction import extract
 
-        return extract(self, self.shape.spec(spec))
+        return extract(self, self._cut(spec))
 
     def encoder(self, spec: str | SubmodelSpec | None = None) -> TorchEncoder:
         """The extracted submodel with preprocessing, on this module's device: what `retrieval` takes."""
@@ -166,6 +172,17 @@ class MatViT(nn.Module):
             embedding_dim=self.embedding_dim,
             preprocessing=self.preprocessing,
         )
+
+    def _cut(self, spec: str | SubmodelSpec | None) -> SubmodelSpec:
+        """The spec, if this version can compute it: the grammar is ahead of the model."""
+        spec, full = self.shape.spec(spec), self.shape.spec()
+        if (spec.heads, spec.depth, spec.image_size) != (full.heads, full.depth, full.image_size):
+            raise SpecError(
+                what=f"spec '{spec}' cuts more than FFN widths",
+                where="encoder spec",
+                fix="use a spec such as S or 6S.6XL",
+            )
+        return spec
 
     def flops(self, spec: str | SubmodelSpec | None = None) -> int:
         """Floating-point operations for one picture (2 x multiply-adds, attention products included)."""
@@ -187,11 +204,14 @@ class MatViT(nn.Module):
 
     @property
     def space_id(self) -> str:
-        """sha256 over the full encoder's tensors, the embedding layer and the preprocessing."""
+        """sha256 over the full encoder's tensors (as float32), the embedding layer and the preprocessing."""
+        tensors = self.vit.state_dict()
         # Optimisers change tensors in place and bump their version counters: never serve a stale id.
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in self.vit.state_dict().values())
-        if self._space_id is None or self._space_id[0] != state:
-            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in self.vit.state_dict().items()}
+        # Tensors made in inference mode have no counter, so theirs is not kept.
+        counted = not any(tensor.is_inference() for tensor in tensors.values())
+        state = (self.preprocessing, *((t.data_ptr(), t._version) for t in tensors.values())) if counted else None
+        if state is None or self._space_id is None or self._space_id[0] != state:
+            arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
             self._space_id = (state, identity.space_id(arrays, self.config, self.preprocessing))
         return self._space_id[1]
 
@@ -201,7 +221,7 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
         raise BackboneError(
-            what=f"timm cannot create it ({str(error).splitlines()[0]})",
+            what=f"timm cannot create it ({(str(error) or type(error).__name__).splitlines()[0]})",
             where=f"timm model '{name}'",
             fix="choose a name from timm.list_models('vit_*'), and check the network if it is pretrained",
         ) from error
@@ -213,7 +233,7 @@ def _resample(
 ) -> tuple[dict[str, Tensor], backbone.ViTConfig]:
     from timm.layers import resample_abs_pos_embed
 
-    if image_size % config.patch_size:
+    if image_size < config.patch_size or image_size % config.patch_size:
         raise BackboneError(
             what=f"{image_size} px is not a multiple of its {config.patch_size} px patches",
             where="image_size",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from matvit.errors import ImageError
 
@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
-MAX_PIXELS = 200_000_000  # larger ones are refused before decoding, as decompression bombs
+MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit: larger ones are refused before decoding, as bombs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,8 @@ class Preprocessing:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, with stable keys (the embedding space's identity hashes them)."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        # float(): the identity of mean=(0, 0, 0) is that of (0.0, 0.0, 0.0), which JSON gives back.
+        return asdict(self) | {"mean": [float(x) for x in self.mean], "std": [float(x) for x in self.std]}
 
     def __call__(self, source: ImageSource, *, size: int) -> FloatArray:
         """One picture -> (3, size, size) float32, normalised.
@@ -66,14 +67,14 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
     where = "picture" if isinstance(source, bytes | Image.Image) else os.fspath(source)
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(ImageOps.exif_transpose(source))
+            return _to_rgb(_upright(_with_pixels(source)))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if draft_size:
                 image.draft("RGB", (draft_size, draft_size))
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(_with_pixels(image)))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         raise ImageError(
             what=_reason(error),
@@ -114,15 +115,47 @@ def resize_centre_square(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+def _with_pixels(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError("no pixels")
+    return image
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata, which cameras and editors do write, leave the pixels readable
         return image
+    # ImageOps.exif_transpose would write the rest of the EXIF block anew, and fail on odd tags.
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and wider: convert() would clip to white
-        values = np.asarray(image, dtype=np.float64)
-        scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
-        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        scaled = np.clip(values * (255.0 / _white(image.mode, values)), 0, 255)
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")  # transparent product pictures are meant on white
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image.convert("RGB")  # a copy, so that closing the file or changing the source cannot reach it
+
+
+def _white(mode: str, values: npt.NDArray[np.float64]) -> float:
+    """The value that means white: known for 16-bit files, the next usual one for 32-bit and float files."""
+    peak = float(values.max())
+    if mode == "F" and peak <= 1:
+        return 1.0
+    return 255.0 if peak <= 255 and not mode.startswith("I;16") else 65535.0

@@ -18,7 +18,10 @@ _INTEGERS, _SCALES = ".int8", ".scale"  # suffixes of the two stored tensors
 
 
 def quantize(tensors: Mapping[str, FloatArray]) -> Tensors:
-    """Weight matrices (two or more dimensions, name ending in "weight") become int8 + scales; others stay."""
+    """Weight matrices (two or more dimensions, name ending in "weight") become int8 + scales; others stay.
+
+    Tensors must be finite; magnitudes up to 2^126 survive.
+    """
     stored: Tensors = {}
     for name, tensor in tensors.items():
         if tensor.ndim >= 2 and name.endswith("weight"):
@@ -44,9 +47,9 @@ def dequantize(stored: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Float
 
 def _quantize(weight: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:
     rows = weight.reshape(weight.shape[0], -1)
-    scale = _round_up_to_12_bits(np.abs(rows).max(axis=1) / np.float32(127))
-    divisor = np.where(scale == 0, np.float32(1), scale)[:, None]
-    integers = np.rint(rows / divisor).astype(np.int8)
+    # Below the smallest normal number, scale x integer would not be exact: such rows round to zero.
+    scale = np.maximum(_round_up_to_12_bits(np.abs(rows).max(axis=1) / np.float32(127)), np.finfo(np.float32).tiny)
+    integers = np.rint(rows / scale[:, None]).astype(np.int8)
     return integers.reshape(weight.shape), scale
 
 

@@ -60,6 +60,15 @@ class EncoderShape:
     keep_order: tuple[int, ...] = ()  # block indices, the most important first
     image_size_step: int = 0  # pixels; other resolutions are multiples of it
 
+    def __post_init__(self) -> None:
+        kept = self.keep_order
+        if len(set(kept)) != len(kept) or not set(kept) <= set(range(self.num_blocks)):
+            raise SpecError(
+                what=f"keep_order {list(kept)} does not name different blocks of {self.num_blocks}",
+                where="encoder shape",
+                fix="list block indices from 0, each once",
+            )
+
     @property
     def num_blocks(self) -> int:
         """Blocks of the full encoder."""
@@ -131,16 +140,16 @@ class SubmodelSpec:
         image_size = shape.image_size if image_size is None else image_size
         _check_sizes(shape, widths, heads=heads, depth=depth, image_size=image_size)
         kept = shape.keep_order[:depth] if depth < shape.num_blocks else range(shape.num_blocks)
-        return cls(_without_dropped(widths, frozenset(kept)), heads, depth, image_size, shape)
+        return cls(_without_dropped(shape, widths, frozenset(kept)), heads, depth, image_size, shape)
 
     @classmethod
     def from_json(cls, shape: EncoderShape, raw: Mapping[str, object]) -> SubmodelSpec:
         """The spec written by `to_json`. Raises SpecError when it is malformed or does not fit `shape`."""
         match raw:
-            case {"ffn": [*widths], "heads": int(heads), "depth": int(depth), "resolution": int(image_size)}:
-                numbers = [width for width in widths if isinstance(width, int)]
-                if len(numbers) == len(widths):
-                    return cls.of(shape, numbers, heads=heads, depth=depth, image_size=image_size)
+            case {"ffn": [*widths], "heads": int(heads), "depth": int(depth), "resolution": int(pixels), **unknown}:
+                numbers = [size for size in (*widths, heads, depth, pixels) if type(size) is int]  # true is no number
+                if not unknown and len(numbers) == len(widths) + 3:  # a newer version's axis is not dropped silently
+                    return cls.of(shape, numbers[:-3], heads=heads, depth=depth, image_size=pixels)
         raise _spec_error(f"{raw!r} is not a spec in JSON form", shape)
 
     def to_json(self) -> dict[str, object]:
@@ -179,8 +188,9 @@ class SubmodelSpec:
         return text
 
 
-_RUN = re.compile(r"(\d+)?(S|M|L|XL|W\d+)", re.IGNORECASE)
-_AXIS = re.compile(r"([HDR])(\d+)", re.IGNORECASE)
+# At most nine digits: int() refuses thousands of them with an error of its own.
+_RUN = re.compile(r"([1-9]\d{0,8})?(S|M|L|XL|W\d{1,9})", re.IGNORECASE | re.ASCII)
+_AXIS = re.compile(r"([HDR])(\d{1,9})", re.IGNORECASE | re.ASCII)
 
 
 def _parse(text: str, shape: EncoderShape) -> SubmodelSpec:
@@ -233,13 +243,16 @@ def _check_sizes(shape: EncoderShape, widths: Sequence[int], *, heads: int, dept
         raise _spec_error(f"pictures of {image_size} px cannot be encoded", shape)
 
 
-def _without_dropped(widths: Sequence[int], kept: frozenset[int]) -> tuple[int, ...]:
-    """Dropped blocks take the width of the kept block before them (or the first kept one)."""
-    first = min(kept)
+def _without_dropped(shape: EncoderShape, widths: Sequence[int], kept: frozenset[int]) -> tuple[int, ...]:
+    """Dropped blocks take the width of the kept block before them (or the first kept one), by name if it has one."""
+    source = min(kept)
     result: list[int] = []
-    for block in range(len(widths)):
-        source = block if block in kept else first if block < first else block - 1
-        result.append(widths[source] if source >= block or source in kept else result[source])
+    for block, full in enumerate(shape.ffn_widths):
+        source = block if block in kept else source
+        name = _width_name(widths[source], shape.ffn_widths[source])
+        named = name in Granularity.__members__ and block not in kept
+        # Blocks of a mixed-width parent differ in size: a number is taken over as far as it fits.
+        result.append(Granularity(name).width_of(full) if named else min(widths[source], full))
     return tuple(result)
 
 

@@ -21,19 +21,15 @@ class TorchEncoder:
         self.module = module.eval()
         self.spec = spec
         self.space_id = space_id
+        self.embedding_dim = embedding_dim
         self.preprocessing = preprocessing
-        self.device = next(module.parameters()).device
-        self._embedding_dim = embedding_dim
+        parameter = next(module.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
 
     @property
     def runtime(self) -> str:
         """ "torch-cpu" or "torch-cuda"."""
         return f"torch-{self.device.type}"
-
-    @property
-    def embedding_dim(self) -> int:
-        """D."""
-        return self._embedding_dim
 
     def preprocess(self, images: Sequence[ImageSource]) -> FloatArray:
         """Pictures -> (N, 3, H, W) float32. Raises ImageError for the first unreadable one."""
@@ -42,7 +38,7 @@ class TorchEncoder:
     @torch.inference_mode()
     def encode(self, pixels: FloatArray) -> FloatArray:
         """(N, 3, H, W) float32 -> (N, D) float32 of unit length."""
-        batch = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        batch = torch.from_numpy(pixels).to(self.device, self.dtype, non_blocking=True)
         embeddings: FloatArray = F.normalize(self.module(batch).float(), dim=-1).cpu().numpy()
         return embeddings
 
