@@ -1,1 +1,32 @@
 """Adaptive image retrieval: one index, any query cost."""
+
+from __future__ import annotations
+
+from retrieval.errors import (
+    EmbeddingError,
+    EncoderMismatchError,
+    IndexExistsError,
+    IndexFormatError,
+    IndexLockedError,
+    IngestError,
+    SearchError,
+)
+from retrieval.index import Index
+from retrieval.retriever import Retriever
+from retrieval.types import Hit, Hits, IngestReport, SkippedFile
+
+__all__ = [
+    "EmbeddingError",
+    "EncoderMismatchError",
+    "Hit",
+    "Hits",
+    "Index",
+    "IndexExistsError",
+    "IndexFormatError",
+    "IndexLockedError",
+    "IngestError",
+    "IngestReport",
+    "Retriever",
+    "SearchError",
+    "SkippedFile",
+]

@@ -1,0 +1,102 @@
+"""Encoders as the index sees them: which built it, which may search it, and a small cache of extracted ones."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from matvit.encoder import ElasticEncoder, ImageEncoder
+from matvit.errors import CheckpointError
+from matvit.preprocess import FloatArray
+from matvit.spec import SubmodelSpec
+from retrieval.errors import EmbeddingError, EncoderMismatchError
+from retrieval.manifest import EncoderEntry
+
+
+def describe(encoder: ElasticEncoder) -> EncoderEntry:
+    """The manifest's entry for a gallery embedded by all of `encoder`."""
+    spec = encoder.shape.spec()
+    return EncoderEntry(
+        name=encoder.name,
+        source=encoder.source,
+        space_id=encoder.space_id,
+        weights_sha256=encoder.weights_sha256,
+        spec=str(spec),
+        resolution=spec.image_size,
+        embedding_dim=encoder.embedding_dim,
+    )
+
+
+def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
+    """The encoder that built the index. Raises CheckpointError, EncoderMismatchError or MissingExtraError."""
+    if entry.source is None:
+        raise CheckpointError(
+            what=f"the encoder '{entry.name}' that built this index was never saved",
+            where=str(index),
+            fix="pass encoder=",
+        )
+    from matvit import MatViT
+
+    try:
+        encoder: ElasticEncoder = MatViT.from_pretrained(entry.source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            what=f"the encoder that built this index cannot be loaded from '{entry.source}' ({error.what})",
+            where=str(index),
+            fix="put it back there, or pass encoder=",
+        ) from error
+    check_space(encoder, entry, index=index)
+    return encoder
+
+
+def check_space(encoder: ElasticEncoder | ImageEncoder, entry: EncoderEntry, *, index: Path) -> None:
+    """Raises EncoderMismatchError unless embeddings of `encoder` may be compared with the index's."""
+    if encoder.space_id != entry.space_id or encoder.embedding_dim != entry.embedding_dim:
+        raise EncoderMismatchError(
+            what=f"the encoder's embedding space {encoder.space_id:.12} is not this index's {entry.space_id:.12}",
+            where=str(index),
+            fix=f"use the encoder that built the index ({entry.source or entry.name}), "
+            "or index the pictures again with this one",
+        )
+
+
+def check_shape(embeddings: FloatArray, *, rows: int, dim: int) -> None:
+    """Raises EmbeddingError unless `embeddings` is (rows, dim) float32."""
+    if embeddings.shape != (rows, dim) or embeddings.dtype != np.float32:
+        raise EmbeddingError(
+            what=f"gave embeddings {embeddings.dtype}{embeddings.shape} instead of float32{(rows, dim)}",
+            where="encoder",
+            fix="check the encoder, or open the index with the one that built it",
+        )
+
+
+def is_unit(embeddings: FloatArray) -> npt.NDArray[np.bool_]:
+    """(N, D) -> (N,) bool: whether each row is finite and of unit length (to 1e-3, room for 16-bit runtimes)."""
+    lengths = np.linalg.norm(embeddings, axis=-1)
+    near: npt.NDArray[np.bool_] = np.abs(lengths - 1.0) < 1e-3  # False for NaN
+    return near
+
+
+class EncoderCache:
+    """The last few submodels that were extracted from one elastic encoder, by spec. Safe from any thread."""
+
+    def __init__(self, elastic: ElasticEncoder, *, size: int = 8) -> None:
+        self._elastic = elastic
+        self._size = size
+        self._kept: OrderedDict[SubmodelSpec, ImageEncoder] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, value: str | SubmodelSpec) -> ImageEncoder:
+        """The submodel named by a granularity, a spec string or a spec. Raises SpecError."""
+        spec = self._elastic.shape.spec(value)
+        with self._lock:
+            if spec not in self._kept:
+                self._kept[spec] = self._elastic.encoder(spec)
+                if len(self._kept) > self._size:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(spec)
+            return self._kept[spec]

@@ -1,0 +1,43 @@
+"""The index's branch of the error tree: every error names what is wrong, where, and how to mend it.
+
+MatVitError
+├── IndexFormatError        not an index, a damaged one, or one of a newer format
+├── IndexExistsError        an index cannot be created where something else already is
+├── IndexLockedError        another process is writing to the index
+├── EncoderMismatchError    an encoder of another embedding space than the index's
+├── EmbeddingError          an encoder that gave something other than finite unit-length vectors
+├── IngestError             pictures that cannot be found, or an index that cannot be written
+└── SearchError             a search that cannot be carried out, such as k = 0
+"""
+
+from __future__ import annotations
+
+from matvit.errors import MatVitError
+
+
+class IndexFormatError(MatVitError):
+    """A folder that holds no index, a damaged one, or one of a newer format."""
+
+
+class IndexExistsError(MatVitError):
+    """An index was to be created where a file, an index or other files already are."""
+
+
+class IndexLockedError(MatVitError):
+    """Another writer holds the index; `what` names its process id."""
+
+
+class EncoderMismatchError(MatVitError):
+    """An encoder whose embedding space is not the index's: the answers would be plausible nonsense."""
+
+
+class EmbeddingError(MatVitError):
+    """An encoder gave embeddings of a wrong shape, or not finite and of unit length."""
+
+
+class IngestError(MatVitError):
+    """Pictures that cannot be found, or an index that cannot be written."""
+
+
+class SearchError(MatVitError, ValueError):
+    """A search that cannot be carried out as it was asked."""

@@ -1,0 +1,147 @@
+"""The index: a folder that pictures are put into, and that retrievers search."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from matvit.encoder import ElasticEncoder
+from matvit.progress import Progress, silent
+from retrieval.encoders import check_space, describe, load_encoder
+from retrieval.errors import IndexExistsError
+from retrieval.files import TEMPORARY, writing
+from retrieval.ingest import Ingest
+from retrieval.lock import NAME as LOCK
+from retrieval.lock import writer_lock
+from retrieval.manifest import DELETIONS, GENERATIONS, SEGMENTS, Manifest, is_index, publish_manifest
+from retrieval.snapshot import Snapshot
+from retrieval.sources import Found, Images, find_files
+from retrieval.types import IndexInfo, IngestReport
+from retrieval.verify import find_problems
+from retrieval.writer import GenerationWriter
+
+
+class Index:
+    """An index folder, as of the generation that was opened or last written by this object.
+
+    Make one with `Index.create`, `Index.build` or `Index.open`.
+    """
+
+    def __init__(self, snapshot: Snapshot, *, encoder: ElasticEncoder | None) -> None:
+        self._snapshot = snapshot
+        self._encoder = encoder
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], *, encoder: ElasticEncoder) -> Index:
+        """A new, empty index for pictures embedded by all of `encoder`; missing parent folders are made.
+
+        Raises IndexExistsError when something is there already, IngestError when it cannot be written.
+        """
+        folder = Path(path).absolute()
+        with writing(folder):
+            _check_free(folder)
+            for name in (GENERATIONS, SEGMENTS, DELETIONS):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+        with writer_lock(folder):
+            _check_free(folder)  # another process may have been faster
+            manifest = Manifest(
+                generation=1,
+                parent=None,
+                created=datetime.now(UTC),
+                encoder=describe(encoder),
+                roots={},
+                segments=(),
+                deletions={},
+                next_id=0,
+            )
+            with writing(folder):
+                publish_manifest(folder, manifest)
+        return cls(Snapshot.open(folder), encoder=encoder)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Index:
+        """An existing index, every byte checked. Raises IndexFormatError."""
+        return cls(Snapshot.open(Path(path).absolute()), encoder=None)
+
+    @classmethod
+    def build(
+        cls,
+        images: Images,
+        *,
+        encoder: ElasticEncoder,
+        path: str | os.PathLike[str],
+        progress: Progress = silent,
+    ) -> Index:
+        """`create` and `ingest` in one; nothing is created when there are no pictures."""
+        found = find_files(images)
+        index = cls.create(path, encoder=encoder)
+        index._ingest(found, encoder=encoder, delete=False, progress=progress)
+        return index
+
+    @property
+    def path(self) -> Path:
+        """The index's folder, absolute."""
+        return self._snapshot.folder
+
+    @property
+    def generation(self) -> int:
+        """Number of the published state that this object shows."""
+        return self._snapshot.manifest.generation
+
+    def ingest(
+        self,
+        images: Images,
+        *,
+        encoder: ElasticEncoder | None = None,
+        delete: bool = False,
+        progress: Progress = silent,
+    ) -> IngestReport:
+        """Bring the index up to date with `images`: a folder, a file, a pattern, or several of those.
+
+        Files that the index holds with the same size and time, or the same content, are not embedded again.
+        Files that cannot be used are skipped and listed. With `delete`, pictures below the named folders
+        whose file is gone are forgotten. `encoder` None: the one that the index was created with.
+
+        Publishes as it goes, so an interrupted run continues where it stopped when it is repeated;
+        KeyboardInterrupt is raised again after publishing what is complete.
+        Raises IngestError (nothing to index, or the disk refuses), IndexLockedError, EncoderMismatchError,
+        CheckpointError.
+        """
+        return self._ingest(find_files(images), encoder=encoder, delete=delete, progress=progress)
+
+    def info(self) -> IndexInfo:
+        """What this generation holds."""
+        return self._snapshot.info()
+
+    def verify(self, *, progress: Progress = silent) -> list[str]:
+        """Read the whole index as it lies on the disk now: one sentence per problem, empty when it is sound."""
+        return find_problems(self.path, progress=progress)
+
+    def _ingest(
+        self, found: Found, *, encoder: ElasticEncoder | None, delete: bool, progress: Progress
+    ) -> IngestReport:
+        entry = self._snapshot.manifest.encoder
+        encoder = encoder or self._encoder or load_encoder(entry, index=self.path)
+        check_space(encoder, entry, index=self.path)
+        with writer_lock(self.path):
+            snapshot = Snapshot.open(self.path, reuse=self._snapshot)  # others may have written since
+            writer = GenerationWriter(self.path, snapshot.manifest)
+            writer.clean()
+            run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)
+            report = run.run(delete=delete)
+            self._snapshot = Snapshot.open(self.path, reuse=snapshot)
+        self._encoder = encoder
+        return report
+
+
+def _check_free(folder: Path) -> None:
+    if is_index(folder):
+        raise IndexExistsError(
+            what="already holds an index", where=str(folder), fix="open it, or choose another folder"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise IndexExistsError(what="is a file", where=str(folder), fix="choose another name for the index")
+    ours = {GENERATIONS, SEGMENTS, DELETIONS, LOCK}  # a creation that was killed left no more than these
+    if folder.is_dir() and any(p.name not in ours and not p.name.startswith(TEMPORARY) for p in folder.iterdir()):
+        raise IndexExistsError(what="holds other files", where=str(folder), fix="choose a new or empty folder")

@@ -1,0 +1,54 @@
+"""One writer at a time: an operating-system lock, gone with its process, never stale."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from retrieval.errors import IndexLockedError
+from retrieval.files import writing
+
+NAME = "writer.lock"
+
+
+@contextmanager
+def writer_lock(folder: Path) -> Iterator[None]:
+    """Hold the index for writing. Raises IndexLockedError (names the holder's process id) or IngestError."""
+    path = folder / NAME
+    with writing(folder):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            holder = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
+            raise IndexLockedError(
+                what=f"process {holder} is writing to this index",
+                where=str(folder),
+                fix="wait until it is done, or stop it",
+            ) from error
+        # The file stays when the lock goes: removing it would let two writers lock two files of one name.
+        with writing(folder):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the process id, which others must be able to read
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,170 @@
+"""The manifest of one generation, and the CURRENT file that names the one that counts.
+
+docs/formats/index.md describes every field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from retrieval.errors import IndexFormatError
+from retrieval.files import RESTORE, damaged, reading, sha256_bytes, write_atomic
+
+FORMAT_VERSION = 1
+CURRENT = "CURRENT"
+GENERATIONS = "generations"
+SEGMENTS = "segments"
+DELETIONS = "deletions"
+EMBEDDINGS = "embeddings.f32"
+ITEMS = "items.sqlite"
+
+# Names from a manifest become paths: these patterns leave no room for "..", "/" or anything but our own files.
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+SegmentName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
+DeletionsName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}\.i64$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileEntry(_Model):
+    """One file of a segment."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class SegmentEntry(_Model):
+    """One segment: pictures' embeddings, and the items that they belong to."""
+
+    name: SegmentName
+    rows: Count  # embeddings
+    items: Count  # rows plus skipped files
+    files: dict[Literal["embeddings.f32", "items.sqlite"], FileEntry]
+
+
+class DeletionsEntry(_Model):
+    """The items of one segment that no longer count."""
+
+    file: DeletionsName
+    bytes: Count
+    sha256: Sha256
+    count: Count
+
+
+class EncoderEntry(_Model):
+    """What embedded the gallery."""
+
+    name: str
+    source: str | None
+    space_id: str
+    weights_sha256: str | None
+    spec: str
+    resolution: Annotated[int, Field(gt=0)]  # pixels
+    embedding_dim: Annotated[int, Field(gt=0)]
+
+
+class Manifest(_Model):
+    """One immutable published state of an index."""
+
+    format_version: Literal[1] = 1
+    generation: Annotated[int, Field(gt=0)]
+    parent: int | None
+    created: datetime  # UTC
+    encoder: EncoderEntry
+    index_type: Literal["exact"] = "exact"
+    roots: dict[str, str]  # name -> absolute folder
+    segments: tuple[SegmentEntry, ...]
+    deletions: dict[SegmentName, DeletionsEntry]
+    next_id: Count  # ids below were given away
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pointer:
+    """What CURRENT says: the generation's file and its sha256."""
+
+    name: str
+    sha256: str
+
+
+def is_index(folder: Path) -> bool:
+    """Whether `folder` looks like an index, damaged or not."""
+    return (folder / CURRENT).is_file() and (folder / GENERATIONS).is_dir()
+
+
+def read_pointer(folder: Path) -> Pointer:
+    """Read CURRENT. Raises IndexFormatError when `folder` is no index or CURRENT is damaged."""
+    if not is_index(folder):
+        what = (
+            "holds no index" if folder.is_dir() else "is a file, not an index" if folder.exists() else "no such index"
+        )
+        raise IndexFormatError(what=what, where=str(folder), fix="make one with: matvit index PICTURES --index FOLDER")
+    path = folder / CURRENT
+    with reading(path):
+        line = path.read_bytes()
+    match = re.fullmatch(rb"([0-9]{6,}\.json) ([0-9a-f]{64})\n", line)
+    if match is None:
+        raise damaged(path, "does not name a generation and its sha256")
+    return Pointer(name=match[1].decode("ascii"), sha256=match[2].decode("ascii"))
+
+
+def read_manifest(folder: Path, pointer: Pointer) -> Manifest:
+    """Read and check the generation that `pointer` names. Raises IndexFormatError."""
+    path = folder / GENERATIONS / pointer.name
+    with reading(path):
+        data = path.read_bytes()
+    if sha256_bytes(data) != pointer.sha256:
+        raise damaged(path, "is not what was published (its sha256 differs from the one in CURRENT)")
+    try:
+        raw = json.loads(data)
+        if not isinstance(raw, dict):
+            raise damaged(path, "is no JSON object")
+        # Through JSON again, so that strict types still read dates.
+        return Manifest.model_validate_json(json.dumps(upgrade(raw, path=path)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise damaged(path, f"has a bad field '{field}' ({first['msg']})") from error
+    except ValueError as error:
+        raise damaged(path, "is no JSON") from error
+
+
+def publish_manifest(folder: Path, manifest: Manifest) -> Pointer:
+    """Write the generation, then CURRENT. Until the very last step readers see the generation before."""
+    name = f"{manifest.generation:06d}.json"
+    data = (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode("ascii")
+    pointer = Pointer(name=name, sha256=sha256_bytes(data))
+    write_atomic(folder / GENERATIONS / name, data)
+    write_atomic(folder / CURRENT, f"{pointer.name} {pointer.sha256}\n".encode("ascii"))
+    return pointer
+
+
+Json = dict[str, Any]
+UPGRADES: dict[int, Callable[[Json], Json]] = {}  # from this version to the next, each a pure function
+
+
+def upgrade(raw: Json, *, path: Path) -> Json:
+    """Bring an older manifest to FORMAT_VERSION. Raises IndexFormatError for a newer or unknown one."""
+    while (found := raw.get("format_version")) != FORMAT_VERSION:
+        raw = UPGRADES[found](raw) if found in UPGRADES else _refuse_format(found, path)
+    return raw
+
+
+def _refuse_format(found: object, path: Path) -> NoReturn:
+    newer = isinstance(found, int) and found > FORMAT_VERSION
+    raise IndexFormatError(
+        what=f"the index has format version {found}"
+        + (f", newer than the {FORMAT_VERSION} that this program reads" if newer else ", which is unknown"),
+        where=str(path),
+        fix="upgrade: pip install -U matvit-retrieval" if newer else RESTORE,
+    )

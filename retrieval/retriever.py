@@ -1,0 +1,202 @@
+"""Searching an index with any submodel of the encoder that built it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from matvit.encoder import ElasticEncoder, ImageEncoder
+from matvit.preprocess import FloatArray, ImageSource
+from matvit.spec import SubmodelSpec
+from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder
+from retrieval.errors import EmbeddingError, SearchError
+from retrieval.flat import FlatSearch, ScoreArray
+from retrieval.items import IntArray
+from retrieval.snapshot import Snapshot
+from retrieval.types import Hit, Hits, Latency
+
+QueryEncoder = str | SubmodelSpec | ImageEncoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gallery:
+    """One generation, ready to be searched."""
+
+    snapshot: Snapshot
+    ids: IntArray  # (N,) int64, live pictures of all segments in order
+    segment_of: IntArray  # (N,) which segment each of them lies in
+    vectors: FlatSearch
+
+    @classmethod
+    def open(cls, folder: Path, *, reuse: Snapshot | None = None) -> _Gallery:
+        snapshot = Snapshot.open(folder, reuse=reuse)
+        live = [segment.live_rows() for segment in snapshot.segments]
+        pairs = list(zip(snapshot.segments, live, strict=True))
+        none = np.empty(0, dtype=np.int64)
+        ids = np.concatenate([none, *(segment.row_ids[rows] for segment, rows in pairs)])
+        return cls(
+            snapshot=snapshot,
+            ids=ids,
+            segment_of=np.repeat(np.arange(len(live)), [len(rows) for rows in live]),
+            vectors=FlatSearch(
+                ids,
+                (segment.embeddings[rows] for segment, rows in pairs),
+                dim=snapshot.manifest.encoder.embedding_dim,
+            ),
+        )
+
+    def hits(self, positions: IntArray, scores: ScoreArray) -> tuple[Hit, ...]:
+        """Join what was found with its items."""
+        ids, homes = self.ids[positions], self.segment_of[positions]
+        items = {}
+        for number in np.unique(homes).tolist():
+            items.update(self.snapshot.segments[number].items.lookup(ids[homes == number].tolist()))
+        return tuple(
+            Hit(
+                rank=rank,
+                id=number,
+                path=self.snapshot.full_path(items[number]),
+                score=min(1.0, max(-1.0, score)),  # unit length is exact to rounding only
+                metadata=json.loads(items[number].metadata),
+            )
+            for rank, (number, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True), start=1)
+        )
+
+
+class Retriever:
+    """Searches one generation of an index, the one that counted when it was opened; `reload` moves on.
+
+    May be shared by threads.
+    """
+
+    def __init__(self, gallery: _Gallery, *, encoder: ElasticEncoder | None) -> None:
+        self._gallery = gallery
+        self._encoder = encoder
+        self._submodels = EncoderCache(encoder) if encoder is not None else None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, encoder: ElasticEncoder | None = None) -> Retriever:
+        """Open an index for searching, every byte checked; its vectors are read into memory.
+
+        `encoder` None: the one that built the index, loaded when a search first needs it.
+        Raises IndexFormatError, or EncoderMismatchError when `encoder` is of another embedding space.
+        """
+        gallery = _Gallery.open(Path(path).absolute())
+        if encoder is not None:
+            check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
+        return cls(gallery, encoder=encoder)
+
+    def __len__(self) -> int:
+        """Pictures that can be found."""
+        return len(self._gallery.ids)
+
+    @property
+    def path(self) -> Path:
+        """The index's folder, absolute."""
+        return self._gallery.snapshot.folder
+
+    @property
+    def generation(self) -> int:
+        """The generation that is searched."""
+        return self._gallery.snapshot.manifest.generation
+
+    @property
+    def encoder(self) -> ElasticEncoder:
+        """The encoder that queries are cut from; loaded on first use.
+
+        Raises CheckpointError, EncoderMismatchError or MissingExtraError when it cannot be had.
+        """
+        with self._lock:
+            if self._encoder is None:
+                snapshot = self._gallery.snapshot
+                self._encoder = load_encoder(snapshot.manifest.encoder, index=snapshot.folder)
+            return self._encoder
+
+    def reload(self) -> int:
+        """Move on to the generation that counts now; returns its number. Raises IndexFormatError."""
+        self._gallery = _Gallery.open(self.path, reuse=self._gallery.snapshot)
+        return self.generation
+
+    def search(self, image: ImageSource, *, encoder: QueryEncoder = "XL", k: int = 10) -> Hits:
+        """The `k` pictures nearest to `image` (a path, encoded bytes, or a PIL image); fewer when there are fewer.
+
+        `encoder`: a granularity, a spec string, a spec, or any encoder of the index's embedding space.
+        Raises ImageError, SpecError, EncoderMismatchError, SearchError (k < 1), or what `Retriever.encoder` raises.
+        """
+        return self.search_many([image], encoder=encoder, k=k)[0]
+
+    def search_many(
+        self, images: Iterable[ImageSource], *, encoder: QueryEncoder = "XL", k: int = 10, batch_size: int = 32
+    ) -> list[Hits]:
+        """`search` for every one of `images`, `batch_size` of them encoded together; raises what it raises."""
+        for name, value in (("k", k), ("batch_size", batch_size)):
+            if value < 1:
+                raise SearchError(what=f"{name} is {value}", where="search", fix=f"give a {name} of 1 or more")
+        gallery = self._gallery  # a reload by another thread does not mix generations
+        ready = self._query_encoder(encoder, gallery)
+        return [
+            hits
+            for batch in _batches(images, batch_size)
+            for hits in _search_batch(batch, gallery=gallery, encoder=ready, k=k)
+        ]
+
+    def _query_encoder(self, encoder: QueryEncoder, gallery: _Gallery) -> ImageEncoder:
+        if isinstance(encoder, str | SubmodelSpec):
+            if self._submodels is None:
+                self._submodels = EncoderCache(self.encoder)
+            return self._submodels.get(encoder)
+        check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
+        return encoder
+
+
+def _batches(images: Iterable[ImageSource], size: int) -> Iterator[list[ImageSource]]:
+    remaining = iter(images)
+    while batch := list(islice(remaining, size)):
+        yield batch
+
+
+def _search_batch(images: Sequence[ImageSource], *, gallery: _Gallery, encoder: ImageEncoder, k: int) -> Iterator[Hits]:
+    start = time.perf_counter()
+    pixels = encoder.preprocess(images)
+    preprocessed = time.perf_counter()
+    queries = encoder.encode(pixels)
+    _check_queries(queries, rows=len(images), dim=gallery.snapshot.manifest.encoder.embedding_dim)
+    encoded = time.perf_counter()
+    answers = [gallery.hits(*found) for found in gallery.vectors.search(queries, k=k)]
+    searched = time.perf_counter()
+    share = 1000.0 / len(images)  # seconds of the batch -> milliseconds of one query
+    latency = Latency(
+        preprocess=(preprocessed - start) * share,
+        encode=(encoded - preprocessed) * share,
+        search=(searched - encoded) * share,
+        total=(searched - start) * share,
+    )
+    for image, hits in zip(images, answers, strict=True):
+        yield Hits(
+            hits=hits,
+            query=None if isinstance(image, bytes | Image.Image) else os.fspath(image),
+            spec=str(encoder.spec),
+            runtime=encoder.runtime,
+            generation=gallery.snapshot.manifest.generation,
+            latency_ms=latency,
+        )
+
+
+def _check_queries(queries: FloatArray, *, rows: int, dim: int) -> None:
+    check_shape(queries, rows=rows, dim=dim)
+    if not is_unit(queries).all():
+        raise EmbeddingError(
+            what="gave an embedding that is not finite or not of unit length",
+            where="encoder",
+            fix="search with another submodel, or check the checkpoint with: matvit verify",
+        )

@@ -1,0 +1,90 @@
+"""What the index and the retriever hand back: frozen values, no behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import overload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedFile:
+    """A file that is not in the index, with the short reason."""
+
+    path: Path  # absolute; may hold undecodable bytes as surrogates, as `os.fsdecode` makes them
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestReport:
+    """What one `Index.ingest` did. Each file that was found is counted exactly once."""
+
+    indexed: int  # pictures embedded: new ones and changed ones
+    unchanged: int  # pictures that the index already held
+    deleted: int  # pictures and skipped files forgotten because their file is gone
+    skipped: tuple[SkippedFile, ...]  # files found but not indexed, also those known from an earlier run
+    images_per_second: float  # `indexed` / `seconds`
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexInfo:
+    """What one generation of an index holds."""
+
+    path: Path
+    items: int  # pictures that can be found
+    generation: int
+    index_type: str
+    bytes: int  # of all files that the generation names
+    embedding_dim: int
+    space_id: str
+    weights_sha256: str | None
+    encoder_name: str
+    encoder_source: str | None
+    encoder_spec: str  # of the gallery
+    encoder_resolution: int  # pixels
+    skipped: tuple[SkippedFile, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Milliseconds that one query took; in a batch, its equal share of the batch."""
+
+    preprocess: float
+    encode: float
+    search: float  # the vector search and the look-up of the items
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """One found picture."""
+
+    rank: int  # from 1
+    id: int  # stable over all generations of the index
+    path: Path  # absolute
+    score: float  # cosine similarity, in [-1, 1]
+    metadata: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hits(Sequence[Hit]):
+    """The answer to one query: its hits, best first, and how they were found."""
+
+    hits: tuple[Hit, ...]
+    query: str | None  # the path that was searched with; None for bytes and PIL images
+    spec: str  # canonical string of the submodel that encoded the query
+    runtime: str  # what computed it, for example "torch-cpu"
+    generation: int  # of the index
+    latency_ms: Latency
+
+    @overload
+    def __getitem__(self, index: int) -> Hit: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Hit, ...]: ...
+    def __getitem__(self, index: int | slice) -> Hit | tuple[Hit, ...]:
+        return self.hits[index]
+
+    def __len__(self) -> int:
+        return len(self.hits)

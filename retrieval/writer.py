@@ -1,0 +1,161 @@
+"""Publishing a generation: segment, deletions, manifest and, last, CURRENT."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from matvit.preprocess import FloatArray
+from retrieval.files import (
+    remove_temporaries,
+    sha256_bytes,
+    sha256_file,
+    sync_folder,
+    temporary_name,
+    write_atomic,
+    write_synced,
+    writing,
+)
+from retrieval.items import Item, write_items
+from retrieval.manifest import (
+    DELETIONS,
+    EMBEDDINGS,
+    GENERATIONS,
+    ITEMS,
+    SEGMENTS,
+    DeletionsEntry,
+    FileEntry,
+    Manifest,
+    SegmentEntry,
+    publish_manifest,
+)
+from retrieval.snapshot import read_deletions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One item to publish; its row is given when it is written."""
+
+    item: Item
+    embedding: FloatArray | None  # (D,) float32 of unit length; None for a skipped file
+    replaces: str | None  # the segment whose item of the same id stops counting
+
+
+class GenerationWriter:
+    """Publishes generations of one index. Use it only while holding the writer's lock."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest  # the newest published generation
+
+    def clean(self) -> None:
+        """Remove what a killed writer left: temporary files, and whatever no published generation names."""
+        known = {segment.name for segment in self.manifest.segments}
+        with writing(self.folder):
+            for name in ("", GENERATIONS, SEGMENTS, DELETIONS):
+                remove_temporaries(self.folder / name)
+            for path in (self.folder / GENERATIONS).glob("*.json"):
+                if path.stem.isdigit() and int(path.stem) > self.manifest.generation:
+                    path.unlink()
+            # Nothing drops a segment yet, so the newest generation names every segment of the older ones too.
+            for home in (self.folder / SEGMENTS).iterdir():
+                if home.name not in known:
+                    shutil.rmtree(home)
+
+    def publish(
+        self,
+        entries: Sequence[Entry],
+        *,
+        deleted: Mapping[str, Iterable[int]],
+        roots: Mapping[str, str],
+        next_id: int,
+    ) -> None:
+        """Make one more generation; afterwards `self.manifest` is it.
+
+        `deleted` maps segments to ids that stop counting, besides those that entries replace.
+        Raises IngestError when the disk refuses; the generation before then still counts.
+        """
+        with writing(self.folder):
+            segments, deletions = self.manifest.segments, dict(self.manifest.deletions)
+            if entries:
+                segment = _write_segment(self.folder, entries, self.manifest)
+                segments = (*segments, segment)
+            for name, ids in _stopped(entries, deleted).items():
+                deletions[name] = self._write_deletions(name, ids)
+            manifest = Manifest(
+                generation=self.manifest.generation + 1,
+                parent=self.manifest.generation,
+                created=datetime.now(UTC),
+                encoder=self.manifest.encoder,
+                roots=dict(roots),
+                segments=segments,
+                deletions=deletions,
+                next_id=next_id,
+            )
+            publish_manifest(self.folder, manifest)
+        self.manifest = manifest
+
+    def _write_deletions(self, segment: str, ids: set[int]) -> DeletionsEntry:
+        ids = ids | set(read_deletions(self.folder, self.manifest, segment).tolist())
+        data = np.array(sorted(ids), dtype="<i8").tobytes()
+        sha256 = sha256_bytes(segment.encode("ascii") + data)[:16]  # two segments may lose equal ids
+        name = f"{sha256}.i64"
+        write_atomic(self.folder / DELETIONS / name, data)
+        return DeletionsEntry(file=name, bytes=len(data), sha256=sha256_bytes(data), count=len(ids))
+
+
+def _stopped(entries: Sequence[Entry], deleted: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
+    stopped = {segment: set(ids) for segment, ids in deleted.items()}
+    for entry in entries:
+        if entry.replaces is not None:
+            stopped.setdefault(entry.replaces, set()).add(entry.item.id)
+    return {segment: ids for segment, ids in stopped.items() if ids}
+
+
+def _write_segment(folder: Path, entries: Sequence[Entry], parent_manifest: Manifest) -> SegmentEntry:
+    parent = folder / SEGMENTS
+    building = temporary_name(parent / "segment")
+    try:
+        building.mkdir()
+        rows = [entry.embedding for entry in entries if entry.embedding is not None]
+        embeddings = np.stack(rows) if rows else np.empty((0, parent_manifest.encoder.embedding_dim), dtype=np.float32)
+        write_synced(building / EMBEDDINGS, embeddings.astype("<f4").tobytes())
+        write_items(building / ITEMS, _with_rows(entries))
+        sync_folder(building)
+        files = {name: _file_entry(building / name) for name in (EMBEDDINGS, ITEMS)}
+        name = _segment_name(parent_manifest.generation, files)
+        if (parent / name).exists():  # an interrupted publication of these very entries is repeated
+            shutil.rmtree(building)
+        else:
+            os.replace(building, parent / name)  # noqa: PTH105 - tests inject failures into os
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    sync_folder(parent)
+    return SegmentEntry(name=name, rows=len(rows), items=len(entries), files=files)  # type: ignore[arg-type]
+
+
+def _segment_name(generation: int, files: Mapping[str, FileEntry]) -> str:
+    # The generation makes a file that was changed and then changed back a new segment, not the old one again.
+    hashes = " ".join([str(generation), *(file.sha256 for file in files.values())])
+    return sha256_bytes(hashes.encode("ascii"))[:16]
+
+
+def _with_rows(entries: Sequence[Entry]) -> Iterator[Item]:
+    row = 0
+    for entry in entries:
+        if entry.embedding is None:
+            yield entry.item
+        else:
+            yield replace(entry.item, row=row)
+            row += 1
+
+
+def _file_entry(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))

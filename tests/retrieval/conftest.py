@@ -1,0 +1,91 @@
+"""A tiny elastic encoder without torch, and folders of pictures that it can tell apart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matvit.preprocess import FloatArray, ImageSource, Preprocessing
+from matvit.spec import EncoderShape, SubmodelSpec
+
+SHAPE = EncoderShape(ffn_widths=(64, 64), num_heads=2, image_size=8)
+PREPROCESSING = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+DIM = 16
+
+
+@dataclass(frozen=True)
+class FakeEncoder:
+    """A fixed random projection of the pixels; the narrower the spec, the more noise."""
+
+    spec: SubmodelSpec
+    space_id: str
+    runtime: str = "numpy"
+    embedding_dim: int = DIM
+
+    def preprocess(self, images: Sequence[ImageSource]) -> FloatArray:
+        return PREPROCESSING.batch(images, size=self.spec.image_size)
+
+    def encode(self, pixels: FloatArray) -> FloatArray:
+        random = np.random.default_rng(7)
+        exact = random.standard_normal((pixels[0].size, DIM))
+        noise = random.standard_normal((pixels[0].size, DIM))
+        missing = 1 - sum(self.spec.widths) / sum(SHAPE.ffn_widths)
+        flat = pixels.reshape(len(pixels), -1)
+        embeddings = flat @ (exact + 0.3 * missing * noise) + 1e-3
+        return (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)).astype(np.float32)
+
+    def embed(self, images: Sequence[ImageSource]) -> FloatArray:
+        return self.encode(self.preprocess(images))
+
+
+@dataclass
+class FakeElastic:
+    name: str = "fake"
+    source: str | None = "fake-source"
+    space_id: str = "5" * 64
+    weights_sha256: str | None = "6" * 64
+    embedding_dim: int = DIM
+    shape: EncoderShape = SHAPE
+    extracted: int = 0
+
+    def encoder(self, spec: str | SubmodelSpec | None = None) -> FakeEncoder:
+        self.extracted += 1
+        return FakeEncoder(self.shape.spec(spec), self.space_id)
+
+    def in_another_space(self) -> FakeElastic:
+        return replace(self, space_id="a" * 64)
+
+
+def picture_bytes(seed: int, *, size: tuple[int, int] = (12, 10)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def elastic() -> FakeElastic:
+    return FakeElastic()
+
+
+@pytest.fixture
+def picture() -> Callable[[int], bytes]:
+    """picture(seed) -> PNG bytes, different for every seed."""
+    return picture_bytes
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten pictures, 0.png to 9.png, the last three in a sub-folder."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(10):
+        place = folder / "sub" if number >= 7 else folder
+        (place / f"{number}.png").write_bytes(picture_bytes(number))
+    return folder
