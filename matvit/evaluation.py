@@ -77,7 +77,7 @@ class CrossTest:
     queries: str  # names of the data sets; equal for leave-one-out
     gallery: str
     matrix: Mapping[str, Mapping[str, Quality]]  # query spec -> gallery spec -> quality
-    flops: Mapping[str, int]  # per spec string, one picture
+    flops: Mapping[str, int]  # per spec string, one picture; the full encoder's too
     near_copies: int  # queries left out because the gallery holds nearly the same picture
     without_match: int  # queries left out because the gallery holds no other picture of their class
     skipped: tuple[SkippedPicture, ...]
@@ -158,7 +158,7 @@ def cross_test(
         queries=queries.name,
         gallery=(gallery or queries).name,
         matrix=_matrix(task, asking.take(kept).vectors, found.vectors, asked, indexed),
-        flops={str(spec): flops[str(spec)] for spec in [*asked, *indexed] if flops and str(spec) in flops},
+        flops={str(spec): flops[str(spec)] for spec in [full, *asked, *indexed] if flops and str(spec) in flops},
         near_copies=int(copies.sum()),
         without_match=int((~matched & ~copies).sum()),
         skipped=skipped,
