@@ -1,0 +1,80 @@
+"""Batches: a function of seed, stage and step alone, so that a resumed run sees what it would have seen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matvit.training.data import DeviceImages, colour_jitter, cut, random_crops
+from matvit.training.recipe import Augmentation
+from matvit.training.teacher import TeacherTargets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B pictures, those of one data set beside each other."""
+
+    images: Tensor  # (B, 3, H, W) float32 in [0, 1], augmented
+    targets: list[Tensor]  # per data set (B_i, C_i) float32: class probabilities
+    features: Tensor | None  # (B, E): the teacher's features of the same crops
+    probabilities: Tensor | None  # (B, T): the teacher's class probabilities
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """One data set on the device, its share of a batch, and what the teacher said of it."""
+
+    images: DeviceImages
+    batch: int
+    teacher: TeacherTargets | None = None
+
+
+def draw_batch(
+    sets: Sequence[TrainingSet],
+    *,
+    augmentation: Augmentation,
+    image_size: int,
+    with_teacher: bool,
+    key: tuple[int, ...],
+) -> Batch:
+    """The batch of `key` (seed, stage, step): fixed teacher crops if `with_teacher`, else fresh ones."""
+    device = sets[0].images.pixels.device
+    generator = torch.Generator(device).manual_seed(random.Random(str(key)).getrandbits(63))  # noqa: S311
+    crops, targets, features, probabilities = [], [], [], []
+    for one in sets:
+        rows = torch.randint(len(one.images), (one.batch,), generator=generator, device=device)
+        if with_teacher and one.teacher is not None:
+            view = torch.randint(one.teacher.boxes.shape[1], (one.batch,), generator=generator, device=device)
+            boxes = one.teacher.boxes[rows, view]
+            features.append(one.teacher.features[rows, view])
+            probabilities.append(one.teacher.probabilities[rows, view])
+        else:
+            boxes = random_crops(one.images.aspect[rows], augmentation, generator)
+        # Cut at twice the size and average: antialiased where the source is larger than the input.
+        crops.append(F.avg_pool2d(cut(one.images.pixels[rows], boxes, 2 * image_size), 2))
+        targets.append(F.one_hot(one.images.labels[rows], one.images.num_classes).float())
+    if augmentation.mixup_alpha > 0:
+        crops, targets = _mixup(crops, targets, augmentation.mixup_alpha, key)
+    return Batch(
+        images=colour_jitter(torch.cat(crops), augmentation, generator),
+        targets=targets,
+        features=torch.cat(features) if features else None,
+        probabilities=torch.cat(probabilities) if probabilities else None,
+    )
+
+
+def _mixup(
+    crops: list[Tensor], targets: list[Tensor], alpha: float, key: tuple[int, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mix each picture with its mirror position in the data set's share of the batch, one ratio per batch."""
+    kept = random.Random(str(key)).betavariate(alpha, alpha)  # noqa: S311  # a seed, not a secret
+
+    def mix(part: Tensor) -> Tensor:
+        return kept * part + (1 - kept) * part.flip(0)
+
+    return [mix(part) for part in crops], [mix(part) for part in targets]

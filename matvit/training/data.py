@@ -1,0 +1,112 @@
+"""Training pictures on the device: decoded once, cropped and augmented there.
+
+A picture is kept as a square of 8-bit pixels together with its true aspect ratio, so that random
+crops are drawn in the picture's own geometry and nothing at its sides is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from matvit.datasets import LabelledImages
+from matvit.errors import DatasetError
+from matvit.preprocess import open_image
+from matvit.progress import Progress, ProgressEvent
+from matvit.training.recipe import Augmentation
+
+_DECODE_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceImages:
+    """N labelled pictures in device memory."""
+
+    pixels: Tensor  # (N, 3, R, R) uint8, squeezed to a square
+    aspect: Tensor  # (N,) float32, width / height
+    labels: Tensor  # (N,) int64
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def to_device(images: LabelledImages, *, resolution: int, device: torch.device, progress: Progress) -> DeviceImages:
+    """Decode all pictures to `resolution` pixels a side. Raises DatasetError for one that cannot be read."""
+    pixels = torch.empty(len(images), 3, resolution, resolution, dtype=torch.uint8)
+    aspect = torch.empty(len(images))
+
+    def decode(index: int) -> None:
+        try:
+            image = open_image(images.images[index])
+        except Exception as error:
+            raise DatasetError(
+                what=f"cannot be read ({error})", where=images.origins[index], fix="remove it from the training data"
+            ) from error
+        aspect[index] = image.width / image.height
+        square = image.resize((resolution, resolution), Image.Resampling.BILINEAR)
+        pixels[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+        for done, _ in enumerate(pool.map(decode, range(len(images))), start=1):
+            if done % 1000 == 0 or done == len(images):
+                progress(ProgressEvent(stage=f"decode {images.name}", done=done, total=len(images), unit="pictures"))
+    return DeviceImages(
+        pixels=pixels.to(device),
+        aspect=aspect.to(device),
+        labels=torch.from_numpy(images.labels).to(device),
+        num_classes=len(images.class_names),
+    )
+
+
+def random_crops(aspect: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """Boxes (B, 4) as left, top, width, height in [0, 1], mirrored ones with negative width.
+
+    Drawn like torchvision's RandomResizedCrop in the picture's geometry, but clamped to the picture
+    where that would try again.
+    """
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(len(aspect), generator=generator, device=aspect.device) * (high - low) + low
+
+    area = uniform(*augmentation.scale) * aspect  # pictures are `aspect` wide and 1 high
+    ratio = uniform(math.log(augmentation.ratio[0]), math.log(augmentation.ratio[1])).exp()
+    width = ((area * ratio).sqrt() / aspect).clamp(max=1)
+    height = (area / ratio).sqrt().clamp(max=1)
+    left, top = uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height)
+    mirrored = uniform(0, 1) < 0.5
+    return torch.stack(
+        [torch.where(mirrored, left + width, left), top, torch.where(mirrored, -width, width), height], 1
+    )
+
+
+def cut(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops of (B, 3, R, R) uint8 by `boxes` (B, 4) -> (B, 3, size, size) float32 in [0, 1]."""
+    left, top, width, height = boxes.unbind(1)
+    theta = torch.zeros(len(boxes), 2, 3, device=boxes.device)
+    theta[:, 0, 0], theta[:, 1, 1] = width, height  # grid coordinates run from -1 to 1
+    theta[:, 0, 2], theta[:, 1, 2] = 2 * left + width - 1, 2 * top + height - 1
+    grid = F.affine_grid(theta, [len(boxes), 3, size, size], align_corners=False)
+    return F.grid_sample(pixels.float() / 255, grid, align_corners=False, padding_mode="reflection")
+
+
+def colour_jitter(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """Random brightness, contrast, saturation and grey pictures: (B, 3, H, W) in [0, 1], shape kept."""
+
+    def factor() -> Tensor:
+        noise = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) * 2 - 1
+        return 1 + augmentation.colour_jitter * noise
+
+    images = images * factor()
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = (images - mean) * factor() + mean
+    grey = images.mean(dim=1, keepdim=True)
+    keep = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) >= augmentation.grayscale
+    return ((images - grey) * factor() * keep + grey).clamp(0, 1)

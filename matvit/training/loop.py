@@ -1,0 +1,307 @@
+"""The only training loop: the stages of a recipe over one MatViT, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from matvit.datasets import LabelledImages, data_folder, read_dataset
+from matvit.errors import RecipeError
+from matvit.importance import order_by_importance
+from matvit.model import MatViT, run_block
+from matvit.progress import Progress, ProgressEvent, silent
+from matvit.training import losses
+from matvit.training.batches import Batch, TrainingSet, draw_batch
+from matvit.training.data import to_device
+from matvit.training.heads import Heads
+from matvit.training.recipe import Losses, Recipe, Stage
+from matvit.training.record import finish
+from matvit.training.sampling import specs_of_step
+from matvit.training.start import load_teacher, start_encoder
+from matvit.training.teacher import teach
+
+_SAVE_SECONDS = 60.0  # how much work a kill may cost
+_LOG_STEPS = 50
+_ORDER_PICTURES = 2048  # that the importance of hidden units is measured on
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """Everything that a run holds while it is under way."""
+
+    recipe: Recipe
+    fabric: Fabric
+    model: MatViT
+    heads: Heads
+    sets: list[TrainingSet]
+    folder: Path
+    progress: Progress
+    anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0  # spent in optimisation, over all starts
+
+
+def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress = silent) -> MatViT:
+    """Carry out `recipe`; returns the trained encoder, which is also saved in `out`/encoder.
+
+    Work in progress is kept in `out`/state.pt about once a minute, its log in `out`/log.jsonl; the
+    same call continues it. Raises RecipeError and DatasetError for what cannot be carried out.
+    """
+    torch.manual_seed(recipe.seed)  # start values of the heads; every step seeds itself
+    labelled = [read_dataset(data_folder() / one.path, classes=one.classes, exclude=one.exclude) for one in recipe.data]
+    out.mkdir(parents=True, exist_ok=True)
+    run = _prepare(recipe, labelled, out, progress)
+    optimiser_state = _restore(run) if resume else None
+    while run.stage < len(recipe.stages):
+        _run_stage(run, recipe.stages[run.stage], optimiser_state)
+        optimiser_state = None
+    return finish(run.model, recipe, labelled, folder=out / "encoder", seconds=run.seconds, progress=progress)
+
+
+def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> _Run:
+    fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
+    model = start_encoder(recipe).to(fabric.device)
+    if recipe.compile:
+        # All blocks of one width share one compiled graph.
+        model.block_forward = torch.compile(run_block, dynamic=False)
+    sets = [
+        TrainingSet(
+            images=to_device(images, resolution=one.resolution, device=fabric.device, progress=progress),
+            batch=one.batch,
+        )
+        for images, one in zip(labelled, recipe.data, strict=True)
+    ]
+    heads = Heads(model.embedding_dim, [one.images.num_classes for one in sets], recipe.teacher)
+    return _Run(
+        recipe=recipe,
+        fabric=fabric,
+        model=model,
+        heads=heads.to(fabric.device),
+        sets=sets,
+        folder=out,
+        progress=progress,
+    )
+
+
+def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
+    if run.step == 0:
+        _begin_stage(run, stage)
+    with_teacher = _wanted(stage, "need_teacher")
+    if with_teacher and run.sets[0].teacher is None:
+        _ask_teacher(run, stage)
+    optimiser, schedule = _optimiser(run, stage)
+    if optimiser_state is not None:
+        optimiser.load_state_dict(optimiser_state)
+    saved = began = time.monotonic()
+    while run.step < stage.steps:
+        schedule.step_update(run.step)
+        batch = draw_batch(
+            run.sets,
+            augmentation=stage.augmentation,
+            image_size=run.model.config.image_size,
+            with_teacher=with_teacher,
+            key=(run.recipe.seed, run.stage, run.step),
+        )
+        loss = _step(run, stage, optimiser, batch)
+        run.step += 1
+        now = time.monotonic()
+        if run.step % _LOG_STEPS == 0 or run.step == stage.steps:
+            _log(run, stage, loss.item(), optimiser.param_groups[-1]["lr"])
+        if now - saved > _SAVE_SECONDS:
+            run.seconds, began = run.seconds + now - began, now
+            _save(run, optimiser)
+            saved = time.monotonic()
+    run.seconds += time.monotonic() - began
+    run.stage, run.step = run.stage + 1, 0
+    _save(run, None)
+
+
+def _begin_stage(run: _Run, stage: Stage) -> None:
+    """Freeze what the stage aligns to, and order hidden units before submodels are first trained."""
+    if _wanted(stage, "need_anchor"):
+        run.anchor = copy.deepcopy(run.model).requires_grad_(False)
+    earlier = run.recipe.stages[: run.stage]
+    if stage.submodels is not None and not any(one.submodels for one in earlier):
+        batch = draw_batch(
+            [replace(one, batch=_ORDER_PICTURES // len(run.sets)) for one in run.sets],
+            augmentation=stage.augmentation,
+            image_size=run.model.config.image_size,
+            with_teacher=False,
+            key=(run.recipe.seed, run.stage, -1),
+        )
+        order_by_importance(run.model, _normalise(run.model, batch.images))
+
+
+def _ask_teacher(run: _Run, stage: Stage) -> None:
+    recipe = run.recipe.teacher
+    if recipe is None:
+        raise RecipeError(what="distils no teacher", where="teacher", fix="name one in the recipe")
+    teacher = load_teacher(recipe).to(run.fabric.device)
+    run.sets = [
+        replace(
+            one,
+            teacher=teach(
+                teacher,
+                one.images,
+                recipe,
+                augmentation=stage.augmentation,
+                fabric=run.fabric,
+                seed=run.recipe.seed + index,
+                progress=run.progress,
+            ),
+        )
+        for index, one in enumerate(run.sets)
+    ]
+    features = [one.teacher.features.float().mean(dim=(0, 1)) * one.batch for one in run.sets if one.teacher]
+    run.heads.feature_mean.copy_(torch.stack(features).sum(dim=0) / sum(one.batch for one in run.sets))
+
+
+def _step(run: _Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    """One optimisation step over the full encoder and the step's submodels; the summed loss, detached."""
+    images = _normalise(run.model, batch.images)
+    anchors = None
+    if run.anchor is not None and _wanted(stage, "need_anchor"):
+        with torch.no_grad(), run.fabric.autocast():
+            anchors = run.anchor(images).float()
+    plan: list[tuple[Any, Losses]] = [(None, stage.full)]
+    if stage.submodels is not None:
+        specs = specs_of_step(
+            run.model.shape,
+            fixed=stage.fixed,
+            sampled=stage.sampled,
+            seed=run.recipe.seed,
+            step=run.step,
+        )
+        plan += [(spec, stage.submodels) for spec in specs]
+    optimiser.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=images.device)
+    for spec, weights in plan:  # one backward pass each keeps memory at one submodel's
+        with run.fabric.autocast():
+            embeddings = run.model(images, spec)
+        loss = _loss(run.heads, weights, embeddings.float(), batch, anchors)
+        run.fabric.backward(loss)
+        total += loss.detach()
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, run.recipe.optimiser.clip_norm)
+    optimiser.step()
+    return total
+
+
+def _loss(heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, anchors: Tensor | None) -> Tensor:
+    terms: list[Tensor] = []
+    if weights.classification:
+        parts = torch.split(embeddings, [len(target) for target in batch.targets])
+        logits = [head(part) for head, part in zip(heads.classes, parts, strict=True)]
+        terms.append(weights.classification * losses.classification(logits, batch.targets))
+    if weights.teacher_classes and batch.probabilities is not None:
+        logits_t = heads.teacher_classes(embeddings)
+        terms.append(weights.teacher_classes * losses.teacher_classes(logits_t, batch.probabilities))
+    if weights.teacher_features and batch.features is not None:
+        centred = batch.features.float() - heads.feature_mean
+        terms.append(weights.teacher_features * losses.teacher_features(heads.teacher_features(embeddings), centred))
+    if anchors is not None:
+        if weights.cosine:
+            terms.append(weights.cosine * losses.cosine(embeddings, anchors))
+        if weights.similarity:
+            terms.append(weights.similarity * losses.similarity(embeddings, anchors))
+        if weights.contrast:
+            terms.append(weights.contrast * losses.contrast(embeddings, anchors))
+    return torch.stack(terms).sum()
+
+
+def _optimiser(run: _Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
+    recipe = run.recipe.optimiser
+    groups = param_groups_layer_decay(
+        run.model.vit,
+        weight_decay=recipe.weight_decay,
+        no_weight_decay_list=run.model.vit.no_weight_decay(),
+        layer_decay=recipe.layer_decay,
+    )
+    groups.append({"params": list(run.heads.parameters()), "weight_decay": 0.0, "lr_scale": recipe.head_rate})
+    fused = run.fabric.device.type == "cuda"
+    optimiser = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=recipe.betas, fused=fused)
+    schedule = CosineLRScheduler(
+        optimiser,
+        t_initial=stage.steps,
+        warmup_t=max(1, round(recipe.warmup * stage.steps)),
+        warmup_lr_init=0.0,
+        t_in_epochs=False,
+    )
+    return optimiser, schedule
+
+
+def _normalise(model: MatViT, images: Tensor) -> Tensor:
+    mean = torch.tensor(model.preprocessing.mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(model.preprocessing.std, device=images.device).view(3, 1, 1)
+    return (images - mean) / std
+
+
+def _wanted(stage: Stage, need: str) -> bool:
+    return any(getattr(weights, need) for weights in (stage.full, stage.submodels) if weights is not None)
+
+
+def _log(run: _Run, stage: Stage, loss: float, learning_rate: float) -> None:
+    row = {"stage": stage.name, "step": run.step, "loss": loss, "learning_rate": learning_rate, "time": time.time()}
+    with (run.folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    run.progress(
+        ProgressEvent(
+            stage=f"train {stage.name}", done=run.step, total=stage.steps, unit="steps", note=f"loss {loss:.3f}"
+        )
+    )
+
+
+def _save(run: _Run, optimiser: torch.optim.Optimizer | None) -> None:
+    """Keep the run, atomically. `optimiser` None: between stages."""
+    state = {
+        "recipe": run.recipe.model_dump_json(),
+        "stage": run.stage,
+        "step": run.step,
+        "seconds": run.seconds,
+        "model": run.model.vit.state_dict(),
+        "heads": run.heads.state_dict(),
+        "anchor": None if run.anchor is None else run.anchor.vit.state_dict(),
+        "optimiser": None if optimiser is None else optimiser.state_dict(),
+    }
+    unfinished = run.folder / "state.pt.unfinished"
+    with unfinished.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(run.folder / "state.pt")
+
+
+def _restore(run: _Run) -> dict[str, Any] | None:
+    """Continue from the folder's state, if there is one; returns the optimiser's part."""
+    path = run.folder / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location=run.fabric.device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
+    if state["recipe"] != run.recipe.model_dump_json():
+        raise RecipeError(
+            what="belongs to another recipe", where=str(path), fix="choose another --out, or start again with --fresh"
+        )
+    run.stage, run.step, run.seconds = state["stage"], state["step"], state["seconds"]
+    if state["anchor"] is not None:
+        run.anchor = copy.deepcopy(run.model).requires_grad_(False)
+        run.anchor.vit.load_state_dict(state["anchor"])
+    run.model.vit.load_state_dict(state["model"])
+    run.heads.load_state_dict(state["heads"])
+    optimiser: dict[str, Any] | None = state["optimiser"]
+    return optimiser

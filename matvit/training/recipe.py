@@ -1,0 +1,166 @@
+"""Training recipes: YAML in, one checked value out. Everything that a run depends on is in here."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from matvit.errors import MissingExtraError, RecipeError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EncoderRecipe(_Strict):
+    """The plain timm ViT to start from."""
+
+    timm_model: str
+    weights: Path | None = None  # safetensors, relative to the working folder; None: random
+    pretrained: bool = False  # timm's own weights, from the hub
+    image_size: PositiveInt  # pixels
+
+
+class TeacherRecipe(_Strict):
+    """A frozen timm classifier whose pooled features and class probabilities are distilled."""
+
+    timm_model: str
+    weights: Path | None = None  # safetensors; None: timm's own weights, from the hub
+    image_size: PositiveInt  # pixels
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    views: PositiveInt = 4  # fixed random crops of every picture that the teacher sees, once
+
+
+class DataRecipe(_Strict):
+    """One training set; a batch is made of a fixed number of pictures from each."""
+
+    path: str  # as `matvit.datasets.read_dataset` takes it, relative to MATVIT_DATA
+    classes: str | None = None  # "0:50": indices of the sorted class names
+    exclude: tuple[str, ...] = ()
+    resolution: PositiveInt = 160  # pixels a side that the pictures are kept at
+    batch: PositiveInt  # pictures of this set in every step
+
+
+class ValidationRecipe(_Strict):
+    """What the trained encoder is measured on, for choosing; never the final test."""
+
+    queries: str
+    gallery: str | None = None
+    classes: str | None = None
+
+
+class Augmentation(_Strict):
+    """Random resized crops, flips and colour; strengths as in timm's training transforms."""
+
+    scale: tuple[float, float] = (0.35, 1.0)  # share of the picture's area
+    ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+    colour_jitter: float = Field(default=0.3, ge=0, le=1)
+    grayscale: float = Field(default=0.05, ge=0, le=1)
+    mixup_alpha: float = Field(default=0.0, ge=0)  # Beta(alpha, alpha); 0 = off; not with teacher losses
+
+
+class Losses(_Strict):
+    """Weights of the losses; 0 leaves one out. See `matvit.training.losses`."""
+
+    classification: float = Field(default=0.0, ge=0)  # towards the labels; 0 everywhere = a label-free run
+    teacher_classes: float = Field(default=0.0, ge=0)  # towards the teacher's probabilities
+    teacher_features: float = Field(default=0.0, ge=0)  # towards the teacher's pooled features
+    cosine: float = Field(default=0.0, ge=0)  # towards the frozen full encoder's embedding
+    similarity: float = Field(default=0.0, ge=0)  # towards its similarities over the batch
+    contrast: float = Field(default=0.0, ge=0)  # InfoNCE: its embedding of the same picture among the batch's
+
+    @property
+    def need_teacher(self) -> bool:
+        """Whether a teacher must have seen the crops."""
+        return self.teacher_classes > 0 or self.teacher_features > 0
+
+    @property
+    def need_anchor(self) -> bool:
+        """Whether the frozen full encoder of the stage before is needed."""
+        return self.cosine > 0 or self.similarity > 0 or self.contrast > 0
+
+
+class Stage(_Strict):
+    """One optimisation run. `submodels` None: only the full encoder is trained."""
+
+    name: str
+    steps: PositiveInt
+    learning_rate: PositiveFloat
+    full: Losses
+    submodels: Losses | None = None
+    fixed: tuple[str, ...] = ("S",)  # specs trained in every step besides XL
+    sampled: int = Field(default=1, ge=0)  # further specs drawn at random in every step
+    augmentation: Augmentation = Augmentation()
+
+
+class OptimiserRecipe(_Strict):
+    """AdamW with layer-wise decay, linear warm-up and cosine decay to 0."""
+
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.05
+    layer_decay: float = 0.85
+    head_rate: float = 3.0  # learning rate of the loss heads, relative to the encoder's last layer
+    warmup: float = 0.06  # share of the steps
+    clip_norm: float = 3.0
+
+
+class Recipe(_Strict):
+    """A training run, from start weights to a saved checkpoint."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = 0
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    compile: bool = False  # torch.compile the blocks (CUDA)
+    storage: Literal["float32", "int8"] = "int8"
+    encoder: EncoderRecipe
+    teacher: TeacherRecipe | None = None
+    data: tuple[DataRecipe, ...] = Field(min_length=1)
+    validation: ValidationRecipe | None = None
+    optimiser: OptimiserRecipe = OptimiserRecipe()
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    credits: tuple[str, ...] = ()  # for the model card
+    notes: tuple[str, ...] = ()  # for the model card
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            losses = [stage.full, *([stage.submodels] if stage.submodels else [])]
+            if any(loss.need_teacher for loss in losses):
+                if self.teacher is None:
+                    raise ValueError(f"stage '{stage.name}' distils a teacher, but the recipe names none")
+                if stage.augmentation.mixup_alpha:
+                    raise ValueError(f"stage '{stage.name}': mixup needs crops that the teacher has not seen")
+            if index == 0 and any(loss.need_anchor for loss in losses):
+                raise ValueError(f"stage '{stage.name}' aligns to the stage before it, but is the first")
+        return self
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """The recipe in a YAML file, or the packaged one of that name ("matvit-small").
+
+    Raises RecipeError when it is missing, not YAML, or not a recipe.
+    """
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.for_extra("train", purpose="matvit train") from error
+    path = Path(source)
+    packaged = resources.files("matvit.training") / "recipes" / f"{source}.yaml"
+    try:
+        text = packaged.read_text() if packaged.is_file() else path.read_text()
+        return Recipe.model_validate(yaml.safe_load(text))
+    except OSError as error:
+        raise RecipeError(
+            what=f"cannot be read ({error.strerror})", where=str(path), fix="give a recipe file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise RecipeError(what=f"not YAML ({problem})", where=str(path), fix="correct the file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "recipe"
+        raise RecipeError(what=f"{field}: {first['msg']}", where=str(path), fix="correct this field") from error

@@ -1,0 +1,125 @@
+"""What a trained checkpoint says of itself: where it came from, and what it was measured to do."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matvit.datasets import LabelledImages, data_folder, read_dataset
+from matvit.evaluation import cross_test
+from matvit.model import MatViT, run_block
+from matvit.progress import Progress
+from matvit.training.recipe import Recipe, ValidationRecipe
+
+
+def finish(
+    model: MatViT,
+    recipe: Recipe,
+    labelled: Sequence[LabelledImages],
+    *,
+    folder: Path,
+    seconds: float,
+    progress: Progress,
+) -> MatViT:
+    """Save `model` in `folder` with its record and Pareto table; returns it as loaded again from there.
+
+    Measured is what was saved: with int8 storage, the de-quantised weights.
+    """
+    model.block_forward = run_block
+    model.record = _record(recipe, labelled, device=model.device, seconds=seconds)
+    model.save_pretrained(folder, storage=recipe.storage)
+    saved = MatViT.from_pretrained(folder).to(model.device)
+    quality: dict[str, dict[str, float]] = {}
+    if recipe.validation is not None:
+        trained = _validate(model, recipe.validation, progress)
+        quality = _validate(saved, recipe.validation, progress)
+        saved.record["metrics"] = {"validation": quality, "before_storage": trained}
+    saved.pareto = tuple(_pareto_row(saved, name, quality.get(name, {})) for name in _names(saved))
+    saved.save_pretrained(folder, storage=recipe.storage)
+    return saved
+
+
+def _names(model: MatViT) -> list[str]:
+    return [str(spec) for spec in model.shape.granularities()]
+
+
+def _validate(model: MatViT, recipe: ValidationRecipe, progress: Progress) -> dict[str, dict[str, float]]:
+    root = data_folder()
+    result = cross_test(
+        model,
+        read_dataset(root / recipe.queries, classes=recipe.classes),
+        None if recipe.gallery is None else read_dataset(root / recipe.gallery, classes=recipe.classes),
+        query_specs=_names(model),
+        gallery_specs=["XL"],
+        progress=progress,
+    )
+    kept = ("recall@1", "recall@10", "map@100", "agreement@10")
+    matrix = result.to_json()["matrix"]
+    return {name: {key: matrix[name]["XL"][key] for key in kept} for name in _names(model)}
+
+
+def _pareto_row(model: MatViT, spec: str, quality: dict[str, float]) -> dict[str, Any]:
+    flops = model.flops(spec)
+    return {
+        "name": spec,
+        "spec": spec,
+        "flops": flops,
+        "params": model.num_params(spec),
+        "relative_flops": flops / model.flops(),
+        "quality": quality,
+    }
+
+
+def _record(
+    recipe: Recipe, labelled: Sequence[LabelledImages], *, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    batch = sum(one.batch for one in recipe.data)
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "data": [
+            {
+                "path": one.path,
+                "classes": one.classes,
+                "pictures": len(images),
+                "class_names": list(images.class_names),
+                "sha256": images.sha256,
+            }
+            for images, one in zip(labelled, recipe.data, strict=True)
+        ],
+        "pictures_seen": batch * sum(stage.steps for stage in recipe.stages),
+        "seconds": round(seconds, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {name: _version(name) for name in ("matvit-retrieval", "torch", "timm", "lightning-fabric")},
+        "commit": _commit(),
+        "credits": list(recipe.credits),
+        "notes": list(recipe.notes),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The source's git commit, "+" if it was changed since; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
