@@ -1,0 +1,130 @@
+"""`matvit app`: the page in a browser."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matvit.errors import MatVitError, MissingExtraError
+from matvit_app import services
+from matvit_app.cli.output import JsonFlag, say, write_json
+
+HOST, PORT = "127.0.0.1", 8501
+_START_SECONDS = 60.0
+
+Host = Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")]
+NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")]
+
+
+def app(
+    index: Annotated[
+        Path | None,
+        typer.Argument(help="The index. [default: photos.index in this folder, or else the demo]", show_default=False),
+    ] = None,
+    *,
+    host: Host = HOST,
+    port: Port = PORT,
+    no_browser: NoBrowser = False,
+    json: JsonFlag = False,
+) -> None:
+    """Open the page in a browser; Ctrl-C ends it.
+
+    Pick a picture and an encoder, and see what is found and what it cost.
+
+    \b
+    Examples:
+      matvit app
+      matvit app products.index --port 8600
+    """
+    if index is None and services.DEFAULT_INDEX.exists():
+        index = services.DEFAULT_INDEX
+    serve(index, host=host, port=port, browser=not no_browser, json=json)
+
+
+def serve(index: Path | None, *, host: str, port: int, browser: bool, json: bool) -> None:
+    """Run the page until it ends or Ctrl-C; `index` None shows the demo.
+
+    Raises MatVitError for an index that cannot be opened, a missing extra, or a port that is taken.
+    """
+    check_can_serve(host=host, port=port)
+    if index is not None:
+        services.index_info(index)  # or the page would open, only to say that it cannot show it
+    url = f"http://{host}:{port}"
+    command, environment = _command(host, port), _environment(index)
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 (our own arguments)
+    try:
+        _wait_until_ready(server, host=host, port=port)
+        if json:
+            write_json({"url": url, "index": None if index is None else str(index)})
+            sys.stdout.flush()
+        say(f"The page is at {url} (Ctrl-C ends it)")
+        if browser:
+            webbrowser.open(url)
+        server.wait()
+    except KeyboardInterrupt:
+        pass  # the usual way to end it
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def check_can_serve(*, host: str, port: int) -> None:
+    """Raises MissingExtraError without Streamlit, and MatVitError when nothing can listen at `host`:`port`."""
+    if find_spec("streamlit") is None:
+        raise MissingExtraError.for_extra("app", purpose="the page")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise MatVitError(
+            what=f"the page cannot listen there ({error.strerror})",
+            where=f"{host}:{port}",
+            fix=f"give another port, for example --port {port % 65535 + 1}",
+        ) from error
+
+
+def _command(host: str, port: int) -> list[str]:
+    options = {
+        "server.address": host,
+        "server.port": str(port),
+        "server.headless": "true",  # or a first run stops to ask for an e-mail
+        "browser.gatherUsageStats": "false",
+    }
+    script = Path(__file__).resolve().parents[1] / "ui" / "main.py"
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return [sys.executable, "-m", "streamlit", "run", str(script), *flags]
+
+
+def _environment(index: Path | None) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "MATVIT_INDEX"}
+    return environment if index is None else {**environment, "MATVIT_INDEX": str(index.resolve())}
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], *, host: str, port: int) -> None:
+    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 (a name to look up)
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://{local}:{port}/_stcore/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise MatVitError(
+        what="the page did not start",
+        where=f"http://{host}:{port}",
+        fix="see Streamlit's message above, or run: matvit doctor",
+    )

@@ -1,0 +1,68 @@
+"""`matvit index`: make an index, or add pictures to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from matvit_app import services
+from matvit_app.cli.output import JsonFlag, say, write_json, write_line
+from matvit_app.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from retrieval.types import IngestReport
+
+_SHOWN = 10  # skipped files that are listed for people; --json lists all
+
+
+def index(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES...", help="Pictures, and folders of pictures.", show_default=False)
+    ],
+    *,
+    path: Annotated[
+        Path, typer.Option("--index", help="The index: a folder, made if it is not there.")
+    ] = services.DEFAULT_INDEX,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Bundled name, checkpoint folder or hub id. "
+            f"[default: the index's own, for a new index {services.DEFAULT_CHECKPOINT}]",
+            show_default=False,
+        ),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Forget pictures whose files are gone.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if a file was skipped.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Index pictures with the full encoder.
+
+    Run it again to add pictures: those that the index knows are not embedded again.
+
+    \b
+    Examples:
+      matvit index ~/Pictures
+      matvit index shop/ warehouse/ --index products.index --delete
+    """
+    with progress_bar() as progress:
+        report = services.ingest(images, path=path, checkpoint=encoder, delete=delete, progress=progress)
+    if json:
+        write_json(services.ingest_json(report))
+    else:
+        _show(report, path)
+    if strict and report.skipped:
+        raise typer.Exit(code=1)
+
+
+def _show(report: IngestReport, path: Path) -> None:
+    write_line(
+        f"{path}: {report.indexed} indexed, {report.unchanged} unchanged, {report.deleted} deleted, "
+        f"{len(report.skipped)} skipped; {report.images_per_second:.0f} pictures/s, {report.seconds:.1f} s"
+    )
+    for skipped in report.skipped[:_SHOWN]:
+        say(f"skipped {skipped.path}: {skipped.reason}")
+    if len(report.skipped) > _SHOWN:
+        say(f"skipped {len(report.skipped) - _SHOWN} more: --json lists them")

@@ -1,0 +1,59 @@
+"""`matvit info`: what a checkpoint or an index is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from matvit_app import services
+from matvit_app.cli.output import JsonFlag, write_json, write_line, write_table
+
+
+def info(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="[CHECKPOINT|INDEX]", help="A bundled name, a checkpoint folder, a hub id, an index."),
+    ] = services.DEFAULT_CHECKPOINT,
+    *,
+    json: JsonFlag = False,
+) -> None:
+    """Show what an encoder's submodels cost, or what an index holds.
+
+    \b
+    Examples:
+      matvit info
+      matvit info photos.index
+    """
+    found = services.info_of(target)
+    if json:
+        write_json(found)
+    else:
+        _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    if "items" in found:
+        write_line(
+            f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, "
+            f"{found['index_type']} search, generation {found['generation']}"
+        )
+    write_line(f"encoder {found['encoder']}, {found['embedding_dim']} numbers a picture")
+    write_line(f"space {found['space_id']}")
+    write_line(f"cut along: {', '.join(found['axes'])}")
+    measures = sorted({key for submodel in found["submodels"] for key in submodel["quality"]})
+    rows = [
+        [
+            submodel["spec"],
+            f"{submodel['relative_flops']:.0%}",
+            f"{submodel['flops'] / 1e9:.2f} G",
+            f"{submodel['params'] / 1e6:.2f} M",
+            *(_measure(submodel["quality"].get(key)) for key in measures),
+        ]
+        for submodel in found["submodels"]
+    ]
+    write_table(["submodel", "share", "FLOPs", "parameters", *measures], rows)
+
+
+def _measure(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float | int) else ""

@@ -1,0 +1,97 @@
+"""The `matvit` command: wires the commands, and turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from matvit.errors import MatVitError, MissingExtraError
+from matvit_app.cli import app as app_command
+from matvit_app.cli import demo, doctor, evaluate, extract, index, info, search, train, verify
+from matvit_app.cli.output import say
+from matvit_app.doctor import extra_of
+
+BAD_NEWS, USAGE, INTERRUPTED = 1, 2, 130
+
+# click's UsageError, wherever this version of typer keeps it
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+cli = typer.Typer(
+    name="matvit",
+    help="Adaptive image retrieval: one elastic encoder, one index, any query cost.",
+    epilog="Start with: matvit demo",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cli.command("demo")(demo.demo)
+cli.command("index")(index.index)
+cli.command("search")(search.search)
+cli.command("info")(info.info)
+cli.command("train")(train.train)
+cli.command("extract")(extract.extract)
+cli.command("eval")(evaluate.evaluate)
+cli.command("app")(app_command.app)
+cli.command("doctor")(doctor.doctor)
+cli.command("verify")(verify.verify)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"matvit-retrieval {version('matvit-retrieval')}")
+        raise typer.Exit
+
+
+@cli.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; gives its exit code: 0, 1 (bad news), 2 (usage or input error), 130 (Ctrl-C).
+
+    What a user or a file supplied wrongly is one sentence on stderr, never a traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = cli(args=arguments or ["--help"], prog_name="matvit", standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has enough of it. Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BAD_NEWS
+    except _UsageError as error:
+        say(f"error: {_usage_sentence(error)}")
+    except ModuleNotFoundError as error:
+        say(f"error: {_missing_module(error)}")
+    except MatVitError as error:
+        say(f"error: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        if error.filename is None:
+            raise
+        say(f"error: {os.fsdecode(error.filename)}: {error.strerror}")
+    return USAGE
+
+
+def _usage_sentence(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx else "matvit"
+    message = error.format_message().rstrip(".")
+    return f"{message}; see: {command} --help"
+
+
+def _missing_module(error: ModuleNotFoundError) -> MissingExtraError:
+    extra = extra_of(error.name or "")
+    if extra is None:
+        raise error
+    return MissingExtraError.for_extra(extra, purpose=f"this command (package '{error.name}')")

@@ -1,0 +1,62 @@
+"""What the commands print: results on stdout (tables, or one JSON document), everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+_WIDE = 160  # columns of a table that goes into a file or a pipe
+
+
+def write_json(document: Mapping[str, Any]) -> None:
+    """The one JSON document of a command, on stdout.
+
+    ASCII only: a path that is no valid text survives as an escaped surrogate, whatever the terminal's encoding.
+    """
+    typer.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def write_line(text: str) -> None:
+    """One line of a result, on stdout."""
+    typer.echo(printable(text))
+
+
+def write_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", caption: str = "", text_columns: int = 1
+) -> None:
+    """A table on stdout; the first `text_columns` columns are text, the others are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Text everywhere: a file name such as "[b]" is no markup.
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=Text(printable(title)) if title else None,
+        caption=Text(caption) if caption else None,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for number, column in enumerate(columns):
+        is_text = number < text_columns
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+
+
+def say(message: str) -> None:
+    """One line for people, on stderr."""
+    typer.echo(printable(message.replace("\n", " ")), err=True)
+
+
+def printable(text: str) -> str:
+    """`text` without what would upset a terminal: control characters and undecodable bytes become "?"."""
+    return "".join(char if char.isprintable() else "?" for char in text)

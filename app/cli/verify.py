@@ -1,0 +1,39 @@
+"""`matvit verify`: is every byte of an index or a checkpoint what was written?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from matvit_app import services
+from matvit_app.cli.output import JsonFlag, write_json, write_line
+from matvit_app.cli.progress import progress_bar
+
+
+def verify(
+    target: Annotated[str, typer.Argument(metavar="INDEX|CHECKPOINT", help="An index or a checkpoint.")],
+    *,
+    json: JsonFlag = False,
+) -> None:
+    """Check every file of an index or a checkpoint against its hash.
+
+    Exit code 1 when something is wrong.
+
+    \b
+    Examples:
+      matvit verify photos.index
+      matvit verify matvit-small
+    """
+    with progress_bar() as progress:
+        result = services.verify(target, progress=progress)
+    if json:
+        write_json(
+            {"target": target, "kind": result.kind, "ok": not result.problems, "problems": list(result.problems)}
+        )
+    else:
+        for problem in result.problems:
+            write_line(problem)
+        write_line(f"{target}: {result.kind} {'is damaged' if result.problems else 'is whole'}")
+    if result.problems:
+        raise typer.Exit(code=1)

@@ -1,0 +1,137 @@
+"""A submodel as plain timm weights: a safetensors file, and a JSON file beside it that says how to build the module.
+
+FILE.safetensors    tensors under timm's names
+FILE.json           how to build, feed and read the module: `ExtractedConfig`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from timm.models.vision_transformer import VisionTransformer
+
+from matvit import MatViT, backbone
+from matvit.errors import CheckpointError, SpecError
+
+
+class ExtractedConfig(BaseModel):
+    """The JSON file beside extracted weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["matvit-extracted"] = "matvit-extracted"
+    format_version: Literal[1] = 1
+    encoder: str  # name of the elastic encoder that it was cut from
+    spec: str
+    space_id: str  # L2-normalised outputs compare with every index of this space
+    sha256: str  # of the safetensors file
+    preprocessing: dict[str, Any]
+    architecture: backbone.ViTConfig
+    timm_class: Literal["timm.models.vision_transformer.VisionTransformer"] = (
+        "timm.models.vision_transformer.VisionTransformer"
+    )
+    timm_arguments: dict[str, Any] | None  # None: widths differ by block, which timm's own class cannot build
+
+
+def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, ExtractedConfig]:
+    """Cuts `spec` out of `model` and writes both files, each atomically; gives the JSON file's path and content.
+
+    Raises SpecError for an unknown spec, and for an `out` whose name does not end in .safetensors.
+    """
+    if out.suffix != ".safetensors":
+        raise SpecError(
+            what="is no .safetensors file", where=f"--out {out}", fix="give a name that ends in .safetensors"
+        )
+    chosen = model.shape.spec(spec)
+    vit = model.extract(chosen)
+    weights = save({name: tensor.contiguous() for name, tensor in vit.state_dict().items()})
+    architecture = backbone.describe(vit)
+    config = ExtractedConfig(
+        encoder=model.name,
+        spec=str(chosen),
+        space_id=model.space_id,
+        sha256=hashlib.sha256(weights).hexdigest(),
+        preprocessing=model.preprocessing.to_json(),
+        architecture=architecture,
+        timm_arguments=_timm_arguments(architecture),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sidecar = out.with_suffix(".json")
+    _write(out, weights)
+    _write(sidecar, (config.model_dump_json(indent=2) + "\n").encode())
+    return sidecar, config
+
+
+def read_extracted(path: Path) -> VisionTransformer:
+    """The timm module that `write_extracted` wrote to `path`, in eval mode.
+
+    Raises CheckpointError when one of the two files is missing, damaged, or not the other's.
+    """
+    try:
+        config = ExtractedConfig.model_validate_json(path.with_suffix(".json").read_bytes())
+        weights = path.read_bytes()
+        if hashlib.sha256(weights).hexdigest() != config.sha256:
+            raise _damaged(path, "its sha256 is not the one in the JSON file beside it")
+        return backbone.build(config.architecture, load(weights))
+    except (OSError, ValidationError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise _damaged(path, f"it or the JSON file beside it cannot be read ({reason})") from error
+
+
+def _timm_arguments(config: backbone.ViTConfig) -> dict[str, Any] | None:
+    """Keyword arguments of timm's class in JSON types; None when they cannot say it."""
+    width = config.ffn_widths[0]
+    ratio = width / config.embed_dim
+    expressible = (
+        set(config.ffn_widths) == {width}
+        and int(config.embed_dim * ratio) == width
+        and config.norm_eps == 1e-6  # timm's default; another one would need a Python object
+        and config.patch_bias
+    )
+    if not expressible:
+        return None
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_classes": 0,
+        "global_pool": config.pool,
+        "embed_dim": config.embed_dim,
+        "depth": len(config.ffn_widths),
+        "num_heads": config.num_heads,
+        "mlp_ratio": ratio,
+        "qkv_bias": config.qkv_bias,
+        "qk_norm": config.qk_norm,
+        "proj_bias": config.proj_bias,
+        "init_values": 1.0 if config.layer_scale else None,
+        "class_token": config.class_token,
+        "pos_embed": config.pos_embed,
+        "no_embed_class": config.no_embed_class,
+        "reg_tokens": config.reg_tokens,
+        "pre_norm": config.pre_norm,
+        "final_norm": config.final_norm,
+        "fc_norm": config.fc_norm,
+        "pool_include_prefix": config.pool_include_prefix,
+        "act_layer": config.activation,
+    }
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(what=what, where=str(path), fix="extract it again")

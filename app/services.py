@@ -1,0 +1,339 @@
+"""What the commands and the page call: no printing, no streamlit; torch and faiss only where they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from matvit.errors import CheckpointError, MatVitError
+from matvit.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from matvit import MatViT
+    from matvit.evaluation import CrossTest
+    from matvit_app.demo import DemoTable
+    from retrieval.types import Hits, IndexInfo, IngestReport
+
+DEFAULT_CHECKPOINT = "matvit-small"
+DEFAULT_INDEX = Path("photos.index")  # in the current folder, for `index` and `search` alike
+
+
+def load_encoder(source: str) -> MatViT:
+    """The elastic encoder of a bundled name, a checkpoint folder or a hub id.
+
+    Raises CheckpointError, or MissingExtraError without torch.
+    """
+    from matvit import MatViT
+
+    return MatViT.from_pretrained(source)
+
+
+# --- index and search ----------------------------------------------------------------------------
+
+
+def ingest(
+    images: Iterable[Path],
+    *,
+    path: Path,
+    checkpoint: str | None = None,
+    delete: bool = False,
+    progress: Progress = silent,
+) -> IngestReport:
+    """Adds pictures, and folders of them, to the index at `path`, which is made if it is not there.
+
+    `checkpoint` None means the encoder that built the index, or the bundled one for a new index.
+    `delete` forgets pictures whose files are gone.
+
+    Raises MatVitError: no pictures at all, another encoder's index, a damaged one. An index without a
+    picture is not made.
+    """
+    from retrieval import Index, IngestError
+
+    sources = list(images)
+    if is_index(path):
+        encoder = None if checkpoint is None else load_encoder(checkpoint)
+        return Index.open(path).ingest(sources, encoder=encoder, delete=delete, progress=progress)
+    index = Index.create(path, encoder=load_encoder(checkpoint or DEFAULT_CHECKPOINT))
+    try:
+        report = index.ingest(sources, progress=progress)
+        if not report.indexed:
+            raise _nothing_indexed(report)
+    except IngestError:
+        if index.info().items == 0:
+            shutil.rmtree(path)
+        raise
+    return report
+
+
+def _nothing_indexed(report: IngestReport) -> MatVitError:
+    from retrieval import IngestError
+
+    first = report.skipped[0]
+    others = f", and {len(report.skipped) - 1} more could not be used either" if len(report.skipped) > 1 else ""
+    return IngestError(
+        what=f"{first.reason}{others}", where=os.fspath(first.path), fix="name pictures, or folders that hold some"
+    )
+
+
+def search(images: Sequence[Path], *, path: Path, encoder: str, k: int) -> list[Hits]:
+    """The k most similar pictures of the index at `path` for each picture, found by the submodel `encoder`.
+
+    Raises MatVitError: a damaged index, an encoder that is gone, a wrong spec, an unreadable picture.
+    """
+    from retrieval import Retriever
+
+    return Retriever.open(path).search_many(images, encoder=encoder, k=k)
+
+
+def ingest_json(report: IngestReport) -> dict[str, Any]:
+    """The form that `matvit index --json` prints."""
+    skipped = [{"path": os.fspath(file.path), "reason": file.reason} for file in report.skipped]
+    return {
+        "indexed": report.indexed,
+        "unchanged": report.unchanged,
+        "deleted": report.deleted,
+        "skipped": skipped,
+        "images_per_second": report.images_per_second,
+        "seconds": report.seconds,
+    }
+
+
+def hits_json(hits: Hits, *, encoder: str) -> dict[str, Any]:
+    """The form that `matvit search --json` prints for one query; `encoder` is what was asked for."""
+    found = [{"rank": hit.rank, "id": hit.id, "path": os.fspath(hit.path), "score": hit.score} for hit in hits]
+    return {
+        "query": hits.query,
+        "encoder": encoder,
+        "spec": hits.spec,
+        "runtime": hits.runtime,
+        "latency_ms": asdict(hits.latency_ms),
+        "hits": found,
+    }
+
+
+# --- what is this? -------------------------------------------------------------------------------
+
+
+def is_index(path: Path) -> bool:
+    """Whether `path` is an index, damaged or not."""
+    from retrieval.manifest import is_index as looks_like_one
+
+    return looks_like_one(path)
+
+
+def index_info(path: Path) -> IndexInfo:
+    """What the index at `path` holds; every byte of it is checked. Raises IndexFormatError."""
+    from retrieval import Index
+
+    return Index.open(path).info()
+
+
+def info_of(target: str) -> dict[str, Any]:
+    """What a checkpoint or an index is, in the form that `matvit info --json` prints.
+
+    Raises MatVitError when it is neither, damaged, or an index whose encoder is gone.
+    """
+    if not is_index(Path(target)):
+        _check_is_checkpoint(target)
+        return _encoder_info(load_encoder(target))
+    index = index_info(Path(target))
+    if index.encoder_source is None:
+        raise CheckpointError(
+            what=f"the encoder '{index.encoder_name}' that built this index was never saved",
+            where=target,
+            fix="save it and index the pictures again",
+        )
+    return {
+        **_encoder_info(load_encoder(index.encoder_source)),
+        "path": target,
+        "items": index.items,
+        "generation": index.generation,
+        "index_type": index.index_type,
+        "bytes": index.bytes,
+        "skipped": len(index.skipped),
+    }
+
+
+def _check_is_checkpoint(target: str) -> None:
+    folder = Path(target)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            what="holds neither a checkpoint nor an index",
+            where=target,
+            fix="give a checkpoint (a folder with config.json, a bundled name, a hub id) or an index",
+        )
+
+
+def _encoder_info(model: MatViT) -> dict[str, Any]:
+    quality = {row["spec"]: row.get("quality", {}) for row in model.pareto}
+    named = [str(spec) for spec in model.shape.granularities()]
+    specs = [*named, *(spec for spec in quality if spec not in named)]
+    return {
+        "encoder": model.name,
+        "embedding_dim": model.embedding_dim,
+        "space_id": model.space_id,
+        "weights_sha256": model.weights_sha256,
+        "submodels": [
+            {
+                "name": spec,
+                "spec": spec,
+                "flops": model.flops(spec),
+                "params": model.num_params(spec),
+                "relative_flops": model.flops(spec) / model.flops(),
+                "quality": quality.get(spec, {}),
+            }
+            for spec in specs
+        ],
+        "axes": _axes(model),
+    }
+
+
+def _axes(model: MatViT) -> dict[str, Any]:
+    """By axis that this encoder can be cut along: the full size, and what the cut may be."""
+    shape = model.shape
+    described = {
+        "ffn": {"blocks": shape.num_blocks, "widths": list(shape.ffn_widths)},
+        "heads": {"full": shape.num_heads},
+        "depth": {"full": shape.num_blocks, "keep_order": list(shape.keep_order)},
+        "resolution": {"native": shape.image_size, "step": shape.image_size_step},
+    }
+    return {name: described[name] for name in shape.axes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What `verify` found; no problems means that every file is what was written."""
+
+    kind: Literal["index", "checkpoint"]
+    problems: tuple[str, ...]
+
+
+def verify(target: str, *, progress: Progress = silent) -> Verification:
+    """Checks every file of an index or a checkpoint against its hash.
+
+    Raises CheckpointError when `target` is neither.
+    """
+    if is_index(Path(target)):
+        from retrieval.verify import find_problems
+
+        return Verification(kind="index", problems=tuple(find_problems(Path(target), progress=progress)))
+    _check_is_checkpoint(target)
+    from matvit.checkpoint import load, locate
+
+    folder = locate(target)
+    try:
+        load(folder)
+    except CheckpointError as error:
+        return Verification(kind="checkpoint", problems=(str(error),))
+    return Verification(kind="checkpoint", problems=())
+
+
+# --- measuring and training ----------------------------------------------------------------------
+
+
+def evaluate(
+    dataset: str,
+    *,
+    gallery: str | None,
+    checkpoint: str,
+    queries: Sequence[str],
+    galleries: Sequence[str],
+    classes: str | None,
+    keep_near_copies: bool,
+    limit: int | None,
+    progress: Progress = silent,
+) -> CrossTest:
+    """The cross-test of a checkpoint's submodels on labelled pictures: see `matvit.evaluation.cross_test`.
+
+    Raises MatVitError: a missing data set or checkpoint, a wrong spec, classes that are not there.
+    """
+    from matvit.datasets import read_dataset
+    from matvit.evaluation import cross_test
+
+    model = load_encoder(checkpoint)
+    specs = [model.shape.spec(spec) for spec in (*queries, *galleries)]
+    return cross_test(
+        model,
+        read_dataset(dataset, classes=classes),
+        None if gallery is None else read_dataset(gallery, classes=classes),
+        query_specs=queries,
+        gallery_specs=galleries,
+        drop_near_copies=not keep_near_copies,
+        limit=limit,
+        flops={str(spec): model.flops(spec) for spec in specs},
+        progress=progress,
+    )
+
+
+def train(recipe: str, *, out: Path, resume: bool, progress: Progress = silent) -> dict[str, Any]:
+    """Carries out a recipe file or a packaged recipe; gives the form that `matvit train --json` prints.
+
+    Raises RecipeError, DatasetError, or MissingExtraError without the packages that training needs.
+    """
+    from matvit.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe)  # before torch is imported: a misspelt recipe is told at once
+    from matvit.training.loop import train as run
+
+    started = time.monotonic()
+    model = run(loaded, out=out, resume=resume, progress=progress)
+    return {
+        "encoder": model.name,
+        "checkpoint": model.source,
+        "space_id": model.space_id,
+        "weights_sha256": model.weights_sha256,
+        "seconds": time.monotonic() - started,
+        "metrics": model.record.get("metrics", {}),
+    }
+
+
+# --- the demo ------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: `MATVIT_CACHE`, or matvit in the user's cache folder."""
+    if given := os.environ.get("MATVIT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matvit"
+
+
+def demo_index(*, progress: Progress = silent) -> Path:
+    """The index of the bundled photographs by the bundled encoder: made once, then reused while it is whole.
+
+    Raises MatVitError when the checkpoint is missing or damaged.
+    """
+    return _demo_index(load_encoder(DEFAULT_CHECKPOINT), progress)
+
+
+def run_demo(*, progress: Progress = silent) -> tuple[Path, DemoTable]:
+    """The demo's index, and its table measured here and now: see `matvit_app.demo.demo_table`."""
+    from matvit_app.demo import demo_table
+    from matvit_data import demo_photos
+    from retrieval import Retriever
+
+    encoder = load_encoder(DEFAULT_CHECKPOINT)
+    path = _demo_index(encoder, progress)
+    return path, demo_table(Retriever.open(path, encoder=encoder), encoder, demo_photos(), progress=progress)
+
+
+def _demo_index(encoder: MatViT, progress: Progress) -> Path:
+    from matvit_data import demo_folder
+    from retrieval import EncoderMismatchError, Index, IndexFormatError
+
+    photos = demo_folder() / "images"
+    # The folder counts too: two installations that share a cache must not find each other's pictures.
+    installation = hashlib.sha256(os.fsencode(photos)).hexdigest()
+    path = cache_folder() / f"demo-{encoder.space_id:.8}-{installation:.8}.index"
+    try:
+        index = Index.open(path) if path.exists() else Index.create(path, encoder=encoder)
+        index.ingest(photos, encoder=encoder, delete=True, progress=progress)
+    except (IndexFormatError, EncoderMismatchError):
+        shutil.rmtree(path)  # it is a cache
+        Index.build(photos, encoder=encoder, path=path, progress=progress)
+    return path

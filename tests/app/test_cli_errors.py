@@ -1,0 +1,218 @@
+"""Bad input: one sentence on stderr, exit code 2, no traceback, nothing on stdout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+
+import pytest
+
+
+def refused(outcome, *words):
+    """One sentence that holds all `words`."""
+    assert (outcome.code, outcome.out) == (2, ""), outcome
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert str(word) in outcome.err, outcome.err
+
+
+@pytest.fixture
+def picture(photos):
+    return photos / "cats" / "0.png"
+
+
+@pytest.fixture
+def no_picture(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("no picture")
+    return path
+
+
+@pytest.fixture
+def damaged_checkpoint(checkpoint, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_search_with_a_missing_file(run, index, tmp_path):
+    refused(run("search", tmp_path / "gone.jpg", "--index", index), "gone.jpg", "no such file")
+
+
+def test_search_with_a_file_that_is_no_picture(run, index, no_picture):
+    refused(run("search", no_picture, "--index", index, "--json"), "notes.txt", "not a picture")
+
+
+def test_search_with_one_bad_picture_among_good_ones_prints_nothing(run, index, picture, no_picture):
+    refused(run("search", picture, no_picture, "--index", index, "--json"), "notes.txt")
+
+
+def test_search_with_a_folder(run, index, photos):
+    refused(run("search", photos, "--index", index), photos, "folder")
+
+
+@pytest.mark.parametrize(
+    "spec", ["Q", "", "5S", "1S.2XL", "0S.2XL", "S-r84", "S-h1", "XL-d1", "2w129", "2w0", "S,M", "S S"]
+)
+def test_search_with_a_spec_that_the_encoder_lacks(run, index, picture, spec):
+    refused(run("search", picture, "--index", index, "--encoder", spec), "encoder spec", "use S, M, L, XL")
+
+
+@pytest.mark.parametrize("k", ["0", "-1", "ten"])
+def test_search_with_a_wrong_number_of_hits(run, index, picture, k):
+    refused(run("search", picture, "--index", index, "-k", k), "-k", "matvit search --help")
+
+
+def test_search_without_an_index(run, picture, tmp_path):
+    refused(run("search", picture, "--index", tmp_path / "gone.index"), "gone.index", "matvit index")
+
+
+def test_search_in_a_folder_that_is_no_index(run, picture, photos):
+    refused(run("search", picture, "--index", photos), photos, "no index")
+
+
+def test_search_when_the_checkpoint_of_the_index_is_gone(run, photos, checkpoint, picture, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint, moved)
+    assert run("index", photos, "--index", tmp_path / "a.index", "--encoder", moved).code == 0
+    shutil.rmtree(moved)
+    refused(run("search", picture, "--index", tmp_path / "a.index"), "a.index", moved)
+
+
+def test_search_when_another_encoder_took_its_place(run, photos, checkpoint, other_checkpoint, picture, tmp_path):
+    place = tmp_path / "place"
+    shutil.copytree(checkpoint, place)
+    assert run("index", photos, "--index", tmp_path / "a.index", "--encoder", place).code == 0
+    shutil.rmtree(place)
+    shutil.copytree(other_checkpoint, place)
+    spaces = [json.loads((folder / "config.json").read_text())["space_id"][:8] for folder in (checkpoint, place)]
+    refused(run("search", picture, "--index", tmp_path / "a.index"), *spaces)
+
+
+def test_index_with_another_encoder(run, index, photos, other_checkpoint):
+    refused(run("index", photos, "--index", index, "--encoder", other_checkpoint), "embedding space", index)
+
+
+@pytest.mark.parametrize("command", ["index", "info", "extract", "eval"])
+def test_a_checkpoint_with_a_wrong_hash(run, command, damaged_checkpoint, photos, tmp_path):
+    arguments = {
+        "index": [photos, "--index", tmp_path / "new.index", "--encoder", damaged_checkpoint],
+        "info": [damaged_checkpoint],
+        "extract": [damaged_checkpoint, "--spec", "S", "--out", tmp_path / "s.safetensors"],
+        "eval": [photos, "--encoder", damaged_checkpoint],
+    }
+    refused(run(command, *arguments[command]), "model.safetensors", "sha256")
+    assert not (tmp_path / "new.index").exists()
+
+
+@pytest.mark.parametrize("command", ["index", "info", "extract", "eval", "verify"])
+def test_an_unknown_checkpoint(run, command, photos, tmp_path):
+    arguments = {
+        "index": [photos, "--index", tmp_path / "new.index", "--encoder", "no-such"],
+        "info": ["no-such"],
+        "extract": ["no-such", "--spec", "S", "--out", tmp_path / "s.safetensors"],
+        "eval": [photos, "--encoder", "no-such"],
+        "verify": ["no-such"],
+    }
+    refused(run(command, *arguments[command]), "no-such: no such checkpoint")
+
+
+def test_index_a_missing_folder(run, checkpoint, tmp_path):
+    made = tmp_path / "new.index"
+    refused(run("index", tmp_path / "gone", "--index", made, "--encoder", checkpoint), "gone", "no such")
+    assert not made.exists()
+
+
+def test_index_an_empty_folder(run, checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    made = tmp_path / "new.index"
+    refused(run("index", tmp_path / "empty", "--index", made, "--encoder", checkpoint), "empty", "no pictures")
+    assert not made.exists()
+
+
+def test_index_nothing_but_a_file_that_is_no_picture(run, checkpoint, no_picture, tmp_path):
+    made = tmp_path / "new.index"
+    refused(run("index", no_picture, "--index", made, "--encoder", checkpoint), "notes.txt", "not a picture")
+    assert not made.exists()
+
+
+def test_index_where_something_else_is(run, photos, checkpoint, no_picture):
+    refused(run("index", photos, "--index", no_picture, "--encoder", checkpoint), "notes.txt")
+    assert no_picture.read_text() == "no picture"
+
+
+@pytest.mark.parametrize("target", ["folder", "file"])
+def test_info_and_verify_of_something_else(run, photos, no_picture, target):
+    path = {"folder": photos, "file": no_picture}[target]
+    refused(run("info", path), path, "neither a checkpoint nor an index")
+    refused(run("verify", path), path, "neither a checkpoint nor an index")
+
+
+def test_extract_to_a_name_of_another_kind(run, checkpoint, tmp_path):
+    refused(run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "s.pt"), ".safetensors")
+
+
+def test_extract_with_a_wrong_spec(run, checkpoint, tmp_path):
+    refused(run("extract", checkpoint, "--spec", "Q", "--out", tmp_path / "q.safetensors"), "'Q'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_of_a_missing_data_set(run, checkpoint, tmp_path):
+    refused(run("eval", tmp_path / "gone", "--encoder", checkpoint), "gone", "no such data set")
+
+
+def test_eval_of_classes_that_are_not_there(run, checkpoint, photos):
+    refused(run("eval", photos, "--encoder", checkpoint, "--classes", "50:101"), "50:101")
+
+
+@pytest.mark.parametrize("option", ["--queries", "--galleries"])
+@pytest.mark.parametrize("specs", ["S,Q", ",", ""])
+def test_eval_with_a_wrong_spec(run, checkpoint, photos, option, specs):
+    refused(run("eval", photos, "--encoder", checkpoint, option, specs), "spec")
+
+
+def test_train_with_a_missing_recipe(run, tmp_path):
+    refused(run("train", tmp_path / "gone.yaml", "--out", tmp_path / "run"), "gone.yaml")
+
+
+def test_train_with_a_recipe_that_is_none(run, tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: x\nsteps: many\n")
+    refused(run("train", tmp_path / "bad.yaml", "--out", tmp_path / "run"), "bad.yaml")
+
+
+def test_app_on_a_port_that_is_taken(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused(run("app", "--port", port, "--no-browser"), f"127.0.0.1:{port}", "--port")
+
+
+def test_app_on_an_index_that_is_none(run, photos):
+    refused(run("app", photos, "--port", _free_port(), "--no-browser"), photos, "no index")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["seek"], ["seek"]),
+        (["search"], ["IMAGES"]),
+        (["search", "a.jpg", "--fast"], ["--fast"]),
+        (["extract", "tiny"], ["--spec"]),
+        (["app", "--port", "70000"], ["--port"]),
+    ],
+)
+def test_usage_errors_name_the_argument_and_the_help(run, arguments, words):
+    refused(run(*arguments), *words, "--help")
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,285 @@
+"""What the commands print and write: shapes of `--json`, tables, exit codes 0 and 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import normalize
+
+from matvit import CheckpointError, MatViT
+from matvit_app import services
+from matvit_app.extracted import read_extracted
+
+
+@pytest.fixture
+def own_index(run, photos, checkpoint, tmp_path):
+    """An index and pictures that the test may change."""
+    shutil.copytree(photos, tmp_path / "photos")
+    assert run("index", tmp_path / "photos", "--index", tmp_path / "own.index", "--encoder", checkpoint).code == 0
+    return tmp_path / "own.index"
+
+
+# --- index ---------------------------------------------------------------------------------------
+
+
+def test_index_reports_what_it_did(run, photos, checkpoint, tmp_path):
+    done = run("index", photos, "--index", tmp_path / "new.index", "--encoder", checkpoint, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert list(done.json) == ["indexed", "unchanged", "deleted", "skipped", "images_per_second", "seconds"]
+    assert (done.json["indexed"], done.json["unchanged"], done.json["skipped"]) == (8, 0, [])
+
+
+def test_index_again_adds_and_forgets(run, own_index):
+    pictures = own_index.parent / "photos"
+    (pictures / "cats" / "0.png").rename(pictures / "dogs" / "new.png")
+    kept = run("index", pictures, "--index", own_index, "--json").json
+    assert (kept["indexed"], kept["unchanged"], kept["deleted"]) == (1, 7, 0)
+    pruned = run("index", pictures, "--index", own_index, "--delete", "--json").json
+    assert (pruned["indexed"], pruned["unchanged"], pruned["deleted"]) == (0, 8, 1)
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--strict"], 1)])
+def test_skipped_files_are_listed_and_fail_only_when_strict(run, own_index, flags, code):
+    pictures = own_index.parent / "photos"
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    done = run("index", pictures, "--index", own_index, "--json", *flags)
+    assert done.code == code
+    assert [Path(skipped["path"]).name for skipped in done.json["skipped"]] == ["broken.jpg"]
+    assert done.json["skipped"][0]["reason"]
+    shown = run("index", pictures, "--index", own_index, *flags)
+    assert shown.code == code
+    assert "1 skipped" in shown.out
+    assert "broken.jpg" in shown.err
+
+
+def test_index_and_search_share_the_default_index(run, photos, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("index", photos, "--encoder", checkpoint).code == 0
+    assert (tmp_path / "photos.index").is_dir()
+    assert run("search", photos / "cats" / "0.png").code == 0
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def test_search_finds_the_picture_itself_first(run, index, photos):
+    queries = [photos / "cats" / "1.png", photos / "dogs" / "2.png"]
+    done = run("search", *queries, "--index", index, "--encoder", "XL", "-k", 3, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert list(done.json) == ["queries"]
+    for query, answer in zip(queries, done.json["queries"], strict=True):
+        assert list(answer) == ["query", "encoder", "spec", "runtime", "latency_ms", "hits"]
+        assert list(answer["latency_ms"]) == ["preprocess", "encode", "search", "total"]
+        assert [list(hit) for hit in answer["hits"]] == [["rank", "id", "path", "score"]] * 3
+        assert answer["query"] == answer["hits"][0]["path"] == str(query)
+        assert answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
+        assert [hit["rank"] for hit in answer["hits"]] == [1, 2, 3]
+
+
+def test_search_names_the_submodel_in_its_canonical_form(run, index, photos):
+    done = run("search", photos / "cats" / "1.png", "--index", index, "--encoder", "2s", "--json")
+    assert (done.json["queries"][0]["encoder"], done.json["queries"][0]["spec"]) == ("2s", "S")
+
+
+def test_search_shows_a_table_with_the_split_of_the_time(run, index, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    shown = run("search", photos / "cats" / "1.png", "--index", index, "--encoder", "S")
+    assert "cats/1.png" in shown.out
+    assert "S on torch-" in shown.out
+    assert "preprocess" in shown.out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are bytes on POSIX only")
+@pytest.mark.parametrize("name", [b"\xff[b]\n.png", b"\x1b[31m.png", "grün :smile:.png".encode()])
+def test_any_file_name_survives_json_and_cannot_upset_a_terminal(run, own_index, name):
+    pictures = own_index.parent / "photos"
+    path = Path(os.fsdecode(os.fsencode(pictures) + b"/" + name))
+    shutil.copy(pictures / "cats" / "0.png", path)
+    assert run("index", pictures, "--index", own_index).code == 0
+    found = run("search", path, "--index", own_index, "-k", 2, "--json")
+    assert os.fsencode(pictures) + b"/" + name in [os.fsencode(hit["path"]) for hit in found.json["queries"][0]["hits"]]
+    shown = run("search", path, "--index", own_index, "-k", 2)
+    assert shown.code == 0
+    assert "\x1b[31m" not in shown.out
+
+
+# --- info and verify -----------------------------------------------------------------------------
+
+
+def test_info_of_a_checkpoint(run, checkpoint):
+    found = run("info", checkpoint, "--json").json
+    assert list(found) == ["encoder", "embedding_dim", "space_id", "weights_sha256", "submodels", "axes"]
+    model = MatViT.from_pretrained(checkpoint)
+    assert (found["space_id"], found["weights_sha256"]) == (model.space_id, model.weights_sha256)
+    assert [submodel["name"] for submodel in found["submodels"]] == ["S", "M", "L", "XL"]
+    for submodel in found["submodels"]:
+        assert list(submodel) == ["name", "spec", "flops", "params", "relative_flops", "quality"]
+        assert submodel["params"] == sum(tensor.numel() for tensor in model.extract(submodel["spec"]).parameters())
+    assert found["submodels"][-1]["relative_flops"] == 1
+    assert list(found["axes"]) == ["ffn"]
+
+
+def test_info_of_an_index_tells_of_both(run, index, checkpoint):
+    found, encoder = run("info", index, "--json").json, run("info", checkpoint, "--json").json
+    assert encoder.items() <= found.items()
+    assert found["items"] == 8
+    assert {"generation", "index_type", "bytes"} <= set(found)
+    assert "8 pictures" in run("info", index).out
+
+
+def test_verify_whole_things(run, index, checkpoint):
+    for target, kind in ((index, "index"), (checkpoint, "checkpoint")):
+        found = run("verify", target, "--json")
+        assert found.code == 0
+        assert found.json == {"target": str(target), "kind": kind, "ok": True, "problems": []}
+
+
+@pytest.mark.parametrize("kind", ["index", "checkpoint"])
+def test_verify_finds_one_flipped_bit(run, kind, own_index, checkpoint, tmp_path):
+    if kind == "checkpoint":
+        target = tmp_path / "copy"
+        shutil.copytree(checkpoint, target)
+        damaged = target / "model.safetensors"
+    else:
+        target = own_index
+        damaged = next(target.glob("segments/*/embeddings.f32"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged.chmod(0o644)
+    damaged.write_bytes(content)
+    found = run("verify", target, "--json")
+    assert (found.code, found.json["kind"], found.json["ok"]) == (1, kind, False)
+    assert damaged.name in found.json["problems"][0]
+    assert run("verify", target).code == 1
+
+
+# --- extract -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["S", "XL", "2w48"])
+def test_extracted_weights_build_with_timm_alone(run, checkpoint, spec, tmp_path):
+    out = tmp_path / "small.safetensors"
+    done = run("extract", checkpoint, "--spec", spec, "--out", out, "--json")
+    assert done.code == 0
+    description = json.loads(Path(done.json["config"]).read_text())
+    module, _, name = description["timm_class"].rpartition(".")
+    vit = getattr(import_module(module), name)(**description["timm_arguments"]).eval()
+    vit.load_state_dict(load_file(out), strict=True)
+    model = MatViT.from_pretrained(checkpoint)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(normalize(vit(images), dim=-1), model(images, spec))
+        torch.testing.assert_close(normalize(read_extracted(out)(images), dim=-1), model(images, spec))
+
+
+def test_mixed_widths_load_with_our_own_reader(run, checkpoint, tmp_path):
+    out = tmp_path / "mixed.safetensors"
+    assert run("extract", checkpoint, "--spec", "1S.1XL", "--out", out).code == 0
+    model, images = MatViT.from_pretrained(checkpoint), torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(normalize(read_extracted(out)(images), dim=-1), model(images, "1S.1XL"))
+
+
+def test_damaged_extracted_weights_are_refused(run, checkpoint, tmp_path):
+    out = tmp_path / "s.safetensors"
+    assert run("extract", checkpoint, "--spec", "S", "--out", out).code == 0
+    out.write_bytes(out.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="sha256"):
+        read_extracted(out)
+    out.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_extracted(out)
+
+
+# --- eval ----------------------------------------------------------------------------------------
+
+
+def test_eval_gives_the_cross_test_matrix(run, photos, checkpoint):
+    done = run("eval", photos, "--encoder", checkpoint, "--queries", "S,XL", "--galleries", "XL,M", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert {query: list(row) for query, row in done.json["matrix"].items()} == {"S": ["XL", "M"], "XL": ["XL", "M"]}
+    quality = done.json["matrix"]["S"]["XL"]
+    assert {"recall@1", "recall@10", "map@100", "agreement@10", "n_queries"} <= set(quality)
+    assert quality["n_queries"] == 8
+    assert done.json["matrix"]["XL"]["XL"]["agreement@10"] == 1
+    assert set(done.json["flops"]) == {"S", "M", "XL"}
+
+
+def test_eval_limit_and_gallery(run, photos, checkpoint):
+    done = run(
+        "eval", photos, "--gallery", photos, "--encoder", checkpoint, "--limit", 3, "--keep-near-copies", "--json"
+    )
+    assert done.json["matrix"]["XL"]["XL"]["n_queries"] == 3
+    assert done.json["matrix"]["XL"]["XL"]["recall@1"] == 1  # each query is in the gallery
+
+
+def test_eval_shows_a_table(run, photos, checkpoint):
+    shown = run("eval", photos, "--encoder", checkpoint)
+    assert shown.code == 0
+    assert all(word in shown.out for word in ("recall@1", "mAP@100", "agreement@10", "loss", "XL"))
+
+
+# --- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_reports_everything(run):
+    found = run("doctor", "--json")
+    assert found.json["ok"] == (found.code == 0) == (not found.json["problems"])
+    assert set(found.json) == {
+        "ok",
+        "problems",
+        "python",
+        "platform",
+        "versions",
+        "devices",
+        "threads",
+        "runtimes",
+        "checkpoints",
+        "extras",
+    }
+    assert "torch-cpu" in found.json["runtimes"]
+    assert {extra["name"] for extra in found.json["extras"]} == {"torch", "parquet", "app", "train"}
+    assert run("doctor").code == found.code
+
+
+# --- demo ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demo(run, checkpoint, tmp_path, monkeypatch):
+    """The demo's command line, with the tiny encoder in the bundled one's place."""
+    monkeypatch.setattr(services, "DEFAULT_CHECKPOINT", str(checkpoint))
+    monkeypatch.setenv("MATVIT_CACHE", str(tmp_path / "cache"))
+    return lambda *arguments: run("demo", "--no-app", *arguments)
+
+
+def test_demo_measures_four_encoders_on_one_index(demo, tmp_path):
+    done = demo("--json")
+    assert (done.code, done.err) == (0, "")
+    assert Path(done.json["index"]).parent == tmp_path / "cache"
+    assert [row["spec"] for row in done.json["submodels"]] == ["S", "M", "L", "XL"]
+    for row in done.json["submodels"]:
+        assert list(row) == ["spec", "relative_flops", "params", "ms_per_query", "recall@1", "agreement@10"]
+        assert row["ms_per_query"] > 0
+        assert 0 <= row["recall@1"] <= 1
+    assert done.json["submodels"][-1]["agreement@10"] == 1
+    assert np.all(np.diff([row["relative_flops"] for row in done.json["submodels"]]) > 0)
+    assert done.json["queries"] < done.json["photos"]
+
+
+def test_demo_reuses_its_index_and_mends_a_damaged_one(demo, tmp_path):
+    first = services.demo_index()
+    generation = services.index_info(first).generation
+    assert services.demo_index() == first
+    assert services.index_info(first).generation == generation
+    (first / "CURRENT").write_text("damaged")
+    services.demo_index()
+    assert services.verify(str(first)).problems == ()

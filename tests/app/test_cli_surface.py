@@ -1,0 +1,113 @@
+"""The command line as people and scripts see it: names, options, help, start-up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+
+from matvit_app.cli.main import cli
+from matvit_app.doctor import EXTRAS
+
+COMMANDS = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
+
+# Scripts rely on these. Adding one is a decision: write it here and in docs/reference. Removing one breaks people.
+OPTIONS = {
+    "demo": ["--no-app", "--host", "--port", "--no-browser", "--json"],
+    "index": ["images", "--index", "--encoder", "--delete", "--strict", "--json"],
+    "search": ["images", "--index", "--encoder", "-k", "--json"],
+    "info": ["target", "--json"],
+    "train": ["recipe", "--out", "--fresh", "--json"],
+    "extract": ["checkpoint", "--spec", "--out", "--json"],
+    "eval": [
+        "dataset",
+        "--gallery",
+        "--encoder",
+        "--queries",
+        "--galleries",
+        "--classes",
+        "--keep-near-copies",
+        "--limit",
+        "--json",
+    ],
+    "app": ["index", "--host", "--port", "--no-browser", "--json"],
+    "doctor": ["--json"],
+    "verify": ["target", "--json"],
+}
+
+
+def test_commands_and_options_are_the_frozen_ones():
+    found = {
+        name: [parameter.opts[0] for parameter in command.params if parameter.name != "help"]
+        for name, command in COMMANDS.items()
+    }
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_help_of_every_command_explains_every_option_and_shows_an_example(run, name):
+    shown = run(name, "--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert f"matvit {name}" in shown.out.partition("Example")[2]
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, parameter.name
+
+
+def test_without_arguments_the_commands_are_listed(run):
+    shown = run()
+    assert shown.code == 0
+    assert all(name in shown.out for name in OPTIONS)
+
+
+def test_version(run):
+    assert run("--version").out.startswith("matvit-retrieval ")
+
+
+def test_help_needs_neither_torch_nor_faiss_nor_numpy():
+    script = """
+import sys
+from matvit_app.cli.main import main
+assert main(["index", "--help"]) == 0
+print(sorted({"torch", "timm", "faiss", "numpy", "streamlit"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("torch", ["info"], "torch"),
+        ("torch", ["search", "picture.jpg"], "torch"),
+        ("timm", ["extract", "matvit-small", "--spec", "S", "--out", "s.safetensors"], "torch"),
+        ("yaml", ["train", "matvit-small", "--out", "run"], "train"),
+        ("streamlit", ["app"], "app"),
+    ],
+)
+def test_a_missing_package_is_answered_with_its_install_line(missing, arguments, extra, index, tmp_path):
+    # None in sys.modules makes Python treat the package as not installed.
+    script = f"""
+import sys
+sys.modules['{missing}'] = None
+from matvit_app.cli.main import main
+sys.exit(main({arguments}))
+"""
+    (tmp_path / "photos.index").symlink_to(index)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert f'pip install "matvit-retrieval[{extra}]"' in done.stderr
+
+
+def test_extras_are_those_of_the_package():
+    """`doctor` and the missing-package message name the packages that pyproject.toml does."""
+    modules = {"lightning-fabric": "lightning_fabric", "pyyaml": "yaml"}
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for extra, packages in EXTRAS.items():
+        declared = [requirement.partition(">")[0] for requirement in project["optional-dependencies"][extra]]
+        own = [modules.get(name, name) for name in declared if "[" not in name]
+        assert tuple(own) == packages
