@@ -221,7 +221,8 @@ class Ingest:
         unpublished = self._writer.manifest.generation == self._generation
         if unpublished and (self._pending or self._deleted):
             self._writer.publish(self._pending, deleted=self._deleted, roots=self._roots.named, next_id=self._next_id)
-            self._pending, self._deleted = [], {}
+        self._pending, self._deleted = [], {}
+        self._generation = self._writer.manifest.generation
         self._published_at = time.monotonic()
 
     def _count_known(self, full_path: str, item: Item) -> None:

@@ -118,7 +118,7 @@ class Roots:
         self.named = dict(known)
         self._by_folder = {folder: name for name, folder in known.items()}
         self._found: dict[str, tuple[str, str]] = {}  # folder -> root's name, its path below that root
-        for base in sorted({_printable(base) for base in bases}, key=len):
+        for base in sorted({_printable(base) for base in bases}, key=lambda base: (len(base), base)):
             if self._search(base) is None:
                 name = self._new_name(base)
                 self.named[name] = base

@@ -1,0 +1,289 @@
+"""Kills, full disks, flipped bits and second writers: an index is whole or says why not, never silently wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrieval import (
+    Index,
+    IndexExistsError,
+    IndexFormatError,
+    IndexLockedError,
+    IngestError,
+    Retriever,
+)
+from retrieval.files import sha256_bytes
+from retrieval.lock import writer_lock
+from retrieval.manifest import UPGRADES, read_manifest, read_pointer
+
+
+@pytest.fixture
+def index(tmp_path, photos, elastic):
+    """Two segments and a deletion."""
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+    (photos / "3.png").unlink()
+    (photos / "bad.png").write_text("no picture")
+    index.ingest(photos, delete=True)
+    return index
+
+
+def files_of(index):
+    manifest = read_manifest(index.path, read_pointer(index.path))
+    yield index.path / "CURRENT"
+    yield index.path / "generations" / f"{manifest.generation:06d}.json"
+    for segment in manifest.segments:
+        yield from (index.path / "segments" / segment.name / name for name in segment.files)
+    yield from (index.path / "deletions" / entry.file for entry in manifest.deletions.values())
+
+
+def test_every_kind_of_file_is_there(index):
+    assert {path.suffix for path in files_of(index)} == {"", ".json", ".f32", ".sqlite", ".i64"}
+
+
+def test_a_single_flipped_bit_in_any_file_is_found_when_opening(index, elastic):
+    for path in files_of(index):
+        whole = path.read_bytes()
+        for position in np.linspace(0, len(whole) - 1, num=min(40, len(whole)), dtype=int):
+            spoilt = bytearray(whole)
+            spoilt[position] ^= 1 << (position % 8)
+            path.write_bytes(spoilt)
+            for open_it in (Index.open, lambda folder: Retriever.open(folder, encoder=elastic)):
+                with pytest.raises(IndexFormatError):
+                    open_it(index.path)
+            assert len(index.verify()) == 1, path
+        path.write_bytes(whole)
+    assert Index.open(index.path).verify() == []
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 1)])
+def test_a_lost_or_cut_file_is_named_in_one_sentence(index, harm):
+    for path in files_of(index):
+        whole = path.read_bytes()
+        if not whole:
+            continue
+        harm(path)
+        with pytest.raises(IndexFormatError) as caught:
+            Index.open(index.path)
+        assert path.name in str(caught.value) or "holds no index" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        path.write_bytes(whole)
+
+
+def rewrite_manifest(index, change):
+    """Publish a changed manifest the way a program of another version would: with the right hash."""
+    path = index.path / "generations" / read_pointer(index.path).name
+    data = change(path.read_bytes())
+    path.write_bytes(data)
+    (index.path / "CURRENT").write_bytes(f"{path.name} {sha256_bytes(data)}\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (b'"format_version": 1', b'"format_version": 2', "format version 2, newer than the 1 that this program reads"),
+        (b'"format_version": 1', b'"format_version": "x"', "format version x, which is unknown"),
+        (b'"index_type": "exact"', b'"index_type": "magic"', "bad field 'index_type'"),
+        (b'"next_id":', b'"extra": 1, "next_id":', "bad field 'extra'"),
+        (b'"name": "', b'"name": "../', "bad field 'segments.0.name'"),
+        (b"{", b"[", "is no JSON"),
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_refused_by_name(index, old, new, sentence):
+    if sentence.endswith("name'"):  # the first "name" is the encoder's, free text
+        rewrite_manifest(index, lambda data: data.replace(b'"name": "fake"', b'"name" : "fake"').replace(old, new, 1))
+    else:
+        rewrite_manifest(index, lambda data: data.replace(old, new, 1))
+    with pytest.raises(IndexFormatError, match=sentence):
+        Index.open(index.path)
+
+
+def test_an_older_manifest_is_upgraded_step_by_step(index, monkeypatch):
+    monkeypatch.setitem(UPGRADES, 0, lambda raw: {**raw, "format_version": 1, "index_type": "exact"})
+    rewrite_manifest(
+        index,
+        lambda data: data.replace(b'"format_version": 1', b'"format_version": 0').replace(
+            b' "index_type": "exact",\n', b""
+        ),
+    )
+    assert Index.open(index.path).info().items == 9
+
+
+@contextmanager
+def failing(monkeypatch, name, *, at):
+    """The `at`-th call of `os.<name>` (from 0) fails as on a full disk."""
+    calls = iter(range(10**6))
+    real = getattr(os, name)
+
+    def call(*arguments, **named):
+        if next(calls) == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, call)
+        yield
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_disk_that_fails_at_any_step_leaves_a_whole_index(index, photos, elastic, picture, monkeypatch, name):
+    (photos / "new.png").write_bytes(picture(80))
+    (photos / "5.png").unlink()
+    for at in range(100):
+        folder = index.path.with_name(f"{name}-{at}")
+        shutil.copytree(index.path, folder)
+        try:
+            with failing(monkeypatch, name, at=at):
+                Index.open(folder).ingest(photos, encoder=elastic, delete=True)
+        except IngestError as error:
+            assert "No space left on device" in str(error)  # noqa: PT017 - the last attempt must succeed
+            after = Index.open(folder)
+            # Only the very last step, syncing the folder after CURRENT was renamed, fails with the new state in place.
+            assert after.generation in {index.generation, index.generation + 1}
+            assert after.verify() == []
+            after.ingest(photos, encoder=elastic, delete=True)
+            assert (after.info().items, after.verify()) == (9, [])
+            assert not list(folder.rglob(".tmp-*"))
+        else:
+            break
+    assert at >= 4  # every step was reached, and the last attempt met no failure
+
+
+@pytest.mark.parametrize("limit", [100, 1000, 8000])
+def test_a_file_that_cannot_grow_leaves_the_generation_before(index, photos, elastic, picture, limit):
+    for seed in range(30):
+        (photos / f"more-{seed}.png").write_bytes(picture(100 + seed))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(IngestError, match="cannot be written"):
+            index.ingest(photos, encoder=elastic)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    before = Index.open(index.path)
+    assert (before.generation, before.info().items, before.verify()) == (index.generation, 9, [])
+    assert before.ingest(photos, encoder=elastic).indexed == 30
+
+
+SLOW_INGEST = """
+import runpy, sys, time
+import retrieval.ingest
+from retrieval import Index
+
+retrieval.ingest.BATCH, retrieval.ingest.PUBLISH_ITEMS = 4, 8
+helpers = runpy.run_path(sys.argv[1])
+encode = helpers["FakeEncoder"].encode
+helpers["FakeEncoder"].encode = lambda self, pixels: (time.sleep(0.01), encode(self, pixels))[1]
+Index.open(sys.argv[2]).ingest(sys.argv[3], encoder=helpers["FakeElastic"]())
+"""
+
+
+def start_slow_ingest(index, photos):
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW_INGEST, str(Path(__file__).with_name("conftest.py")), str(index.path), str(photos)]
+    )
+
+
+def wait_for_generation(index, generation):
+    deadline = time.monotonic() + 60
+    while int(read_pointer(index.path).name.removesuffix(".json")) < generation:
+        assert time.monotonic() < deadline, "the writer does not publish"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("extra_ms", [0, 7, 16])
+def test_a_kill_in_mid_ingest_loses_little_and_a_rerun_continues(tmp_path, photos, elastic, picture, extra_ms):
+    for seed in range(190):
+        (photos / f"more-{seed}.png").write_bytes(picture(1000 + seed))
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    writer = start_slow_ingest(index, photos)
+    try:
+        wait_for_generation(index, 4)
+        time.sleep(extra_ms / 1000)
+    finally:
+        writer.kill()
+        assert writer.wait() == -signal.SIGKILL
+    # What a kill at worse moments would leave as well:
+    (index.path / "segments" / ".tmp-1-segment").mkdir()
+    (index.path / "segments" / ("0" * 16)).mkdir()
+    (index.path / ".tmp-1-CURRENT").touch()
+    (index.path / "generations" / "000999.json").touch()
+
+    survived = Index.open(index.path)
+    items = survived.info().items
+    assert 24 <= items < 200
+    assert survived.verify() == []
+    report = survived.ingest(photos, encoder=elastic)
+    assert (report.indexed, report.unchanged) == (200 - items, items)
+    assert (survived.info().items, survived.verify()) == (200, [])
+    assert not list(index.path.rglob(".tmp-*"))
+    assert not (index.path / "segments" / ("0" * 16)).exists()
+    assert not (index.path / "generations" / "000999.json").exists()
+
+
+def test_a_second_writer_is_refused_and_told_who_writes(tmp_path, photos, elastic, picture):
+    for seed in range(300):
+        (photos / f"more-{seed}.png").write_bytes(picture(1000 + seed))
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    writer = start_slow_ingest(index, photos)
+    try:
+        wait_for_generation(index, 2)
+        with pytest.raises(IndexLockedError, match=f"process {writer.pid} is writing"):
+            index.ingest(photos)
+        reader = Retriever.open(index.path, encoder=elastic)  # readers are welcome meanwhile
+        pinned = len(reader)
+        wait_for_generation(index, reader.generation + 1)
+        assert len(reader.search(picture(1000), k=1000)) == pinned
+        reader.reload()
+        assert len(reader) > pinned
+    finally:
+        writer.kill()
+        writer.wait()
+    assert index.ingest(photos, encoder=elastic).unchanged > 0  # the lock went with its holder
+
+
+def test_the_lock_is_free_again_after_its_holder(tmp_path):
+    for _ in range(2):
+        with (
+            writer_lock(tmp_path),
+            pytest.raises(IndexLockedError, match=f"process {os.getpid()}"),
+            writer_lock(tmp_path),
+        ):
+            pass
+
+
+def test_an_index_is_not_created_over_anything(tmp_path, index, elastic, photos):
+    (tmp_path / "file").touch()
+    for path, what in ((index.path, "already holds an index"), (photos, "other files"), (tmp_path / "file", "a file")):
+        with pytest.raises(IndexExistsError, match=what):
+            Index.create(path, encoder=elastic)
+
+
+def test_nothing_is_created_when_there_are_no_pictures(tmp_path, elastic):
+    with pytest.raises(IngestError, match="no such file or folder"):
+        Index.build(tmp_path / "none", encoder=elastic, path=tmp_path / "i")
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_creation_that_was_killed_can_be_repeated(tmp_path, elastic):
+    (tmp_path / "i" / "generations").mkdir(parents=True)
+    (tmp_path / "i" / "generations" / ".tmp-1-000001.json").touch()
+    (tmp_path / "i" / "writer.lock").touch()
+    assert Index.create(tmp_path / "i", encoder=elastic).info().items == 0
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, elastic):
+    (tmp_path / "file").touch()
+    with pytest.raises(IngestError, match="cannot be written"):
+        Index.create(tmp_path / "file" / "i", encoder=elastic)

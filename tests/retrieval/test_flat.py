@@ -1,0 +1,70 @@
+"""Exact search equals brute force, whatever ties there are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval.flat import FlatSearch
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def brute_force(ids, vectors, query, k):
+    scores = (vectors.astype(np.float64) * query.astype(np.float64)).sum(axis=1)
+    return np.lexsort((ids, -scores))[:k], scores
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    distinct=st.integers(1, 40),
+    rows=st.integers(1, 300),
+    dim=st.sampled_from([1, 3, 16, 33]),
+    k=st.integers(1, 320),
+)
+def test_equals_brute_force_with_duplicates(seed, distinct, rows, dim, k):
+    random = np.random.default_rng(seed)
+    pool = unit(random.standard_normal((distinct, dim)))
+    vectors = pool[random.integers(0, distinct, rows)]  # mostly duplicates: ties cross every border
+    ids = random.permutation(rows * 2)[:rows].astype(np.int64)
+    queries = unit(random.standard_normal((3, dim)))
+    search = FlatSearch(ids, [vectors[: rows // 2], vectors[rows // 2 :]], dim=dim)
+    for query, (positions, scores) in zip(queries, search.search(queries, k=k), strict=True):
+        expected, exact = brute_force(ids, vectors, query, k)
+        np.testing.assert_array_equal(positions, expected)
+        np.testing.assert_array_equal(scores, exact[expected])
+
+
+def test_one_query_equals_the_same_query_in_a_batch():
+    random = np.random.default_rng(0)
+    vectors = unit(random.standard_normal((500, 48)))
+    search = FlatSearch(np.arange(500), [vectors], dim=48)
+    queries = unit(random.standard_normal((40, 48)))
+    for query, batched in zip(queries, search.search(queries, k=7), strict=True):
+        [alone] = search.search(query[np.newaxis], k=7)
+        np.testing.assert_array_equal(alone[0], batched[0])
+        np.testing.assert_array_equal(alone[1], batched[1])
+
+
+def test_the_order_of_the_vectors_does_not_matter():
+    random = np.random.default_rng(1)
+    vectors = np.repeat(unit(random.standard_normal((20, 8))), 10, axis=0)
+    ids = np.arange(200, dtype=np.int64)
+    shuffled = random.permutation(200)
+    query = vectors[:1]
+    [(found, _)] = FlatSearch(ids, [vectors], dim=8).search(query, k=15)
+    [(again, _)] = FlatSearch(ids[shuffled], [vectors[shuffled]], dim=8).search(query, k=15)
+    np.testing.assert_array_equal(ids[found], ids[shuffled][again])
+
+
+def test_an_empty_gallery_finds_nothing_and_nan_is_refused():
+    search = FlatSearch(np.empty(0, dtype=np.int64), [], dim=4)
+    [(positions, scores)] = search.search(np.ones((1, 4), dtype=np.float32), k=3)
+    assert len(positions) == len(scores) == 0
+    with pytest.raises(ValueError, match="finite"):
+        search.search(np.full((1, 4), np.nan, dtype=np.float32), k=3)

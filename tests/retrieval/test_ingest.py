@@ -1,0 +1,282 @@
+"""Ingest brings an index up to date: what is counted, kept, re-embedded, skipped and forgotten."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import retrieval.ingest
+from retrieval import EmbeddingError, EncoderMismatchError, Index, IngestError, Retriever
+
+
+def counts(report):
+    return report.indexed, report.unchanged, report.deleted, len(report.skipped)
+
+
+def id_of(index_path, elastic, picture, k=1):
+    [hit] = Retriever.open(index_path, encoder=elastic).search(picture, k=k)
+    return hit.id, hit.path
+
+
+@pytest.fixture
+def index(tmp_path, photos, elastic):
+    return Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+
+
+def test_build_then_open_shows_the_same_index(index, photos, elastic):
+    info = Index.open(index.path).info()
+    assert info == index.info()
+    assert (info.items, info.skipped, info.encoder_spec, info.encoder_resolution) == (10, (), "XL", 8)
+    assert (info.space_id, info.weights_sha256, info.index_type) == (elastic.space_id, elastic.weights_sha256, "exact")
+    assert index.verify() == []
+
+
+def test_a_rerun_embeds_nothing_and_publishes_nothing(index, photos, elastic, monkeypatch):
+    monkeypatch.setattr(type(elastic.encoder()), "encode", None)  # any use would fail
+    generation = index.generation
+    assert counts(index.ingest(photos)) == (0, 10, 0, 0)
+    assert index.generation == generation
+
+
+def test_a_changed_file_keeps_its_id_and_only_its_new_content_is_found(index, photos, elastic, picture):
+    old_id, path = id_of(index.path, elastic, picture(3))
+    path.write_bytes(picture(33))
+    assert counts(index.ingest(photos)) == (1, 9, 0, 0)
+    assert id_of(index.path, elastic, picture(33)) == (old_id, path)
+    hits = Retriever.open(index.path, encoder=elastic).search(picture(3), k=99)
+    assert len(hits) == 10
+    assert hits[0].score < 0.99
+    assert index.verify() == []
+
+
+def test_a_file_changed_and_changed_back_is_found_again(index, photos, elastic, picture):
+    path = photos / "3.png"
+    status = path.stat()
+    for content in (picture(33), picture(3)):
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + len(content)))
+        index.ingest(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    index.ingest(path)
+    assert index.verify() == []
+    assert id_of(index.path, elastic, picture(3))[1] == path
+
+
+def test_a_touched_file_with_equal_content_is_unchanged_and_then_not_even_read(index, photos, elastic, monkeypatch):
+    os.utime(photos / "3.png", ns=(1, 1))
+    assert counts(index.ingest(photos)) == (0, 10, 0, 0)
+    monkeypatch.setattr(retrieval.ingest, "load", None)
+    assert counts(index.ingest(photos)) == (0, 10, 0, 0)
+    assert index.verify() == []
+
+
+def test_delete_forgets_only_files_that_are_gone_from_the_named_folders(index, photos, elastic, picture):
+    (photos / "3.png").unlink()
+    (photos / "sub" / "8.png").unlink()
+    assert counts(index.ingest(photos)) == (0, 8, 0, 0)
+    assert index.info().items == 10  # without delete=True nothing is forgotten
+    assert counts(index.ingest(photos / "sub", delete=True)) == (0, 2, 1, 0)
+    assert index.info().items == 9
+    assert counts(index.ingest(photos, delete=True)) == (0, 8, 1, 0)
+    assert {hit.path.name for hit in Retriever.open(index.path, encoder=elastic).search(picture(3), k=99)} == {
+        f"{n}.png" for n in (0, 1, 2, 4, 5, 6, 7, 9)
+    }
+    assert index.verify() == []
+
+
+def test_ids_are_never_given_twice(index, photos, elastic, picture):
+    (photos / "sub" / "9.png").unlink()
+    index.ingest(photos, delete=True)
+    (photos / "new.png").write_bytes(picture(50))
+    index.ingest(photos)
+    assert id_of(index.path, elastic, picture(50))[0] == 10
+
+
+def test_an_emptied_folder_is_refused_rather_than_forgotten(index, photos):
+    for path in photos.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(IngestError, match="holds no pictures"):
+        index.ingest(photos, delete=True)
+    assert index.info().items == 10
+
+
+def test_bad_files_are_skipped_counted_listed_and_not_decoded_again(tmp_path, photos, elastic, picture, monkeypatch):
+    (photos / "a-text.jpg").write_text("no picture")
+    (photos / "b-empty.png").touch()
+    (photos / "c-cut.png").write_bytes(picture(1)[:-60])
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    expected = {
+        "a-text.jpg": "not a picture in a supported format",
+        "b-empty.png": "the file is empty",
+        "c-cut.png": "damaged picture (image file is truncated",
+    }
+    listed = {file.path.name: file.reason for file in index.info().skipped}
+    assert listed.keys() == expected.keys()
+    assert all(listed[name].startswith(reason) for name, reason in expected.items())
+    monkeypatch.setattr(retrieval.ingest, "load", None)  # any read would fail
+    report = index.ingest(photos)
+    assert counts(report) == (0, 10, 0, 3)
+    assert {file.path.name: file.reason for file in report.skipped} == listed
+    assert index.info().items == 10
+    assert index.verify() == []
+
+
+def test_a_repaired_file_is_taken_and_a_broken_one_is_no_longer_found(tmp_path, photos, elastic, picture):
+    (photos / "bad.png").write_text("no picture")
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    (photos / "bad.png").write_bytes(picture(60))
+    (photos / "2.png").write_text("broken now")
+    assert counts(index.ingest(photos)) == (1, 9, 0, 1)
+    assert id_of(index.path, elastic, picture(60))[1] == photos / "bad.png"
+    hits = Retriever.open(index.path, encoder=elastic).search(picture(2), k=99)
+    assert photos / "2.png" not in {hit.path for hit in hits}
+    assert index.verify() == []
+
+
+def test_what_could_not_be_read_is_listed_but_tried_again(tmp_path, photos, elastic, monkeypatch):
+    def refuse(task, *, encoder):
+        if task.path == b"3.png":
+            monkeypatch.setattr(retrieval.ingest, "load", load)
+            (photos / "3.png").rename(photos / ".away")  # vanishes between listing and reading
+        return load(task, encoder=encoder)
+
+    load = retrieval.ingest.load
+    monkeypatch.setattr(retrieval.ingest, "load", refuse)
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    report = index.ingest(photos)
+    assert [(file.path.name, file.reason) for file in report.skipped] == [("3.png", "no such file")]
+    assert index.info().skipped == ()
+    (photos / ".away").rename(photos / "3.png")
+    assert counts(index.ingest(photos)) == (1, 9, 0, 0)
+
+
+def test_pipes_and_broken_links_do_not_stop_a_run(tmp_path, photos, elastic):
+    os.mkfifo(photos / "pipe.png")
+    (photos / "broken.png").symlink_to(tmp_path / "nowhere")
+    report = Index.create(tmp_path / "i", encoder=elastic).ingest([photos, photos / "pipe.png"])
+    assert counts(report)[:3] == (10, 0, 0)
+    assert {file.path.name: file.reason for file in report.skipped} == {
+        "broken.png": "no such file",
+        "pipe.png": "not a regular file",
+    }
+
+
+def test_names_with_newlines_and_undecodable_bytes_are_kept(tmp_path, elastic, picture):
+    folder = tmp_path / os.fsdecode(b"bad-\xff")
+    folder.mkdir()
+    names = [os.fsdecode(name) for name in (b"new\nline.png", b"\xfe\xfd.png", "grüße.png".encode())]
+    for seed, name in enumerate(names):
+        (folder / name).write_bytes(picture(seed))
+    index = Index.build(folder, encoder=elastic, path=folder / "i")
+    for seed, name in enumerate(names):
+        assert id_of(index.path, elastic, picture(seed))[1] == folder / name
+    assert counts(index.ingest(str(folder))) == (0, 3, 0, 0)
+    assert index.verify() == []
+
+
+def test_the_same_content_twice_is_two_items_in_id_order(tmp_path, photos, elastic, picture):
+    (photos / "copy.png").write_bytes(picture(0))
+    Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    first, second = Retriever.open(tmp_path / "i", encoder=elastic).search(picture(0), k=2)
+    assert first.score == second.score
+    assert first.id < second.id
+    assert {first.path.name, second.path.name} == {"0.png", "copy.png"}
+
+
+def test_items_are_where_the_format_says(index):
+    [segment] = (index.path / "segments").iterdir()
+    assert (segment / "embeddings.f32").stat().st_size == 10 * 16 * 4
+    rows = sqlite3.connect(segment / "items.sqlite").execute("SELECT path, width, height, status, row FROM items")
+    assert rows.fetchmany(2) == [(b"0.png", 12, 10, "ok", 0), (b"1.png", 12, 10, "ok", 1)]
+    rows.connection.close()
+
+
+def test_an_encoder_of_another_space_is_refused_by_name(index, photos, elastic):
+    with pytest.raises(EncoderMismatchError, match=r"aaaaaaaaaaaa.*555555555555") as caught:
+        index.ingest(photos, encoder=elastic.in_another_space())
+    assert "\n" not in str(caught.value)
+
+
+@dataclass
+class Broken:
+    """The fake encoder, except for what it returns."""
+
+    elastic: object
+    spoil: object
+
+    def __getattr__(self, name):
+        return getattr(self.elastic, name)
+
+    def encoder(self, spec=None):
+        inner, spoil = self.elastic.encoder(spec), self.spoil
+
+        class Encoder(type(inner)):
+            def encode(self, pixels):
+                return spoil(super().encode(pixels))
+
+        return Encoder(inner.spec, inner.space_id)
+
+
+def nan_in_row_three(embeddings):
+    embeddings[3] = np.nan
+    return embeddings
+
+
+def test_a_picture_without_a_finite_embedding_is_skipped_and_listed(tmp_path, photos, elastic):
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    report = index.ingest(photos, encoder=Broken(elastic, nan_in_row_three))
+    assert counts(report) == (9, 0, 0, 1)
+    assert report.skipped[0].path.name == "3.png"
+    assert index.verify() == []
+
+
+def test_embeddings_of_another_shape_are_refused(tmp_path, photos, elastic):
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    with pytest.raises(EmbeddingError, match=r"float32\(10, 15\) instead of float32\(10, 16\)"):
+        index.ingest(photos, encoder=Broken(elastic, lambda embeddings: embeddings[:, :15]))
+
+
+def test_progress_counts_every_file_once(tmp_path, photos, elastic):
+    (photos / "bad.png").touch()
+    events = []
+    Index.build(photos, encoder=elastic, path=tmp_path / "i", progress=events.append)
+    assert (events[-1].stage, events[-1].done, events[-1].total) == ("index", 11, 11)
+    assert events[-1].note.endswith("1 skipped")
+
+
+def test_a_long_run_publishes_as_it_goes_and_shares_segments(tmp_path, photos, elastic, monkeypatch):
+    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
+    monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    assert index.generation == 4
+    assert len(list((index.path / "segments").iterdir())) == 3
+    assert index.info().items == 10
+    assert index.verify() == []
+
+
+def interrupt_at(call):
+    calls = iter(range(1000))
+
+    def spoil(embeddings):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return embeddings
+
+    return spoil
+
+
+def test_an_interrupt_publishes_what_is_complete_and_a_rerun_continues(tmp_path, photos, elastic, monkeypatch):
+    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
+    monkeypatch.setattr(retrieval.ingest, "AHEAD", 4)
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    with pytest.raises(KeyboardInterrupt):
+        index.ingest(photos, encoder=Broken(elastic, interrupt_at(2)))
+    reopened = Index.open(index.path)
+    assert reopened.info().items == 4
+    assert reopened.verify() == []
+    assert counts(reopened.ingest(photos, encoder=elastic)) == (6, 4, 0, 0)
+    assert reopened.verify() == []

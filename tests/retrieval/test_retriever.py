@@ -1,0 +1,186 @@
+"""One index, any submodel: what a search gives, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import threading
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+from PIL import Image
+
+import matvit
+from matvit import CheckpointError, ImageError, SpecError
+from retrieval import EncoderMismatchError, Hits, Index, IndexFormatError, Retriever, SearchError
+
+
+@pytest.fixture
+def index(tmp_path, photos, elastic):
+    return Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+
+
+@pytest.fixture
+def retriever(index, elastic):
+    return Retriever.open(index.path, encoder=elastic)
+
+
+@pytest.mark.parametrize("spec", ["S", "M", "L", "XL", "1S.1XL"])
+def test_every_submodel_searches_the_one_index(retriever, photos, spec):
+    for number in range(7):
+        hits = retriever.search(photos / f"{number}.png", encoder=spec, k=3)
+        assert hits.spec == spec
+        assert hits[0].path == photos / f"{number}.png"
+        assert [hit.rank for hit in hits] == [1, 2, 3]
+        assert 1.0 >= hits[0].score >= hits[1].score >= hits[2].score >= -1.0
+
+
+def test_hits_say_how_they_were_found(retriever, photos):
+    hits = retriever.search(str(photos / "1.png"), encoder="m", k=2)
+    assert (hits.query, hits.spec, hits.runtime, hits.generation) == (str(photos / "1.png"), "M", "numpy", 2)
+    parts = hits.latency_ms.preprocess, hits.latency_ms.encode, hits.latency_ms.search
+    assert all(part > 0 for part in parts)
+    assert hits.latency_ms.total == pytest.approx(sum(parts))
+    assert hits[0].metadata == {}
+    assert hits[-1] in hits
+    assert [hit.id for hit in hits[:1]] == [hits[0].id]
+    with pytest.raises(FrozenInstanceError):
+        hits.spec = "S"
+
+
+def test_paths_bytes_and_pil_images_find_the_same(retriever, photos, picture):
+    opened = Image.open(io.BytesIO(picture(4)))
+    by_path, by_bytes, by_image = (retriever.search(q).hits for q in (photos / "4.png", picture(4), opened))
+    assert by_path == by_bytes == by_image
+
+
+def test_a_batch_equals_its_queries_alone(retriever, photos):
+    queries = sorted(photos.glob("*.png"))
+    together = retriever.search_many(queries, encoder="S", k=4, batch_size=3)
+    assert len(together) == 7
+    for query, hits in zip(queries, together, strict=True):
+        assert hits.query == str(query)
+        alone = retriever.search(query, encoder="S", k=4)
+        assert [hit.id for hit in hits] == [hit.id for hit in alone]
+        assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in alone], abs=1e-6)
+
+
+def test_a_large_k_gives_all_there_is_and_an_empty_index_gives_nothing(tmp_path, retriever, elastic, picture):
+    assert len(retriever.search(picture(1), k=1000)) == 10
+    Index.create(tmp_path / "empty", encoder=elastic)
+    hits = Retriever.open(tmp_path / "empty", encoder=elastic).search(picture(1))
+    assert isinstance(hits, Hits)
+    assert len(hits) == 0
+    assert hits.spec == "XL"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "sentence"),
+    [
+        ({"k": 0}, SearchError, "search: k is 0; give a k of 1 or more"),
+        ({"encoder": "Q"}, SpecError, "encoder spec: 'Q' is not a submodel spec; use"),
+        ({"encoder": "5S"}, SpecError, "encoder spec: '5S' covers more than the encoder's 2 blocks; use"),
+        ({"image": "missing.png"}, ImageError, "missing.png: no such file; give"),
+        ({"image": b"text"}, ImageError, "picture: not a picture in a supported format; give"),
+    ],
+)
+def test_bad_input_is_one_sentence(retriever, picture, arguments, kind, sentence):
+    arguments = {"image": picture(1), **arguments}
+    with pytest.raises(kind) as caught:
+        retriever.search(arguments.pop("image"), **arguments)
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_index_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for name, what in (("none", "no such index"), (".", "holds no index"), ("file", "is a file, not an index")):
+        with pytest.raises(IndexFormatError, match=what):
+            Retriever.open(tmp_path / name)
+
+
+def test_submodels_are_extracted_once(retriever, elastic, picture):
+    before = elastic.extracted
+    for _ in range(3):
+        retriever.search(picture(1), encoder="S")
+        retriever.search(picture(1), encoder="2S")  # the same function
+    assert elastic.extracted == before + 1
+
+
+def test_rarely_used_submodels_are_let_go(retriever, elastic, picture):
+    for width in range(1, 10):
+        retriever.search(picture(1), encoder=f"2w{width + 20}")
+    before = elastic.extracted
+    retriever.search(picture(1), encoder="2w29")
+    assert elastic.extracted == before
+    retriever.search(picture(1), encoder="2w21")
+    assert elastic.extracted == before + 1
+
+
+def test_a_foreign_encoder_is_accepted_by_space_and_refused_by_name(index, elastic, picture):
+    retriever = Retriever.open(index.path)  # the encoder that built it is never needed
+    foreign = replace(elastic.encoder("M"), runtime="elsewhere")
+    assert retriever.search(picture(2), encoder=foreign).runtime == "elsewhere"
+    for refused in (
+        lambda: retriever.search(picture(2), encoder=replace(foreign, space_id="b" * 64)),
+        lambda: Retriever.open(index.path, encoder=replace(elastic, space_id="b" * 64)),
+    ):
+        with pytest.raises(EncoderMismatchError, match=r"bbbbbbbbbbbb.*555555555555"):
+            refused()
+
+
+def test_the_encoder_that_built_the_index_is_found(index, elastic, picture, monkeypatch):
+    class Loader:
+        @staticmethod
+        def from_pretrained(source):
+            assert source == "fake-source"
+            return elastic
+
+    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
+    assert len(Retriever.open(index.path).search(picture(1), encoder="S")) == 10
+
+
+def test_an_encoder_that_cannot_be_found_is_named(index, elastic, picture, monkeypatch, tmp_path, photos):
+    class Loader:
+        @staticmethod
+        def from_pretrained(source):
+            raise CheckpointError(what="no such folder", where=source, fix="look")
+
+    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
+    with pytest.raises(CheckpointError, match=r"from 'fake-source' \(no such folder\); put it back"):
+        Retriever.open(index.path).search(picture(1))
+    Index.build(photos, encoder=replace(elastic, source=None), path=tmp_path / "unsaved")
+    with pytest.raises(CheckpointError, match="'fake' that built this index was never saved; pass encoder="):
+        Index.open(tmp_path / "unsaved").ingest(photos)
+
+
+def test_a_reader_stays_on_its_generation_until_it_reloads(index, retriever, photos, picture):
+    (photos / "new.png").write_bytes(picture(70))
+    (photos / "0.png").unlink()
+    index.ingest(photos, delete=True)
+    stale = retriever.search(picture(70), k=99)
+    assert (stale.generation, stale[0].path.name == "new.png", len(stale)) == (2, False, 10)
+    assert any(hit.path.name == "0.png" for hit in stale)
+    assert retriever.reload() == 3
+    fresh = retriever.search(picture(70), k=99)
+    assert (fresh.generation, fresh[0].path.name, len(fresh)) == (3, "new.png", 10)
+
+
+def test_threads_may_share_a_retriever(retriever, photos):
+    expected = retriever.search(photos / "1.png", encoder="S").hits
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(retriever.search(photos / "1.png", encoder="S").hits))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 8
+
+
+def test_retrieval_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import retrieval; assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
