@@ -1,0 +1,59 @@
+"""What is on disk is what docs/formats/index.md says, and an index of the first release stays readable."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import retrieval
+from retrieval import Index, Retriever
+from retrieval.items import Item
+from retrieval.manifest import DeletionsEntry, EncoderEntry, FileEntry, Manifest, SegmentEntry
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parents[1] / "docs" / "formats" / "index.md"
+
+
+def test_every_field_and_column_is_documented():
+    models = Manifest, EncoderEntry, SegmentEntry, FileEntry, DeletionsEntry
+    names = [name for model in models for name in model.model_fields] + [field.name for field in fields(Item)]
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.fixture
+def version_1(tmp_path):
+    """Written by the first release: 3.png changed, 4.png deleted, one file skipped, all below /photos."""
+    return Path(shutil.copytree(HERE / "formats" / "version-1", tmp_path / "old.index"))
+
+
+def test_an_index_of_format_1_is_read(version_1, elastic, picture):
+    index = Index.open(version_1)
+    info = index.info()
+    assert index.verify() == []
+    assert (info.items, info.generation, info.encoder_source) == (5, 3, "fake-source")
+    assert [(file.path, file.reason) for file in info.skipped] == [(Path("/photos/bad.jpg"), "the file is empty")]
+    hits = Retriever.open(version_1, encoder=elastic).search(picture(33), encoder="XL", k=2)
+    assert (hits[0].id, hits[0].path, round(hits[0].score, 5)) == (3, Path("/photos/3.png"), 1.0)
+
+
+def test_the_public_names_are_the_documented_ones():
+    assert retrieval.__all__ == [
+        "EmbeddingError",
+        "EncoderMismatchError",
+        "Hit",
+        "Hits",
+        "Index",
+        "IndexExistsError",
+        "IndexFormatError",
+        "IndexLockedError",
+        "IngestError",
+        "IngestReport",
+        "Retriever",
+        "SearchError",
+        "SkippedFile",
+    ]
+    assert all(hasattr(retrieval, name) for name in retrieval.__all__)
