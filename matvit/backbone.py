@@ -85,7 +85,6 @@ def describe(vit: Any) -> ViTConfig:
         image_size=side,
         patch_size=patch_side,
         embed_dim=vit.embed_dim,
-        ffn_widths=tuple(block.mlp.fc1.out_features for block in vit.blocks),
         **_describe_blocks(vit),
         class_token=vit.cls_token is not None,
         reg_tokens=vit.num_reg_tokens,
@@ -145,7 +144,7 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
 
 
 def _describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
-    """What all blocks share, FFN width aside. Raises BackboneError when they are unlike each other."""
+    """Each block's FFN width, and what all of them share. Raises BackboneError when they differ in more."""
     for index, block in enumerate(vit.blocks):
         _check_block(block, index)
     kinds = [
@@ -162,7 +161,8 @@ def _describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
     eps = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
     if len(eps) != 1 or any(kind != kinds[0] for kind in kinds):
         raise _refusal("its blocks or norms differ in more than FFN width")
-    return {"norm_eps": eps.pop(), **kinds[0]}
+    widths = tuple(block.mlp.fc1.out_features for block in vit.blocks)
+    return {"ffn_widths": widths, "norm_eps": eps.pop(), **kinds[0]}
 
 
 def _check_block(block: Any, index: int) -> None:

@@ -8,8 +8,7 @@ if TYPE_CHECKING:
     from matvit.model import MatViT
 
 _HEADER = """---
-license: apache-2.0
-library_name: matvit-retrieval
+{license}library_name: matvit-retrieval
 pipeline_tag: image-feature-extraction
 tags: [image-retrieval, matformer, timm]
 ---
@@ -20,7 +19,7 @@ def model_card(model: MatViT) -> str:
     """Markdown with the hub's front matter."""
     config = model.config
     lines = [
-        f"{_HEADER}# {model.name}",
+        f"{_HEADER.format(license=_license(model))}# {model.name}",
         "",
         f"An elastic image encoder: a ViT ({len(config.ffn_widths)} blocks, width {config.embed_dim}, "
         f"{config.patch_size} px patches, {config.image_size} px pictures) whose feed-forward layers are nested "
@@ -37,6 +36,11 @@ def model_card(model: MatViT) -> str:
         *_provenance(model),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _license(model: MatViT) -> str:
+    """Only whoever trained the weights can say it."""
+    return f"license: {model.record['license']}\n" if "license" in model.record else ""
 
 
 def _pareto_table(model: MatViT) -> list[str]:

@@ -175,10 +175,7 @@ class SubmodelSpec:
 
     def __str__(self) -> str:
         shape = self.shape
-        names = [_width_name(width, full) for width, full in zip(self.widths, shape.ffn_widths, strict=True)]
-        runs = [(name, len(list(group))) for name, group in groupby(names)]
-        uniform = len(runs) == 1 and not runs[0][0].startswith("w")
-        text = runs[0][0] if uniform else ".".join(f"{count}{name}" for name, count in runs)
+        text = _uniform_name(self.widths, shape.ffn_widths) or _runs(self.widths, shape.ffn_widths)
         if self.heads != shape.num_heads:
             text += f"-h{self.heads}"
         if self.depth != shape.num_blocks:
@@ -256,11 +253,21 @@ def _without_dropped(shape: EncoderShape, widths: Sequence[int], kept: frozenset
     return tuple(result)
 
 
-def _width_name(width: int, full: int) -> str:
-    for granularity in Granularity:
-        if granularity.width_of(full) == width:
+def _uniform_name(widths: Sequence[int], full_widths: Sequence[int]) -> str | None:
+    """The granularity that all widths have; the largest, as those of very narrow blocks coincide."""
+    for granularity in reversed(Granularity):
+        if all(granularity.width_of(full) == width for width, full in zip(widths, full_widths, strict=True)):
             return granularity.value
-    return f"w{width}"
+    return None
+
+
+def _width_name(width: int, full: int) -> str:
+    return _uniform_name([width], [full]) or f"w{width}"
+
+
+def _runs(widths: Sequence[int], full_widths: Sequence[int]) -> str:
+    names = [_width_name(width, full) for width, full in zip(widths, full_widths, strict=True)]
+    return ".".join(f"{len(list(group))}{name}" for name, group in groupby(names))
 
 
 def _spec_error(what: str, shape: EncoderShape) -> SpecError:

@@ -1,0 +1,73 @@
+"""Tiny vision transformers of every accepted family, with no weight at its starting value."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import LayerNorm, QuickGELU
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from matvit import MatViT
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "deit3": {"no_embed_class": True, "init_values": 1e-6, "global_pool": "avg", "fc_norm": True},
+    "dinov2": {"init_values": 1e-5},
+    "registers": {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5},
+    "no-class-token": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "clip": {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5), "act_layer": QuickGELU},
+    "qk-norm": {"qk_norm": True, "act_layer": "gelu_tanh"},
+    "no-bias": {"qkv_bias": False, "proj_bias": False, "act_layer": "gelu"},
+    "no-positions": {"pos_embed": "none", "global_pool": "avgmax", "pool_include_prefix": True, "final_norm": False},
+}
+
+
+def build_vit(family: str, **overrides: Any) -> VisionTransformer:
+    """A timm module of 4 blocks, 32 wide, for 32 px pictures; equal calls give equal weights."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 0}
+    vit = VisionTransformer(**(sizes | FAMILIES[family] | overrides))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return vit.eval()
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def vit(request: pytest.FixtureRequest) -> VisionTransformer:
+    """One timm module per family; shared, so tests leave it as it is."""
+    return build_vit(request.param)
+
+
+@pytest.fixture(scope="session")
+def model(vit: VisionTransformer) -> MatViT:
+    """The elastic encoder of `vit`; shared, so tests leave it as it is."""
+    return MatViT.from_timm(vit)
+
+
+@pytest.fixture
+def plain_vit() -> VisionTransformer:
+    """A module of the plain family that a test may change."""
+    return build_vit("plain")
+
+
+@pytest.fixture
+def dinov2() -> MatViT:
+    """An elastic encoder with layer scale that a test may change."""
+    return MatViT.from_timm(build_vit("dinov2"))
+
+
+@pytest.fixture
+def tiny() -> MatViT:
+    """A plain elastic encoder that a test may change."""
+    return MatViT.from_timm(build_vit("plain"))
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """(3, 3, 32, 32), as if normalised."""
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

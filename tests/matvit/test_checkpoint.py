@@ -1,0 +1,507 @@
+"""Checkpoints: exact round trips, one identity however it is stored, and no silent damage or loss."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from matvit import CheckpointError, MatViT, checkpoint
+from matvit.checkpoint import Storage
+from matvit.model import AxesConfig
+from matvit.preprocess import Preprocessing
+
+FILES = {"config.json", "model.safetensors", "pareto.json", "training.json", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 checkpoint; shared, so tests copy it before they damage it."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    MatViT.from_timm(vit).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def _edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    change(raw)
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def _refused(source: str | Path, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        MatViT.from_pretrained(source)
+    assert "\n" not in str(caught.value)
+
+
+# Round trips
+
+
+def test_float32_round_trip_is_exact(model: MatViT, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "tiny")
+    loaded = MatViT.from_pretrained(tmp_path / "tiny")
+    torch.testing.assert_close(loaded.vit.state_dict(), model.vit.state_dict(), rtol=0, atol=0)
+    assert (loaded.config, loaded.shape, loaded.preprocessing) == (model.config, model.shape, model.preprocessing)
+    assert loaded.space_id == model.space_id
+    assert not loaded.training
+
+
+def test_the_folder_holds_the_documented_files(saved: Path) -> None:
+    assert {path.name for path in saved.iterdir()} == FILES
+    page = Path(__file__).parents[2].joinpath("docs/formats/checkpoint.md").read_text()
+    config = json.loads((saved / "config.json").read_text())
+    fields = [*config, *config["encoder"], *config["axes"], *config["preprocessing"], *config["weights"]]
+    fields += checkpoint.ParetoRow.model_fields
+    assert [name for name in {*fields, *FILES} if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_space_id_is_what_the_format_page_says(tiny: MatViT, tmp_path: Path, storage: Storage) -> None:
+    """Computed from the files alone, as another program would."""
+    tiny.save_pretrained(tmp_path / "tiny", storage=storage)
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    stored = load_file(tmp_path / "tiny" / "model.safetensors")
+    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((".int8", ".scale"))}
+    for name in {name.removesuffix(".int8") for name in stored if name.endswith(".int8")}:
+        integers, scale = stored[f"{name}.int8"], stored[f"{name}.scale"]
+        tensors[name] = integers * scale.reshape(-1, *[1] * (integers.ndim - 1))
+    described = {"encoder": config["encoder"], "preprocessing": config["preprocessing"]}
+    content = json.dumps(described, sort_keys=True).encode()
+    for name in sorted(tensors):
+        content += f"{name}:<f4:{tensors[name].shape}".encode() + tensors[name].astype("<f4").tobytes()
+    assert config["space_id"] == hashlib.sha256(content).hexdigest()
+
+
+def test_int8_is_small_and_stable(model: MatViT, tmp_path: Path) -> None:
+    """Saved, loaded, saved: the same file and the same space, for ever."""
+    model.save_pretrained(tmp_path / "exact")
+    model.save_pretrained(tmp_path / "first", storage="int8")
+    first = MatViT.from_pretrained(tmp_path / "first")
+    first.save_pretrained(tmp_path / "second", storage="int8")
+    second = MatViT.from_pretrained(tmp_path / "second")
+    assert (first.space_id, first.weights_sha256) == (second.space_id, second.weights_sha256)
+    assert first.space_id != model.space_id  # rounded weights are another space
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("first", "exact")]
+    assert sizes[0] < sizes[1] / 2
+    for name, tensor in first.vit.state_dict().items():
+        torch.testing.assert_close(tensor, model.vit.state_dict()[name], rtol=0, atol=0.01)
+
+
+def test_a_loaded_int8_checkpoint_saved_as_float32_keeps_its_space(tiny: MatViT, tmp_path: Path) -> None:
+    tiny.save_pretrained(tmp_path / "int8", storage="int8")
+    rounded = MatViT.from_pretrained(tmp_path / "int8")
+    rounded.save_pretrained(tmp_path / "float32")
+    exact = MatViT.from_pretrained(tmp_path / "float32")
+    assert exact.space_id == rounded.space_id
+    assert exact.weights_sha256 != rounded.weights_sha256
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_the_space_is_the_same_as_a_folder_renamed_copied_or_in_another_place(
+    tiny: MatViT, tmp_path: Path, storage: Storage
+) -> None:
+    tiny.save_pretrained(tmp_path / "a", storage=storage)
+    space = MatViT.from_pretrained(tmp_path / "a").space_id
+    shutil.copytree(tmp_path / "a", tmp_path / "deep" / "b")
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert MatViT.from_pretrained(tmp_path / "deep" / "b").space_id == space
+    assert MatViT.from_pretrained(str(tmp_path / "c")).space_id == space
+
+
+def test_source_is_the_absolute_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    loaded = MatViT.from_pretrained("copy")
+    assert loaded.source == str(folder.resolve())
+    assert loaded.weights_sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_bundled_name_is_found_and_stays_the_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.resources, "files", lambda _: folder.parent)
+    assert checkpoint.bundled_names() == ("copy",)
+    assert MatViT.from_pretrained("copy").source == "copy"
+    monkeypatch.chdir("/")
+    _refused(Path("copy"), "no such checkpoint")  # a Path is a folder, never a name
+
+
+def test_record_and_pareto_rows_come_back(tiny: MatViT, tmp_path: Path) -> None:
+    tiny.record = {"recipe": {"seed": 1}, "credits": ["Ünïcode"], "notes": ["a note"], "license": "mit"}
+    row = {"name": "S", "spec": "S", "flops": 10, "params": 5, "relative_flops": 0.5, "quality": {"recall@1": 0.9}}
+    tiny.pareto = (row | {"latency_ms": {"torch-cpu": 1.5}},)
+    tiny.save_pretrained(tmp_path / "tiny")
+    loaded = MatViT.from_pretrained(tmp_path / "tiny")
+    assert (loaded.record, loaded.pareto) == (tiny.record, tiny.pareto)
+    card = (tmp_path / "tiny" / "README.md").read_text(encoding="utf-8")
+    assert "license: mit" in card
+    assert "| S | 0.00 G | 0.50 | 0.0 M | 90.0 |" in card
+    assert "Ünïcode" in card
+
+
+def test_axes_and_whole_number_preprocessing_come_back(plain_vit: Any, tmp_path: Path) -> None:
+    axes = AxesConfig(heads=True, keep_order=(0, 3, 1), image_size_step=8)
+    model = MatViT(plain_vit, preprocessing=Preprocessing(mean=(0, 0, 0), std=(1, 1, 1)), axes=axes, name="mine")
+    model.save_pretrained(tmp_path / "mine")
+    loaded = MatViT.from_pretrained(tmp_path / "mine")
+    assert (loaded.axes, loaded.name, loaded.space_id) == (axes, "mine", model.space_id)
+
+
+def test_a_double_precision_model_is_stored_as_float32_under_the_same_space(tiny: MatViT, tmp_path: Path) -> None:
+    space = tiny.space_id
+    tiny.double().save_pretrained(tmp_path / "tiny")
+    loaded = MatViT.from_pretrained(tmp_path / "tiny")
+    assert loaded.space_id == space == tiny.space_id
+    assert next(loaded.parameters()).dtype == torch.float32
+
+
+# Damage
+
+
+def test_every_damaged_byte_of_the_weights_is_caught(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    copy = Path(shutil.copytree(saved, tmp_path_factory.mktemp("flip") / "copy"))
+    content = (copy / "model.safetensors").read_bytes()
+    config = checkpoint.read_config(copy)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(position=st.integers(0, len(content) - 1), flip=st.integers(1, 255))
+    def flipped(position: int, flip: int) -> None:
+        damaged = bytearray(content)
+        damaged[position] ^= flip
+        (copy / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="sha256"):
+            checkpoint.read_tensors(copy, config)
+
+    flipped()
+
+
+def _truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def _other_weights(folder: Path) -> None:
+    """A whole, honest file of another model: hash and size are right, tensors are not."""
+    content = (folder / "model.safetensors").read_bytes()
+    save_file({"norm.weight": np.zeros(3, np.float32)}, folder / "model.safetensors")
+    assert content != (folder / "model.safetensors").read_bytes()
+    _adopt_weights(folder)
+
+
+def _no_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x80\x04 a pickle, say")
+    _adopt_weights(folder)
+
+
+def _scale_of_another_length(folder: Path) -> None:
+    tensors = {"norm.weight.int8": np.zeros((4, 2), np.int8), "norm.weight.scale": np.zeros(3, np.float32)}
+    save_file(tensors, folder / "model.safetensors")
+    _adopt_weights(folder)
+
+
+def _adopt_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    found = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _edit_config(folder, lambda raw: raw["weights"].update(found))
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _config(*path: str, value: object) -> Callable[[Path], None]:
+    def change(raw: dict[str, Any]) -> None:
+        functools.reduce(lambda node, key: node[key], path[:-1], raw)[path[-1]] = value
+
+    return lambda folder: _edit_config(folder, change)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated weights": (_truncate, "has 1000 bytes"),
+    "missing weights": (_remove("model.safetensors"), "model.safetensors: cannot be read"),
+    "other weights": (_other_weights, "do not fit"),
+    "no safetensors": (_no_safetensors, "not a readable safetensors file"),
+    "scales of another length": (_scale_of_another_length, "not a readable safetensors file"),
+    "missing config": (_remove("config.json"), "holds no config.json"),
+    "broken config": (_write("config.json", "{"), "not readable as JSON"),
+    "binary config": (lambda folder: (folder / "config.json").write_bytes(b"\xff\x00"), "not readable as JSON"),
+    "endless config": (_write("config.json", "[" * 100_000), "not readable as JSON"),
+    "config of another tool": (_write("config.json", '{"model_type": "vit"}'), "format_version"),
+    "config that is a list": (_write("config.json", "[]"), "valid dictionary"),
+    "wrong sha": (_config("weights", "sha256", value="0" * 64), "sha256"),
+    "newer format": (_config("format_version", value=2), "upgrade matvit-retrieval"),
+    "impossible format": (_config("format_version", value=0), "format_version"),
+    "unknown field": (_config("surprise", value=1), "surprise"),
+    "unknown encoder field": (_config("encoder", "surprise", value=1), "encoder.surprise"),
+    "unknown weight file": (_config("weights", "file", value="../../etc/passwd"), "weights.file"),
+    "missing field": (lambda folder: _edit_config(folder, lambda raw: raw.pop("axes")), "axes"),
+    "heads that do not divide": (_config("encoder", "num_heads", value=3), "multiple"),
+    "heads of another model": (_config("encoder", "num_heads", value=4), "space_id"),
+    "changed mean": (_config("preprocessing", "mean", value=[0.1, 0.2, 0.3]), "space_id"),
+    "NaN mean": (_config("preprocessing", "mean", value=[float("nan")] * 3), "preprocessing.mean"),
+    "zero std": (_config("preprocessing", "std", value=[0, 1, 1]), "preprocessing.std"),
+    "another space": (_config("space_id", value="0" * 64), "space_id"),
+    "keep order of another model": (_config("axes", "keep_order", value=[0, 7]), "keep_order"),
+    "Pareto table of another shape": (_write("pareto.json", '{"S": 1}'), "pareto.json"),
+    "Pareto row without flops": (_write("pareto.json", '[{"spec": "S"}]'), "pareto.json"),
+    "record of another shape": (_write("training.json", "[]"), "training.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_in_one_sentence(folder: Path, name: str) -> None:
+    damage, message = DAMAGE[name]
+    damage(folder)
+    _refused(folder, message)
+
+
+def test_table_record_and_card_may_be_missing(folder: Path) -> None:
+    for name in ("pareto.json", "training.json", "README.md"):
+        (folder / name).unlink()
+    loaded = MatViT.from_pretrained(folder)
+    assert (loaded.pareto, loaded.record) == ((), {})
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the network"))
+    (tmp_path / "file").touch()
+    _refused(tmp_path / "missing", "no such checkpoint")
+    _refused(str(tmp_path / "file"), "is a file")
+    _refused(tmp_path, "holds no config.json")
+    _refused("no-such-name", "no such checkpoint")
+    _refused("../missing", "no such checkpoint")
+    _refused("a/b/c", "no such checkpoint")
+    _refused("x" * 5000, "cannot be looked up")
+
+
+# Saving
+
+
+def test_nan_and_infinite_weights_are_not_saved(tiny: MatViT, tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            tiny.vit.blocks[1].mlp.fc1.weight[3, 4] = value
+        for storage in ("float32", "int8"):
+            with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.fc1\.weight"):
+                checkpoint.save(tiny, tmp_path / "tiny", storage=storage)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_too_large_to_round_are_not_saved(tiny: MatViT, tmp_path: Path) -> None:
+    with torch.no_grad():
+        tiny.vit.blocks[0].mlp.fc1.weight[0, 0] = torch.finfo(torch.float32).max
+    with np.errstate(over="ignore"), pytest.raises(CheckpointError, match=r"fc1\.weight"):
+        tiny.save_pretrained(tmp_path / "tiny", storage="int8")
+
+
+@pytest.mark.parametrize("content", [{"notes.txt": "mine"}, {"config.json": '{"model_type": "vit"}'}])
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(tiny: MatViT, tmp_path: Path, content: dict[str, str]) -> None:
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match="choose a new folder"):
+        tiny.save_pretrained(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == content
+
+
+def test_a_checkpoint_with_a_users_file_in_it_is_not_replaced(tiny: MatViT, folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"notes\.txt"):
+        tiny.save_pretrained(folder)
+    assert MatViT.from_pretrained(folder).space_id != tiny.space_id
+
+
+def test_a_file_is_not_replaced(tiny: MatViT, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="is a file"):
+        tiny.save_pretrained(tmp_path / "file")
+
+
+def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(
+    tiny: MatViT, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder.parent / "empty").mkdir()
+    (folder.parent / "link").symlink_to(folder)
+    for target in (folder, folder.parent / "empty", folder.parent / "new" / "deep", folder.parent / "link"):
+        tiny.save_pretrained(target)
+        assert MatViT.from_pretrained(target).space_id == tiny.space_id
+    monkeypatch.chdir(folder)
+    assert {path.name for path in folder.parent.iterdir()} == {"copy", "empty", "new", "link"}
+    assert (folder.parent / "link").is_symlink()
+
+
+def _full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _fails_at(call: int, original: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+    calls = iter(range(1, 100))
+
+    def rename(self: Path, target: Path) -> Path:
+        if next(calls) == call:
+            _full_disk()
+        return original(self, target)
+
+    return rename
+
+
+@pytest.mark.parametrize("step", ["fsync", "first rename", "second rename"])
+def test_a_failed_save_leaves_the_old_checkpoint(
+    tiny: MatViT, folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    before = MatViT.from_pretrained(folder).space_id
+    with monkeypatch.context() as patch:
+        if step == "fsync":
+            patch.setattr(os, "fsync", _full_disk)
+        else:
+            patch.setattr(Path, "rename", _fails_at(1 if step == "first rename" else 2, Path.rename))
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            tiny.save_pretrained(folder)
+    assert MatViT.from_pretrained(folder).space_id == before
+    assert [path.name for path in folder.parent.iterdir()] == ["copy"]
+
+
+class _KilledError(BaseException):
+    """Stands for SIGKILL: no handler of ours runs after it, as `finally` is switched off by the test."""
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_kill_while_saving_leaves_the_old_checkpoint_whole(
+    tiny: MatViT, folder: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    before = MatViT.from_pretrained(folder).space_id
+    calls = iter(range(1, 100))
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if next(calls) == call:
+            raise _KilledError
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(_KilledError):
+        tiny.save_pretrained(folder)
+    # Between the two renames the old checkpoint stands under its dotted name.
+    old = folder if call == 1 else next(folder.parent.glob(".copy.old-*"))
+    assert MatViT.from_pretrained(old).space_id == before
+
+
+# The hub, played by a local server
+
+
+HUB = textwrap.dedent(
+    """
+    import hashlib, json, sys, threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from pathlib import Path
+    from urllib.parse import unquote, urlparse
+
+    ROOT, COMMIT, LOG = Path(sys.argv[1]), "c0ffee" + "0" * 34, []
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self):
+            self.answer(body=False)
+
+        def do_GET(self):
+            self.answer(body=True)
+
+        def answer(self, body):
+            path = unquote(urlparse(self.path).path)
+            LOG.append(path)
+            if path.startswith("/api/models/owner/tiny/tree/"):
+                files = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40}
+                         for f in sorted(ROOT.iterdir())]
+                self.reply(200, json.dumps(files).encode(), body, {"Content-Type": "application/json"})
+            elif path.startswith("/api/models/owner/tiny"):
+                files = [{"rfilename": f.name} for f in sorted(ROOT.iterdir())]
+                reply = {"id": "owner/tiny", "sha": COMMIT, "private": False, "siblings": files, "tags": [],
+                         "downloads": 0, "likes": 0}
+                self.reply(200, json.dumps(reply).encode(), body, {"Content-Type": "application/json"})
+            elif path.startswith(f"/owner/tiny/resolve/{COMMIT}/"):
+                content = (ROOT / Path(path).name).read_bytes()
+                headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                self.reply(200, content, body, headers)
+            else:
+                self.reply(404, b"{}", body, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Not Found"})
+
+        def reply(self, status, content, body, headers):
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    import os
+    # The hub client reads these when it is imported.
+    os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=sys.argv[2],
+                      HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    from matvit import CheckpointError, MatViT
+
+    loaded = MatViT.from_pretrained("owner/tiny")
+    pinned = MatViT.from_pretrained("owner/tiny", revision=COMMIT)
+    fetched = sorted({Path(path).name for path in LOG if "/resolve/" in path})
+    try:
+        MatViT.from_pretrained("owner/unknown")
+        unknown = "was loaded"
+    except CheckpointError as error:
+        unknown = str(error)
+    server.shutdown()
+    server.server_close()
+    again = MatViT.from_pretrained("owner/tiny")  # nobody answers any more
+    print(json.dumps({"source": loaded.source, "space_id": loaded.space_id, "again": again.space_id,
+                      "pinned": pinned.space_id, "fetched": fetched, "unknown": unknown}))
+    """
+)
+
+
+def test_a_hub_repository_is_fetched_once_and_then_found_offline(folder: Path, tmp_path: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle that must not be fetched")
+    run = subprocess.run(
+        [sys.executable, "-c", HUB, str(folder), str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["source"] == "owner/tiny"
+    assert found["space_id"] == found["again"] == found["pinned"] == MatViT.from_pretrained(folder).space_id
+    assert set(found["fetched"]) == FILES
+    assert found["unknown"].startswith("owner/unknown: cannot be fetched from the hub")
+    assert "give a local folder" in found["unknown"]

@@ -1,0 +1,69 @@
+"""Extraction: the plain timm module computes what the nested forward computes, and a slice of a slice is a slice."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from matvit import MatViT, SubmodelSpec
+
+WIDTHS = st.tuples(*[st.integers(1, 128)] * 4) | st.sampled_from([16, 32, 64, 128]).map(lambda width: (width,) * 4)
+
+
+def _equal(model: MatViT, spec: SubmodelSpec, images: Tensor, atol: float) -> None:
+    with torch.no_grad():
+        extracted = F.normalize(model.extract(spec)(images), dim=-1)
+        torch.testing.assert_close(extracted, model(images, spec), rtol=0, atol=atol)
+
+
+@settings(max_examples=8, deadline=None)
+@given(widths=WIDTHS)
+def test_extracted_encoder_equals_nested_forward(model: MatViT, images: Tensor, widths: tuple[int, ...]) -> None:
+    spec = SubmodelSpec.of(model.shape, widths)
+    _equal(model, spec, images, 1e-5)
+    _equal(copy.deepcopy(model).double(), spec, images.double(), 1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), small=WIDTHS)
+def test_a_slice_of_a_slice_is_a_slice(model: MatViT, data: st.DataObject, small: tuple[int, ...]) -> None:
+    middle = data.draw(st.tuples(*(st.integers(width, 128) for width in small)))
+    once = model.extract(SubmodelSpec.of(model.shape, small))
+    parent = MatViT.from_timm(model.extract(SubmodelSpec.of(model.shape, middle)))
+    twice = parent.extract(SubmodelSpec.of(parent.shape, small))
+    torch.testing.assert_close(twice.state_dict(), once.state_dict(), rtol=0, atol=0)
+
+
+def test_extracted_module_is_plain_timm_and_really_smaller(model: MatViT) -> None:
+    small = model.extract("2S.2M")
+    assert type(small) is VisionTransformer
+    assert not small.training
+    assert [block.mlp.fc1.out_features for block in small.blocks] == [16, 16, 32, 32]
+    for block in small.blocks:
+        assert block.mlp.fc1.weight.shape == (block.mlp.fc2.in_features, 32)
+        assert block.mlp.fc2.weight.untyped_storage().nbytes() == block.mlp.fc2.weight.numel() * 4  # no view of XL
+    small.reset_classifier(5)
+    assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_extraction_shares_nothing_with_its_parent(tiny: MatViT) -> None:
+    before = copy.deepcopy(tiny.state_dict())
+    small = tiny.extract("S")
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(tiny.state_dict(), before, rtol=0, atol=0)
+
+
+def test_extraction_keeps_dtype_and_frozen_parameters(tiny: MatViT) -> None:
+    frozen: list[Any] = list(tiny.double().requires_grad_(False).extract("S").parameters())
+    assert {parameter.dtype for parameter in frozen} == {torch.float64}
+    assert not any(parameter.requires_grad for parameter in frozen)
+    assert all(parameter.requires_grad for parameter in tiny.requires_grad_(True).extract("S").parameters())
