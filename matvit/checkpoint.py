@@ -150,8 +150,9 @@ def load(source: str | Path, *, revision: str | None = None) -> MatViT:
     model.weights_sha256 = config.weights.sha256
     model.pareto = tuple(_read_checked(folder / PARETO, _PARETO, missing=[]))
     model.record = _read_checked(folder / TRAINING, _RECORD, missing={})
-    if model.space_id != config.space_id:
-        raise _damaged(folder / CONFIG, f"its space_id {config.space_id:.8} is not the weights' {model.space_id:.8}")
+    found = model.space_id
+    if found != config.space_id:
+        raise _damaged(folder / CONFIG, f"its space_id {config.space_id:.8} is not the weights' {found:.8}")
     return model
 
 

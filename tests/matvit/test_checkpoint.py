@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -141,7 +141,7 @@ def test_source_is_the_absolute_folder(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_bundled_name_is_found_and_stays_the_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.resources, "files", lambda _: folder.parent)
+    monkeypatch.setattr("importlib.resources.files", lambda _: folder.parent)
     assert checkpoint.bundled_names() == ("copy",)
     assert MatViT.from_pretrained("copy").source == "copy"
     monkeypatch.chdir("/")
@@ -215,7 +215,10 @@ def _no_safetensors(folder: Path) -> None:
 
 
 def _scale_of_another_length(folder: Path) -> None:
-    tensors = {"norm.weight.int8": np.zeros((4, 2), np.int8), "norm.weight.scale": np.zeros(3, np.float32)}
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        "norm.weight.int8": np.zeros((4, 2), np.int8),
+        "norm.weight.scale": np.zeros(3, np.float32),
+    }
     save_file(tensors, folder / "model.safetensors")
     _adopt_weights(folder)
 
@@ -306,9 +309,9 @@ def test_nan_and_infinite_weights_are_not_saved(tiny: MatViT, tmp_path: Path) ->
     for value in (float("nan"), float("inf")):
         with torch.no_grad():
             tiny.vit.blocks[1].mlp.fc1.weight[3, 4] = value
-        for storage in ("float32", "int8"):
+        for storage in get_args(Storage):
             with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.fc1\.weight"):
-                checkpoint.save(tiny, tmp_path / "tiny", storage=storage)  # type: ignore[arg-type]
+                checkpoint.save(tiny, tmp_path / "tiny", storage=storage)
     assert list(tmp_path.iterdir()) == []
 
 
