@@ -123,9 +123,10 @@ class Index:
     ) -> IngestReport:
         entry = self._snapshot.manifest.encoder
         encoder = encoder or self._encoder or load_encoder(entry, index=self.path)
-        check_space(encoder, entry, index=self.path)
         with writer_lock(self.path):
             snapshot = Snapshot.open(self.path, reuse=self._snapshot)  # others may have written since
+            entry = snapshot.manifest.encoder
+            check_space(encoder, entry, index=self.path)
             writer = GenerationWriter(self.path, snapshot.manifest)
             writer.clean()
             run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)

@@ -123,8 +123,15 @@ class Retriever:
             return self._encoder
 
     def reload(self) -> int:
-        """Move on to the generation that counts now; returns its number. Raises IndexFormatError."""
-        self._gallery = _Gallery.open(self.path, reuse=self._gallery.snapshot)
+        """Move on to the generation that counts now; returns its number.
+
+        Raises IndexFormatError, or EncoderMismatchError when the folder now holds another encoder's index;
+        the generation before is then kept.
+        """
+        gallery = _Gallery.open(self.path, reuse=self._gallery.snapshot)
+        if self._encoder is not None:
+            check_space(self._encoder, gallery.snapshot.manifest.encoder, index=self.path)
+        self._gallery = gallery
         return self.generation
 
     def search(self, image: ImageSource, *, encoder: QueryEncoder = "XL", k: int = 10) -> Hits:

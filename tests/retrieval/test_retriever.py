@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -165,6 +166,16 @@ def test_a_reader_stays_on_its_generation_until_it_reloads(index, retriever, pho
     assert retriever.reload() == 3
     fresh = retriever.search(picture(70), k=99)
     assert (fresh.generation, fresh[0].path.name, len(fresh)) == (3, "new.png", 10)
+
+
+def test_an_index_that_was_replaced_by_another_encoders_is_noticed(index, retriever, elastic, photos, picture):
+    shutil.rmtree(index.path)
+    Index.build(photos, encoder=elastic.in_another_space(), path=index.path)
+    with pytest.raises(EncoderMismatchError):
+        index.ingest(photos)
+    with pytest.raises(EncoderMismatchError):
+        retriever.reload()
+    assert retriever.search(picture(1))[0].path.name == "1.png"
 
 
 def test_threads_may_share_a_retriever(retriever, photos):
