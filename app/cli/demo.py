@@ -73,8 +73,8 @@ def _show(table: DemoTable) -> None:
     caption = (
         f"Measured here, just now ({table.runtime}): {table.photos} photographs, indexed once, by XL.\n"
         f"FLOPs: share of XL's. ms per query: median of {table.timed} single queries, from the file to the hits.\n"
-        f"recall@1: {table.queries} photographs of {table.classes} classes that our training left out (its start\n"
-        "weights and teacher may know them); each searches all photographs for another one of its class.\n"
+        f"recall@1: {table.queries} photographs of {table.classes} classes that our training left out each search all\n"
+        "photographs for another one of their class (the start weights and the teacher may know these classes).\n"
         "agreement@10: share of XL's first 10 hits that the submodel finds too."
     )
     columns = ["submodel", "FLOPs", "parameters", "ms per query", "recall@1", "agreement@10"]

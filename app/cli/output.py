@@ -40,16 +40,18 @@ def write_table(
     table = Table(
         box=box.SIMPLE_HEAD,
         title=Text(printable(title)) if title else None,
-        caption=Text(caption) if caption else None,
         title_justify="left",
-        caption_justify="left",
+        show_header=any(columns),
     )
     for number, column in enumerate(columns):
         is_text = number < text_columns
         table.add_column(column, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+    console.print(table)
+    if caption:
+        console.print(Text(caption))
 
 
 def say(message: str) -> None:

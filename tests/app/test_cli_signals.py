@@ -1,0 +1,48 @@
+"""Ctrl-C, a reader that has enough, a disk that refuses: no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from matvit_app import services
+
+
+def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_with_130_and_says_nothing(run, monkeypatch):
+    monkeypatch.setattr(services, "info_of", interrupted)
+    done = run("info")
+    assert (done.code, done.out, done.err) == (130, "", "")
+
+
+def test_a_reader_that_closes_the_pipe_gets_no_traceback(checkpoint):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "import sys; from matvit_app.cli.main import main; sys.exit(main())"]
+    done = subprocess.run([*command, "info", str(checkpoint)], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(run, checkpoint, tmp_path):
+    tmp_path.chmod(0o500)
+    done = run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "s.safetensors")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+
+
+def test_a_disk_that_refuses_is_one_sentence(run, checkpoint, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device", str(tmp_path / "s.safetensors"))
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "s.safetensors")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: {tmp_path / 's.safetensors'}: No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
