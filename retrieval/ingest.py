@@ -177,12 +177,12 @@ class Ingest:
 
     def _item(self, loaded: Loaded) -> Item:
         known = loaded.task.known
-        if known is None:
-            self._next_id += 1
         if known is not None and loaded.pixels is None and loaded.reason is None:
             return known.item
+        number = known.item.id if known else self._next_id
+        self._next_id = max(self._next_id, number + 1)
         return Item(
-            id=known.item.id if known else self._next_id - 1,
+            id=number,
             root=loaded.task.root,
             path=loaded.task.path,
             content_sha256=loaded.content_sha256,
