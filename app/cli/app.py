@@ -20,6 +20,7 @@ from matvit.errors import MatVitError, MissingExtraError
 from matvit_app import services
 from matvit_app.cli.output import JsonFlag, say, write_json
 
+PAGE = Path(__file__).resolve().parents[1] / "ui" / "main.py"
 HOST, PORT = "127.0.0.1", 8501
 _START_SECONDS = 60.0
 
@@ -104,9 +105,8 @@ def _command(host: str, port: int) -> list[str]:
         "server.headless": "true",  # or a first run stops to ask for an e-mail
         "browser.gatherUsageStats": "false",
     }
-    script = Path(__file__).resolve().parents[1] / "ui" / "main.py"
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return [sys.executable, "-m", "streamlit", "run", str(script), *flags]
+    return [sys.executable, "-m", "streamlit", "run", str(PAGE), *flags]
 
 
 def _environment(index: Path | None) -> dict[str, str]:

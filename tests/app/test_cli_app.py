@@ -1,0 +1,59 @@
+"""`matvit app` starts a real Streamlit server, says where it is, and takes it along when it ends."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+import webbrowser
+
+import pytest
+
+from matvit_app.cli import app as app_command
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A page that is there at once, in the real one's place."""
+    script = tmp_path / "main.py"
+    script.write_text("import streamlit as st\nst.write('ready')\n")
+    monkeypatch.setattr(app_command, "PAGE", script)
+
+
+def test_app_serves_opens_the_browser_and_ends_with_ctrl_c(run, page, index, port, monkeypatch):
+    opened = []
+
+    def look_then_press_ctrl_c(url):
+        opened.append(url)
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert answer.status == 200
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(webbrowser, "open", look_then_press_ctrl_c)
+    done = run("app", index, "--port", port, "--json")
+    url = f"http://127.0.0.1:{port}"
+    assert (done.code, opened) == (0, [url])
+    assert done.json == {"url": url, "index": str(index)}
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(url, timeout=5)
+
+
+def test_a_page_that_does_not_start_is_an_error(run, page, port, monkeypatch):
+    monkeypatch.setattr(app_command, "PAGE", app_command.PAGE.with_name("gone.py"))
+    done = run("app", "--port", port, "--no-browser")
+    assert (done.code, done.out) == (2, "")
+    assert "the page did not start" in done.err
+
+
+def test_the_index_reaches_the_page_by_its_absolute_path(index, monkeypatch):
+    monkeypatch.setenv("MATVIT_INDEX", "of an outer process")
+    monkeypatch.chdir(index.parent)
+    assert app_command._environment(index)["MATVIT_INDEX"] == str(index.resolve())
+    assert "MATVIT_INDEX" not in app_command._environment(None)
