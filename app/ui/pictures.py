@@ -1,0 +1,77 @@
+"""Pictures on the page: square thumbnails, and the grid of hits as one piece of HTML."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from matvit.preprocess import ImageSource, open_image, resize_centre_square
+
+THUMBNAIL = 240  # pixels a side
+
+# Theme-neutral: every colour is mixed from the text's own, so that light and dark both have contrast.
+_STYLE = """<style>
+.matvit-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px; }
+.matvit-hit { border: 1px solid color-mix(in srgb, currentColor 18%, transparent); border-radius: 10px;
+  overflow: hidden; margin: 0; min-width: 0; position: relative; }
+.matvit-hit img, .matvit-gone { display: flex; width: 100%; aspect-ratio: 1; object-fit: cover; margin: 0;
+  align-items: center; justify-content: center; text-align: center; font-size: 0.85rem;
+  background: color-mix(in srgb, currentColor 8%, transparent); }
+.matvit-hit figcaption { padding: 8px 10px 10px; line-height: 1.3; }
+.matvit-facts { display: flex; justify-content: space-between; font-size: 0.85rem;
+  font-variant-numeric: tabular-nums; }
+.matvit-facts b { font-weight: 650; }
+.matvit-name { margin-top: 2px; font-size: 0.875rem; height: 2.6em; overflow: hidden; overflow-wrap: anywhere;
+  display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; opacity: 0.85; }
+.matvit-strange { border: 2px dashed #d97706; }
+.matvit-badge { position: absolute; top: 7px; left: 7px; padding: 2px 8px; border-radius: 999px;
+  font-size: 0.75rem; font-weight: 650; background: #b45309; color: #fff; }
+</style>"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """One hit as it is shown."""
+
+    rank: int
+    score: float
+    name: str  # shown; two lines at most
+    title: str  # shown when the pointer rests on it
+    image: bytes | None  # WebP; None when the file is gone or damaged
+    strange: bool  # XL does not have it
+
+
+def thumbnail(source: ImageSource) -> bytes:
+    """The centre square of a picture as a small WebP. Raises ImageError."""
+    small = resize_centre_square(open_image(source, draft_size=2 * THUMBNAIL), THUMBNAIL)
+    out = io.BytesIO()
+    small.save(out, "WEBP", quality=82)
+    return out.getvalue()
+
+
+def grid(tiles: Sequence[Tile]) -> str:
+    """The tiles as HTML: as many columns as fit, every text escaped."""
+    return f'{_STYLE}<div class="matvit-grid">{"".join(_figure(tile) for tile in tiles)}</div>'
+
+
+def _figure(tile: Tile) -> str:
+    name, title = escape(_text(tile.name)), escape(_text(tile.title))
+    if tile.image is None:
+        picture = '<div class="matvit-gone">picture<br>not there</div>'
+    else:
+        encoded = base64.b64encode(tile.image).decode("ascii")
+        picture = f'<img alt="{name}" src="data:image/webp;base64,{encoded}">'
+    badge = '<span class="matvit-badge">not in XL</span>' if tile.strange else ""
+    return (
+        f'<figure class="matvit-hit{" matvit-strange" if tile.strange else ""}" title="{title}">{picture}{badge}'
+        f'<figcaption><div class="matvit-facts"><b>{tile.rank}</b><span>{tile.score:.3f}</span></div>'
+        f'<div class="matvit-name">{name}</div></figcaption></figure>'
+    )
+
+
+def _text(name: str) -> str:
+    """A file name may hold bytes that are no text, which a browser cannot be sent."""
+    return name.encode("utf-8", "replace").decode("utf-8")
