@@ -43,7 +43,7 @@ _STYLE = """<style>
 .stMainBlockContainer { max-width: 1240px; padding-top: 3.2rem; padding-bottom: 3rem; }
 [class*="st-key-example-"] button { padding: 0.1rem 0.2rem; min-height: 2rem; }
 [class*="st-key-example-"] img { border-radius: 8px; }
-.st-key-query img { border-radius: 10px; max-width: 240px; }
+.st-key-query img { border-radius: 10px; }
 </style>"""
 
 
@@ -171,13 +171,20 @@ def _show(comparison: Comparison, query: Query, *, share: float) -> None:
     picture, found = st.columns([1, 3.6], gap="medium")
     with picture, st.container(key="query"):
         st.subheader("Query")
-        st.image(thumbnail(query.image), width="stretch")
+        st.image(thumbnail(query.image), width=240)
         st.caption(query.name)
     with found:
         st.subheader("Found")
         _show_numbers(comparison, share=share)
         demo = _demo_by_file()
-        st.html(grid([_tile(hit, demo.get(hit.path), strange=hit.id in comparison.strange) for hit in comparison.hits]))
+        st.html(
+            grid(
+                [
+                    _tile(hit, demo.get(hit.path), rank=rank, strange=hit.id in comparison.strange)
+                    for rank, hit in enumerate(comparison.hits, start=1)  # its own may count the query itself
+                ]
+            )
+        )
         _show_latency(comparison)
         _show_credits([demo[hit.path] for hit in comparison.hits if hit.path in demo])
 
@@ -187,19 +194,19 @@ def _show_numbers(comparison: Comparison, *, share: float) -> None:
     agreement, time, computing = st.columns(3)
     agreement.metric("Same as the full encoder", f"{comparison.same} of {comparison.depth}", border=True)
     time.metric(
-        f"Time with {answer.spec} (XL: {full.latency_ms.total:.1f} ms)", f"{answer.latency_ms.total:.1f} ms", border=True
+        f"Time with {answer.spec} (XL: {full.latency_ms.total:.1f} ms)",
+        f"{answer.latency_ms.total:.1f} ms",
+        border=True,
     )
     computing.metric("Computing, share of XL", f"{share:.0%}", border=True)
 
 
-def _tile(hit: Hit, photo: DemoPhoto | None, *, strange: bool) -> Tile:
+def _tile(hit: Hit, photo: DemoPhoto | None, *, rank: int, strange: bool) -> Tile:
     if photo is None:
         name, title = f"{hit.path.parent.name}/{hit.path.name}", str(hit.path)
     else:
         name, title = photo.class_name.replace("-", " ").replace("_", " ").capitalize(), photo.caption
-    return Tile(
-        rank=hit.rank, score=hit.score, name=name, title=title, image=_thumbnail_of(hit.path), strange=strange
-    )
+    return Tile(rank=rank, score=hit.score, name=name, title=title, image=_thumbnail_of(hit.path), strange=strange)
 
 
 def _show_latency(comparison: Comparison) -> None:
