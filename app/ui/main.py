@@ -33,6 +33,8 @@ EXAMPLES = (
     ("Sunflower", "caltech-101/sunflower/photo-1.webp"),
     ("Starfish", "caltech-101/starfish/photo-1.webp"),
     ("Schooner", "caltech-101/schooner/photo-1.webp"),
+    ("Umbrella", "caltech-101/umbrella/photo-1.webp"),
+    ("Lobster", "caltech-101/lobster/photo-1.webp"),
     ("Laptop", "caltech-101/laptop/photo-1.webp"),
     ("Shoes", "clothing-small/shoes/photo-1.webp"),
 )
