@@ -46,6 +46,7 @@ _STYLE = """<style>
 [class*="st-key-example-"] button { padding: 0.1rem 0.2rem; min-height: 2rem; }
 [class*="st-key-example-"] img { border-radius: 8px; }
 .st-key-query img { border-radius: 10px; }
+[class*="st-key-example-"] [data-testid="stElementToolbar"] { display: none; }
 </style>"""
 
 
