@@ -28,6 +28,7 @@ def model_card(model: MatViT) -> str:
         "",
         "```python",
         "from matvit import MatViT",
+        "",
         f'encoder = MatViT.from_pretrained("{model.name}")',
         'embeddings = encoder.encoder("S").embed(["picture.jpg"])  # (1, D), unit length',
         "```",
