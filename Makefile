@@ -1,22 +1,40 @@
-# The same commands for people and for CI (.ci/run).
-.PHONY: check lint types imports test slow bench demo ci
-check: lint types imports test
+# People and .ci/run use the same commands. `make` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help lint format types test slow browser clean-install demo bench ci
 
-lint:
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+lint:  ## style and import order of the packages
 	ruff check .
 	ruff format --check .
-types:
-	mypy
-imports:
 	lint-imports
-test:
+
+format:  ## rewrite what lint complains about, where that is safe
+	ruff check --fix .
+	ruff format .
+
+types:  ## strict type check
+	mypy
+
+test:  ## the tests that every change must pass
 	pytest
-slow:
+
+slow:  ## the long tests: clean installs, training, soaks
 	pytest -m slow
-bench:
+
+browser:  ## the page in a real browser
+	pytest -m browser
+
+clean-install:  ## a wheel in an empty environment, without torch
+	pytest -m slow tests/docs/test_clean_install.py
+
+demo:  ## the bundled photographs, one index, four query encoders, the page
+	matvit demo
+
+bench:  ## the measured claims of the README
 	python benchmarks/query_cost.py
 	python benchmarks/search.py
-demo:
-	matvit demo
-ci:
+
+ci:  ## all of it, in a fresh environment
 	.ci/run
