@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from matvit.datasets import LabelledImages
-from matvit.errors import DatasetError
+from matvit.errors import DatasetError, ImageError
 from matvit.preprocess import open_image
 from matvit.progress import Progress, ProgressEvent
 from matvit.training.recipe import Augmentation
@@ -38,31 +38,65 @@ class DeviceImages:
         return len(self.labels)
 
 
-def to_device(images: LabelledImages, *, resolution: int, device: torch.device, progress: Progress) -> DeviceImages:
-    """Decode all pictures to `resolution` pixels a side. Raises DatasetError for one that cannot be read."""
-    pixels = torch.empty(len(images), 3, resolution, resolution, dtype=torch.uint8)
-    aspect = torch.empty(len(images))
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A picture that cannot be read and is not trained on."""
 
-    def decode(index: int) -> None:
+    origin: str
+    reason: str
+
+
+def to_device(
+    images: LabelledImages, *, resolution: int, device: torch.device, progress: Progress
+) -> tuple[DeviceImages, LabelledImages, list[Skipped]]:
+    """Decode all pictures to `resolution` pixels a side: the readable ones, decoded and as given, and the others.
+
+    Raises DatasetError when none can be read.
+    """
+    pixels = np.empty((len(images), resolution, resolution, 3), dtype=np.uint8)
+    aspect = np.empty(len(images), dtype=np.float32)
+
+    def decode(index: int) -> str | None:
         try:
             image = open_image(images.images[index])
-        except Exception as error:
-            raise DatasetError(
-                what=f"cannot be read ({error})", where=images.origins[index], fix="remove it from the training data"
-            ) from error
+        except ImageError as error:
+            return error.what
         aspect[index] = image.width / image.height
-        square = image.resize((resolution, resolution), Image.Resampling.BILINEAR)
-        pixels[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+        pixels[index] = np.asarray(image.resize((resolution, resolution), Image.Resampling.BILINEAR))
+        return None
 
+    skipped: dict[int, str] = {}
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        for done, _ in enumerate(pool.map(decode, range(len(images))), start=1):
-            if done % 1000 == 0 or done == len(images):
-                progress(ProgressEvent(stage=f"decode {images.name}", done=done, total=len(images), unit="pictures"))
-    return DeviceImages(
-        pixels=pixels.to(device),
-        aspect=aspect.to(device),
-        labels=torch.from_numpy(images.labels).to(device),
+        for index, reason in enumerate(pool.map(decode, range(len(images)))):
+            if reason is not None:
+                skipped[index] = reason
+            if (done := index + 1) % 1000 == 0 or done == len(images):
+                note = f"{len(skipped)} skipped" if skipped else ""
+                stage = f"decode {images.name}"
+                progress(ProgressEvent(stage=stage, done=done, total=len(images), unit="pictures", note=note))
+    if skipped:
+        readable = [index for index in range(len(images)) if index not in skipped]
+        if not readable:
+            what = f"none of its {len(images)} pictures can be read"
+            raise DatasetError(what=what, where=images.name, fix="give pictures that can be opened")
+        pixels, aspect, kept = pixels[readable], aspect[readable], _only(images, readable)
+    else:
+        kept = images
+    decoded = DeviceImages(
+        pixels=torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous(),
+        aspect=torch.from_numpy(aspect).to(device),
+        labels=torch.from_numpy(kept.labels).to(device),
         num_classes=len(images.class_names),
+    )
+    return decoded, kept, [Skipped(origin=images.origins[index], reason=why) for index, why in skipped.items()]
+
+
+def _only(images: LabelledImages, rows: list[int]) -> LabelledImages:
+    return replace(
+        images,
+        labels=images.labels[rows],
+        images=[images.images[row] for row in rows],
+        origins=[images.origins[row] for row in rows],
     )
 
 

@@ -23,5 +23,6 @@ class Heads(nn.Module):
         if teacher is not None:
             model = load_teacher(teacher)
             self.teacher_classes = CosineClassifier(dim, model.num_classes)
-            self.teacher_features = nn.Linear(dim, model.num_features)
-            self.register_buffer("feature_mean", torch.zeros(model.num_features))
+            width = model.head_hidden_size  # of the pooled features; `num_features` is before the head's own layers
+            self.teacher_features = nn.Linear(dim, width)
+            self.register_buffer("feature_mean", torch.zeros(width))

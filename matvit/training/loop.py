@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -24,17 +25,17 @@ from matvit.model import MatViT, run_block
 from matvit.progress import Progress, ProgressEvent, silent
 from matvit.training import losses
 from matvit.training.batches import Batch, TrainingSet, draw_batch
-from matvit.training.data import to_device
+from matvit.training.data import Skipped, to_device
 from matvit.training.heads import Heads
 from matvit.training.recipe import Losses, Recipe, Stage
-from matvit.training.record import finish
+from matvit.training.record import check_validation, finish
 from matvit.training.sampling import specs_of_step
 from matvit.training.start import load_teacher, start_encoder
 from matvit.training.teacher import teach
 
 _SAVE_SECONDS = 60.0  # how much work a kill may cost
 _LOG_STEPS = 50
-_ORDER_PICTURES = 2048  # that the importance of hidden units is measured on
+_ORDER_PICTURES = 512  # that the importance of hidden units is measured on
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,8 @@ class _Run:
     model: MatViT
     heads: Heads
     sets: list[TrainingSet]
+    labelled: list[LabelledImages]  # the readable pictures, for the record
+    skipped: list[list[Skipped]]
     folder: Path
     progress: Progress
     anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
@@ -58,32 +61,49 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
     """Carry out `recipe`; returns the trained encoder, which is also saved in `out`/encoder.
 
     Work in progress is kept in `out`/state.pt about once a minute, its log in `out`/log.jsonl; the
-    same call continues it. Raises RecipeError and DatasetError for what cannot be carried out.
+    same call continues it, to the same weights; `resume` False starts again. Pictures that cannot be
+    read are left out and listed in the checkpoint's training.json.
+
+    Raises RecipeError, DatasetError, SpecError and BackboneError for what cannot be carried out.
     """
     torch.manual_seed(recipe.seed)  # start values of the heads; every step seeds itself
     labelled = [read_dataset(data_folder() / one.path, classes=one.classes, exclude=one.exclude) for one in recipe.data]
+    if recipe.validation is not None:
+        check_validation(recipe.validation)
     out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for name in ("state.pt", "log.jsonl"):
+            (out / name).unlink(missing_ok=True)
     run = _prepare(recipe, labelled, out, progress)
-    optimiser_state = _restore(run) if resume else None
+    optimiser_state = _restore(run)
     while run.stage < len(recipe.stages):
         _run_stage(run, recipe.stages[run.stage], optimiser_state)
         optimiser_state = None
-    return finish(run.model, recipe, labelled, folder=out / "encoder", seconds=run.seconds, progress=progress)
+    return finish(
+        run.model,
+        recipe,
+        run.labelled,
+        skipped=run.skipped,
+        folder=out / "encoder",
+        seconds=run.seconds,
+        progress=progress,
+    )
 
 
 def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> _Run:
     fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
     model = start_encoder(recipe).to(fabric.device)
-    if recipe.compile:
+    for stage in recipe.stages:
+        for text in stage.fixed:
+            model.shape.spec(text)  # a wrong one is told now, not after the stages before
+    if recipe.compile and fabric.device.type == "cuda":
         # All blocks of one width share one compiled graph.
         model.block_forward = torch.compile(run_block, dynamic=False)
-    sets = [
-        TrainingSet(
-            images=to_device(images, resolution=one.resolution, device=fabric.device, progress=progress),
-            batch=one.batch,
-        )
+    decoded = [
+        to_device(images, resolution=one.resolution, device=fabric.device, progress=progress)
         for images, one in zip(labelled, recipe.data, strict=True)
     ]
+    sets = [TrainingSet(images=part[0], batch=one.batch) for part, one in zip(decoded, recipe.data, strict=True)]
     heads = Heads(model.embedding_dim, [one.images.num_classes for one in sets], recipe.teacher)
     return _Run(
         recipe=recipe,
@@ -91,6 +111,8 @@ def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, prog
         model=model,
         heads=heads.to(fabric.device),
         sets=sets,
+        labelled=[kept for _, kept, _ in decoded],
+        skipped=[bad for _, _, bad in decoded],
         folder=out,
         progress=progress,
     )
@@ -101,7 +123,7 @@ def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) 
         _begin_stage(run, stage)
     with_teacher = _wanted(stage, "need_teacher")
     if with_teacher and run.sets[0].teacher is None:
-        _ask_teacher(run, stage)
+        _ask_teacher(run)
     optimiser, schedule = _optimiser(run, stage)
     if optimiser_state is not None:
         optimiser.load_state_dict(optimiser_state)
@@ -119,7 +141,7 @@ def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) 
         run.step += 1
         now = time.monotonic()
         if run.step % _LOG_STEPS == 0 or run.step == stage.steps:
-            _log(run, stage, loss.item(), optimiser.param_groups[-1]["lr"])
+            _log(run, stage, loss.item(), optimiser.param_groups[-2]["lr"])  # the encoder's last layer
         if now - saved > _SAVE_SECONDS:
             run.seconds, began = run.seconds + now - began, now
             _save(run, optimiser)
@@ -145,8 +167,10 @@ def _begin_stage(run: _Run, stage: Stage) -> None:
         order_by_importance(run.model, _normalise(run.model, batch.images))
 
 
-def _ask_teacher(run: _Run, stage: Stage) -> None:
+def _ask_teacher(run: _Run) -> None:
+    """Crops are drawn as the first stage that asks says: a resumed later stage sees the same ones."""
     recipe = run.recipe.teacher
+    augmentation = next(one.augmentation for one in run.recipe.stages if _wanted(one, "need_teacher"))
     if recipe is None:
         raise RecipeError(what="distils no teacher", where="teacher", fix="name one in the recipe")
     teacher = load_teacher(recipe).to(run.fabric.device)
@@ -157,7 +181,7 @@ def _ask_teacher(run: _Run, stage: Stage) -> None:
                 teacher,
                 one.images,
                 recipe,
-                augmentation=stage.augmentation,
+                augmentation=augmentation,
                 fabric=run.fabric,
                 seed=run.recipe.seed + index,
                 progress=run.progress,
@@ -254,6 +278,12 @@ def _wanted(stage: Stage, need: str) -> bool:
 
 
 def _log(run: _Run, stage: Stage, loss: float, learning_rate: float) -> None:
+    if not math.isfinite(loss):
+        raise RecipeError(
+            what=f"the loss is {loss} at step {run.step}",
+            where=f"stage '{stage.name}'",
+            fix="lower its learning_rate and start again with --fresh",
+        )
     row = {"stage": stage.name, "step": run.step, "loss": loss, "learning_rate": learning_rate, "time": time.time()}
     with (run.folder / "log.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -268,6 +298,7 @@ def _save(run: _Run, optimiser: torch.optim.Optimizer | None) -> None:
     """Keep the run, atomically. `optimiser` None: between stages."""
     state = {
         "recipe": run.recipe.model_dump_json(),
+        "data": [images.sha256 for images in run.labelled],
         "stage": run.stage,
         "step": run.step,
         "seconds": run.seconds,
@@ -288,20 +319,50 @@ def _restore(run: _Run) -> dict[str, Any] | None:
     """Continue from the folder's state, if there is one; returns the optimiser's part."""
     path = run.folder / "state.pt"
     if not path.exists():
+        (run.folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first save
         return None
     try:
         state = torch.load(path, map_location=run.fabric.device, weights_only=True)
+        same_recipe = Recipe.model_validate_json(state["recipe"]) == run.recipe
+        same_data = state.get("data") in (None, [images.sha256 for images in run.labelled])
+        if same_recipe and same_data:
+            return _take(run, state)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
-    if state["recipe"] != run.recipe.model_dump_json():
-        raise RecipeError(
-            what="belongs to another recipe", where=str(path), fix="choose another --out, or start again with --fresh"
-        )
+    raise RecipeError(
+        what="belongs to other pictures" if same_recipe else "belongs to another recipe",
+        where=str(path),
+        fix="choose another --out, or start again with --fresh",
+    )
+
+
+def _take(run: _Run, state: dict[str, Any]) -> dict[str, Any] | None:
     run.stage, run.step, run.seconds = state["stage"], state["step"], state["seconds"]
     if state["anchor"] is not None:
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
         run.anchor.vit.load_state_dict(state["anchor"])
     run.model.vit.load_state_dict(state["model"])
     run.heads.load_state_dict(state["heads"])
+    _forget_later_rows(run)
     optimiser: dict[str, Any] | None = state["optimiser"]
     return optimiser
+
+
+def _forget_later_rows(run: _Run) -> None:
+    """Leave out of the log what was done after the last save, for it will be done again."""
+    path = run.folder / "log.jsonl"
+    if not path.exists():
+        return
+    names = [stage.name for stage in run.recipe.stages]
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a kill may cut the last line short
+            break
+        if (names.index(row["stage"]), row["step"]) > (run.stage, run.step):
+            break
+        kept.append(line + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    unfinished.replace(path)

@@ -12,13 +12,14 @@ from matvit.errors import MissingExtraError, RecipeError
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class EncoderRecipe(_Strict):
     """The plain timm ViT to start from."""
 
     timm_model: str
+    model_args: dict[str, int] = {}  # sizes that timm's model is made with, such as depth
     weights: Path | None = None  # safetensors, relative to the working folder; None: random
     pretrained: bool = False  # timm's own weights, from the hub
     image_size: PositiveInt  # pixels
@@ -28,6 +29,7 @@ class TeacherRecipe(_Strict):
     """A frozen timm classifier whose pooled features and class probabilities are distilled."""
 
     timm_model: str
+    model_args: dict[str, int] = {}  # sizes that timm's model is made with, such as num_classes
     weights: Path | None = None  # safetensors; None: timm's own weights, from the hub
     image_size: PositiveInt  # pixels
     mean: tuple[float, float, float]
@@ -62,6 +64,14 @@ class Augmentation(_Strict):
     grayscale: float = Field(default=0.05, ge=0, le=1)
     mixup_alpha: float = Field(default=0.0, ge=0)  # Beta(alpha, alpha); 0 = off; not with teacher losses
 
+    @model_validator(mode="after")
+    def _ranges(self) -> Augmentation:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError("scale must be two rising shares of the picture's area, above 0 and up to 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError("ratio must be two rising numbers above 0")
+        return self
+
 
 class Losses(_Strict):
     """Weights of the losses; 0 leaves one out. See `matvit.training.losses`."""
@@ -72,6 +82,11 @@ class Losses(_Strict):
     cosine: float = Field(default=0.0, ge=0)  # towards the frozen full encoder's embedding
     similarity: float = Field(default=0.0, ge=0)  # towards its similarities over the batch
     contrast: float = Field(default=0.0, ge=0)  # InfoNCE: its embedding of the same picture among the batch's
+
+    @property
+    def train_something(self) -> bool:
+        """Whether any loss has a weight."""
+        return any(self.model_dump().values())
 
     @property
     def need_teacher(self) -> bool:
@@ -101,11 +116,17 @@ class OptimiserRecipe(_Strict):
     """AdamW with layer-wise decay, linear warm-up and cosine decay to 0."""
 
     betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.05
-    layer_decay: float = 0.85
-    head_rate: float = 3.0  # learning rate of the loss heads, relative to the encoder's last layer
-    warmup: float = 0.06  # share of the steps
-    clip_norm: float = 3.0
+    weight_decay: float = Field(default=0.05, ge=0)
+    layer_decay: float = Field(default=0.85, gt=0, le=1)
+    head_rate: float = Field(default=3.0, ge=0)  # learning rate of the loss heads, relative to the encoder's last layer
+    warmup: float = Field(default=0.06, ge=0, lt=1)  # share of the steps
+    clip_norm: PositiveFloat = 3.0
+
+    @model_validator(mode="after")
+    def _ranges(self) -> OptimiserRecipe:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be from 0 to below 1")
+        return self
 
 
 class Recipe(_Strict):
@@ -127,8 +148,13 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("two stages have the same name")
         for index, stage in enumerate(self.stages):
             losses = [stage.full, *([stage.submodels] if stage.submodels else [])]
+            if not all(loss.train_something for loss in losses):
+                raise ValueError(f"stage '{stage.name}' has an encoder without a loss")
             if any(loss.need_teacher for loss in losses):
                 if self.teacher is None:
                     raise ValueError(f"stage '{stage.name}' distils a teacher, but the recipe names none")
@@ -151,11 +177,13 @@ def load_recipe(source: str | Path) -> Recipe:
     path = Path(source)
     packaged = resources.files("matvit.training") / "recipes" / f"{source}.yaml"
     try:
-        text = packaged.read_text() if packaged.is_file() else path.read_text()
+        text = (packaged if packaged.is_file() else path).read_text(encoding="utf-8")
         return Recipe.model_validate(yaml.safe_load(text))
     except OSError as error:
         raise RecipeError(
-            what=f"cannot be read ({error.strerror})", where=str(path), fix="give a recipe file"
+            what=f"cannot be read ({error.strerror})",
+            where=str(path),
+            fix="give a recipe file, or the name of a packaged recipe (matvit-small)",
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = str(getattr(error, "problem", None) or error).splitlines()[0]
@@ -163,4 +191,6 @@ def load_recipe(source: str | Path) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "recipe"
-        raise RecipeError(what=f"{field}: {first['msg']}", where=str(path), fix="correct this field") from error
+        raise RecipeError(
+            what=f"{field}: {first['msg'].removeprefix('Value error, ')}", where=str(path), fix="correct this field"
+        ) from error

@@ -15,6 +15,7 @@ from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.evaluation import cross_test
 from matvit.model import MatViT, run_block
 from matvit.progress import Progress
+from matvit.training.data import Skipped
 from matvit.training.recipe import Recipe, ValidationRecipe
 
 
@@ -23,6 +24,7 @@ def finish(
     recipe: Recipe,
     labelled: Sequence[LabelledImages],
     *,
+    skipped: Sequence[Sequence[Skipped]],
     folder: Path,
     seconds: float,
     progress: Progress,
@@ -32,7 +34,7 @@ def finish(
     Measured is what was saved: with int8 storage, the de-quantised weights.
     """
     model.block_forward = run_block
-    model.record = _record(recipe, labelled, device=model.device, seconds=seconds)
+    model.record = _record(recipe, labelled, skipped, device=model.device, seconds=seconds)
     model.save_pretrained(folder, storage=recipe.storage)
     saved = MatViT.from_pretrained(folder).to(model.device)
     quality: dict[str, dict[str, float]] = {}
@@ -43,6 +45,13 @@ def finish(
     saved.pareto = tuple(_pareto_row(saved, name, quality.get(name, {})) for name in _names(saved))
     saved.save_pretrained(folder, storage=recipe.storage)
     return saved
+
+
+def check_validation(recipe: ValidationRecipe) -> None:
+    """Raises DatasetError when what a run will be measured on, hours later, is not there."""
+    for location in (recipe.queries, recipe.gallery):
+        if location is not None:
+            read_dataset(data_folder() / location, classes=recipe.classes)
 
 
 def _names(model: MatViT) -> list[str]:
@@ -77,21 +86,27 @@ def _pareto_row(model: MatViT, spec: str, quality: dict[str, float]) -> dict[str
 
 
 def _record(
-    recipe: Recipe, labelled: Sequence[LabelledImages], *, device: torch.device, seconds: float
+    recipe: Recipe,
+    labelled: Sequence[LabelledImages],
+    skipped: Sequence[Sequence[Skipped]],
+    *,
+    device: torch.device,
+    seconds: float,
 ) -> dict[str, Any]:
     batch = sum(one.batch for one in recipe.data)
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": _portable(recipe.model_dump(mode="json")),
         "seed": recipe.seed,
         "data": [
             {
-                "path": one.path,
+                "path": _portable(one.path),
                 "classes": one.classes,
                 "pictures": len(images),
                 "class_names": list(images.class_names),
                 "sha256": images.sha256,
+                "skipped": [{"picture": _below_data(bad.origin, one.path), "reason": bad.reason} for bad in unreadable],
             }
-            for images, one in zip(labelled, recipe.data, strict=True)
+            for images, unreadable, one in zip(labelled, skipped, recipe.data, strict=True)
         ],
         "pictures_seen": batch * sum(stage.steps for stage in recipe.stages),
         "seconds": round(seconds, 1),
@@ -104,6 +119,23 @@ def _record(
     }
 
 
+def _portable(value: Any) -> Any:
+    """`value` with every absolute path cut to its last name: a checkpoint tells nothing of the machine's folders."""
+    match value:
+        case dict():
+            return {key: _portable(item) for key, item in value.items()}
+        case list():
+            return [_portable(item) for item in value]
+        case str() if Path(value).is_absolute():
+            return Path(value).name
+    return value
+
+
+def _below_data(origin: str, location: str) -> str:
+    """A picture's origin without the folder that its data set was found in."""
+    return origin.removeprefix(str(data_folder() / location)).removeprefix(str(data_folder())).lstrip("/\\")
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -114,6 +146,8 @@ def _version(distribution: str) -> str | None:
 def _commit() -> str | None:
     """The source's git commit, "+" if it was changed since; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: a repository further up is someone else's
+        return None
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]

@@ -27,4 +27,5 @@ def _draw(shape: EncoderShape, rng: random.Random) -> SubmodelSpec:
         return shape.spec(kind)
     sizes = sorted(rng.randrange(len(Granularity)) for _ in range(shape.num_blocks))
     names = [list(Granularity)[size] for size in sizes]
-    return SubmodelSpec.of(shape, [name.width_of(full) for name, full in zip(names, shape.ffn_widths, strict=True)])
+    mixed = SubmodelSpec.of(shape, [name.width_of(full) for name, full in zip(names, shape.ffn_widths, strict=True)])
+    return shape.spec("L") if mixed.is_full else mixed

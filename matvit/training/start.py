@@ -18,32 +18,35 @@ from matvit.training.recipe import Recipe, TeacherRecipe
 def start_encoder(recipe: Recipe) -> MatViT:
     """The recipe's plain encoder as a MatViT, all weights float32 and trainable.
 
-    Raises RecipeError when its weights cannot be read, BackboneError when it cannot be made elastic.
+    Raises RecipeError when it or its weights cannot be had, BackboneError when it cannot be made elastic.
     """
     start = recipe.encoder
-    if start.weights is None:
-        model = MatViT.from_timm(start.timm_model, pretrained=start.pretrained, image_size=start.image_size)
-    else:
-        vit = timm.create_model(start.timm_model, num_classes=0)
+    pretrained = start.pretrained and start.weights is None
+    vit = _create("encoder", start.timm_model, pretrained=pretrained, sizes=start.model_args | {"num_classes": 0})
+    if start.weights is not None:
         _fill(vit, start.weights)
-        model = MatViT.from_timm(vit, image_size=start.image_size)
+    model = MatViT.from_timm(vit, image_size=start.image_size)
     model.name = recipe.name
     return model
 
 
 def load_teacher(recipe: TeacherRecipe) -> Any:
     """The recipe's timm teacher, frozen, in eval mode. Raises RecipeError when it cannot be made."""
-    try:
-        teacher = timm.create_model(recipe.timm_model, pretrained=recipe.weights is None)
-    except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
-        raise RecipeError(
-            what=f"timm cannot create it ({str(error).splitlines()[0]})",
-            where=f"teacher '{recipe.timm_model}'",
-            fix="check the name, and the network if its weights come from the hub",
-        ) from error
+    teacher = _create("teacher", recipe.timm_model, pretrained=recipe.weights is None, sizes=recipe.model_args)
     if recipe.weights is not None:
         _fill(teacher, recipe.weights)
     return teacher.eval().requires_grad_(False)
+
+
+def _create(role: str, name: str, *, pretrained: bool, sizes: dict[str, int]) -> Any:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **sizes)
+    except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
+        raise RecipeError(
+            what=f"timm cannot create it ({(str(error) or type(error).__name__).splitlines()[0]})",
+            where=f"{role} '{name}'",
+            fix="check the name and model_args, and the network if its weights come from the hub",
+        ) from error
 
 
 def _fill(model: Any, path: Path) -> None:

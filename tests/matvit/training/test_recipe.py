@@ -1,0 +1,133 @@
+"""Recipes: the packaged one keeps its promises, and every mistake is one sentence."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from matvit.datasets import data_folder, read_dataset
+from matvit.errors import DatasetError, RecipeError
+from matvit.training.recipe import load_recipe
+from matvit_app.cli.main import main
+
+
+SHARED_WITH_THE_TESTS = """n07873807 n01770393 n01768244 n04507155 n01983481 n01984695 n03637318 n04328186
+n04099969 n07720875 n07734744 n07747607 n07749582 n07753592 n07768694""".split()
+
+
+def test_the_packaged_recipe_leaves_out_what_the_tests_ask_for():
+    recipe = load_recipe("matvit-small")
+    tiny, caltech, _ = recipe.data
+    assert (tiny.path, sorted(tiny.exclude)) == ("tiny-imagenet/train", sorted(SHARED_WITH_THE_TESTS))
+    assert (caltech.path, caltech.classes) == ("caltech-101/train", "0:50")
+    assert recipe.validation is not None
+    assert "grocery" not in recipe.validation.model_dump_json()
+
+
+def test_no_class_that_is_trained_on_is_a_class_of_the_unseen_tests():
+    try:
+        root = data_folder()
+    except DatasetError:
+        pytest.skip("needs the public data sets: set MATVIT_DATA")
+    trained = [read_dataset(root / one.path, classes=one.classes, exclude=one.exclude).class_names
+               for one in load_recipe("matvit-small").data]
+    tiny, caltech, clothing = (set(names) for names in trained)
+    unseen = set(read_dataset(root / "caltech-101/test", classes="50:101").class_names)
+    products = set(read_dataset(root / "grocery-store/test").class_names)
+    assert len(tiny) == 185
+    assert not {name.split(" ")[0] for name in tiny} & set(SHARED_WITH_THE_TESTS)
+    assert not caltech & unseen
+    assert not (caltech | clothing | tiny) & (unseen | products)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sede": 1}, "sede: Extra inputs are not permitted"),
+        ({"seed": "soon"}, "seed: Input should be a valid integer"),
+        ({"data": []}, "data: "),
+        ({"stages": []}, "stages: "),
+        ({"name": "a/b"}, "name: "),
+        ({"optimiser": {"betas": [0.9, 1.0]}}, "betas must be from 0 to below 1"),
+    ],
+)
+def test_a_wrong_field_is_named(make_fields, tmp_path, change, sentence):
+    refused_field(tmp_path, make_fields(**change), sentence)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"learning_rate": -1}, "stages.0.learning_rate: Input should be greater than 0"),
+        ({"learning_rate": float("inf")}, "stages.0.learning_rate: Input should be a finite number"),
+        ({"full": {"teacher_classes": 1}}, "stage 'full' distils a teacher, but the recipe names none"),
+        ({"full": {"cosine": 1}}, "stage 'full' aligns to the stage before it, but is the first"),
+        ({"full": {}}, "stage 'full' has an encoder without a loss"),
+        ({"augmentation": {"scale": [0, 0]}}, "scale must be two rising shares"),
+        ({"augmentation": {"ratio": [2, 1]}}, "ratio must be two rising numbers"),
+        ({"name": "nested"}, "two stages have the same name"),
+    ],
+)
+def test_a_wrong_stage_is_named(make_fields, tmp_path, change, sentence):
+    fields = make_fields()
+    fields["stages"][0] |= change
+    refused_field(tmp_path, fields, sentence)
+
+
+def test_mixup_with_a_teacher_is_refused(make_fields, tmp_path):
+    fields = make_fields(teacher={"timm_model": "test_resnet", "image_size": 32, "mean": [0] * 3, "std": [1] * 3})
+    fields["stages"][0] |= {"full": {"teacher_features": 1}, "augmentation": {"mixup_alpha": 0.2}}
+    refused_field(tmp_path, fields, "mixup needs crops that the teacher has not seen")
+
+
+def refused_field(folder, fields, sentence):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(str(path))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", b"", b"just words", b"- 1"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: "):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (None, "a packaged recipe"),
+        ({"seed": "soon"}, "seed"),
+        ({"data": [{"path": "gone", "batch": 2}]}, "gone"),
+        ({"validation": {"queries": "gone"}}, "gone"),
+        ({"encoder": {"timm_model": "vit_unheard_of", "image_size": 32}}, "vit_unheard_of"),
+        ({"encoder": {"timm_model": "vit_tiny_patch16_224", "weights": "gone.safetensors", "image_size": 32}}, "gone"),
+        ({"encoder": {"timm_model": "vit_tiny_patch16_224", "model_args": {"dept": 1}, "image_size": 32}}, "dept"),
+    ],
+)
+def test_the_command_line_says_it_in_one_sentence(data, make_fields, tmp_path, capsys, change, words):
+    path = tmp_path / "recipe.yaml"
+    if change is not None:
+        path.write_text(yaml.safe_dump(make_fields(**change)))
+    assert main(["train", str(path), "--out", str(tmp_path / "run")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    sentence = err.strip().splitlines()[-1]
+    assert sentence.startswith("error: ")
+    assert words in sentence
+    assert "Traceback" not in err
+
+
+def test_a_wrong_spec_is_told_before_the_first_step(data, make_fields, tmp_path, capsys):
+    fields = make_fields()
+    fields["stages"][1]["fixed"] = ["Q"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    assert main(["train", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert "'Q' is not a submodel spec" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -1,0 +1,157 @@
+"""A run that is interrupted anywhere ends as if it had not been, or says in one sentence why it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from matvit.errors import RecipeError
+from matvit.training import loop
+from matvit.training.loop import train
+
+AUGMENTED_TWICE = [
+    {"name": "one", "steps": 5, "learning_rate": 1e-3, "full": {"classification": 1}},
+    {
+        "name": "two",
+        "steps": 5,
+        "learning_rate": 1e-3,
+        "full": {"cosine": 1},
+        "submodels": {"similarity": 1},
+        "augmentation": {"mixup_alpha": 0.5},
+    },
+]
+
+
+@pytest.fixture(autouse=True)
+def _log_and_save_every_step(monkeypatch):
+    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
+    monkeypatch.setattr(loop, "_SAVE_SECONDS", 0.0)
+
+
+def log_of(folder: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+
+def same_result(one: Path, other: Path) -> None:
+    assert log_of(one) == log_of(other)
+    assert len(log_of(one)) > 1
+    weights = [(folder / "encoder" / "model.safetensors").read_bytes() for folder in (one, other)]
+    assert weights[0] == weights[1]
+
+
+class Interrupted(Exception):
+    """Raised by a progress callback."""
+
+
+def interrupt_at(stage: str, step: int):
+    def progress(event):
+        if (event.stage, event.done) == (f"train {stage}", step):
+            raise Interrupted
+
+    return progress
+
+
+@pytest.mark.parametrize(("stage", "step"), [("one", 1), ("one", 3), ("one", 5), ("two", 1), ("two", 4)])
+def test_an_interrupted_run_continues_to_the_same_log_and_weights(data, make_recipe, tmp_path, stage, step):
+    recipe = make_recipe(stages=AUGMENTED_TWICE)
+    train(recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path / "parts", progress=interrupt_at(stage, step))
+    train(recipe, out=tmp_path / "parts")
+    same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_is_killed_in_mid_stage_continues_to_the_same_log_and_weights(data, make_recipe, tmp_path):
+    stage = {"name": "one", "steps": 120, "learning_rate": 1e-3, "full": {"classification": 1}}
+    recipe = make_recipe(stages=[stage])
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    script = f"""
+from pathlib import Path
+from matvit.training import loop
+from matvit.training.recipe import Recipe
+loop._LOG_STEPS, loop._SAVE_SECONDS = 1, 0.0
+recipe = Recipe.model_validate_json(Path({str(tmp_path / "recipe.json")!r}).read_text())
+loop.train(recipe, out=Path({str(tmp_path / "parts")!r}))
+"""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    log = tmp_path / "parts" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(log_of(tmp_path / "parts")) < 120
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the killed process: sums in the same order
+    try:
+        train(recipe, out=tmp_path / "parts")
+        train(recipe, out=tmp_path / "whole")
+    finally:
+        torch.set_num_threads(threads)
+    same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_fresh_run_forgets_the_unfinished_one(data, make_recipe, tmp_path):
+    recipe = make_recipe(stages=AUGMENTED_TWICE)
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path, progress=interrupt_at("two", 2))
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path, resume=False, progress=interrupt_at("one", 1))
+    assert [(row["stage"], row["step"]) for row in log_of(tmp_path)] == [("one", 1)]
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_a_log_line_that_a_kill_cut_short_is_dropped(data, make_recipe, tmp_path):
+    recipe = make_recipe(stages=AUGMENTED_TWICE)
+    train(recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path / "parts", progress=interrupt_at("two", 3))
+    with (tmp_path / "parts" / "log.jsonl").open("a") as log:
+        log.write('{"stage": "tw')
+    train(recipe, out=tmp_path / "parts")
+    same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.fixture
+def interrupted(data, make_recipe, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(make_recipe(), out=folder, progress=interrupt_at("full", 3))
+    return folder
+
+
+def test_the_state_of_another_recipe_is_refused(interrupted, make_recipe):
+    with pytest.raises(RecipeError, match=r"state\.pt: belongs to another recipe; choose another --out"):
+        train(make_recipe(seed=4), out=interrupted)
+
+
+def test_a_state_of_other_pictures_is_refused(interrupted, make_recipe, data):
+    (data / "shapes" / "dark" / "0.png").unlink()
+    with pytest.raises(RecipeError, match=r"state\.pt: belongs to other pictures"):
+        train(make_recipe(), out=interrupted)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no state", "pickled object"])
+def test_a_damaged_state_is_refused_and_never_unpickled(interrupted, make_recipe, damage, tmp_path):
+    state = interrupted / "state.pt"
+    if damage == "cut short":
+        state.write_bytes(state.read_bytes()[:1000])
+    elif damage == "no state":
+        torch.save({"recipe": 1}, state)
+    else:
+        torch.save({"recipe": Path("x")}, state)
+    with pytest.raises(RecipeError, match=r"state\.pt: is damaged; start again with --fresh"):
+        train(make_recipe(), out=interrupted)
