@@ -25,7 +25,7 @@ from retrieval.manifest import read_pointer
 from retrieval.types import Hit
 
 EXAMPLES = (
-    ("Pepper", "grocery-store/Pepper-Red-Bell-Pepper/photo-1.webp"),
+    ("Umbrella", "caltech-101/umbrella/photo-1.webp"),
     ("Pineapple", "grocery-store/Pineapple/photo-1.webp"),
     ("Juice", "grocery-store/Juice-God-Morgon-Orange-Juice/photo-1.webp"),
     ("Banana", "grocery-store/Banana/photo-1.webp"),
@@ -33,7 +33,7 @@ EXAMPLES = (
     ("Sunflower", "caltech-101/sunflower/photo-1.webp"),
     ("Starfish", "caltech-101/starfish/photo-1.webp"),
     ("Schooner", "caltech-101/schooner/photo-1.webp"),
-    ("Umbrella", "caltech-101/umbrella/photo-1.webp"),
+    ("Pepper", "grocery-store/Pepper-Red-Bell-Pepper/photo-1.webp"),
     ("Lobster", "caltech-101/lobster/photo-1.webp"),
     ("Laptop", "caltech-101/laptop/photo-1.webp"),
     ("Shoes", "clothing-small/shoes/photo-1.webp"),

@@ -24,12 +24,13 @@ def main(url: str, out: Path) -> None:
     """Writes the page, wide and light, as a PNG of 256 colours."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as driver, driver.chromium.launch(executable_path=chromium, args=FLAGS) as browser:
-        page = browser.new_page(viewport={"width": 1200, "height": 1900}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1200, "height": 1800}, color_scheme="light")
         page.goto(url)
-        page.get_by_role("button", name="Pineapple").click(timeout=60_000)
-        page.locator(".st-key-query", has_text="Pineapple").wait_for(timeout=60_000)
+        page.get_by_role("button", name="Umbrella").click(timeout=60_000)
+        page.locator(".st-key-query", has_text="Umbrella").wait_for(timeout=60_000)
         page.mouse.move(0, 0)
-        page.wait_for_timeout(3000)  # the chart draws itself
+        page.locator("[data-testid=stVegaLiteChart] :is(canvas, svg)").first.wait_for(timeout=60_000)
+        page.wait_for_timeout(3000)  # until nothing moves
         shot = Image.open(io.BytesIO(page.screenshot()))
     width = 760
     while True:
