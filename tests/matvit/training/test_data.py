@@ -1,0 +1,116 @@
+"""Pictures on the device: what is cut out of them, and what cannot be read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from matvit.datasets import read_dataset
+from matvit.errors import DatasetError
+from matvit.training.batches import TrainingSet, draw_batch
+from matvit.training.data import colour_jitter, cut, random_crops, to_device
+from matvit.training.recipe import Augmentation
+
+FULL = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randint(0, 256, (1, 3, 24, 24), generator=seeded(), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", [12, 24, 48])
+def test_the_full_box_is_a_plain_resize(pixels, size):
+    resized = F.interpolate(pixels.float() / 255, size=(size, size), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(cut(pixels, FULL, size), resized, atol=1e-5, rtol=0)
+
+
+def test_a_box_is_that_part_of_the_picture(pixels):
+    exact = cut(pixels, torch.tensor([[0.5, 0.25, 0.5, 0.5]]), 12)
+    torch.testing.assert_close(exact, pixels[..., 6:18, 12:24].float() / 255, atol=1e-5, rtol=0)
+
+
+def test_a_negative_width_is_the_mirrored_crop(pixels):
+    box, mirrored = torch.tensor([[0.2, 0.1, 0.5, 0.6]]), torch.tensor([[0.7, 0.1, -0.5, 0.6]])
+    torch.testing.assert_close(cut(pixels, mirrored, 10), cut(pixels, box, 10).flip(-1), atol=1e-5, rtol=0)
+
+
+@given(seed=st.integers(0, 2**16), aspect=st.floats(0.1, 10), low=st.floats(0.05, 1))
+def test_crops_stay_inside_the_picture(seed, aspect, low):
+    boxes = random_crops(torch.full((32,), aspect), Augmentation(scale=(low, 1.0)), seeded(seed))
+    left, top, width, height = boxes.unbind(1)
+    low_x, high_x = torch.minimum(left, left + width), torch.maximum(left, left + width)
+    assert (low_x >= -1e-6).all()
+    assert (high_x <= 1 + 1e-6).all()
+    assert (top >= 0).all()
+    assert (top + height <= 1 + 1e-6).all()
+    assert (width != 0).all()
+
+
+def test_about_half_of_the_crops_are_mirrored():
+    width = random_crops(torch.ones(400), Augmentation(), seeded())[:, 2]
+    assert 140 < (width < 0).sum() < 260
+
+
+def test_colours_stay_in_range_and_zero_strength_changes_nothing():
+    images = torch.rand(6, 3, 8, 8, generator=seeded())
+    strong = colour_jitter(images, Augmentation(colour_jitter=1, grayscale=0.5), seeded())
+    assert strong.min() >= 0
+    assert strong.max() <= 1
+    assert not torch.allclose(strong, images)
+    plain = colour_jitter(images, Augmentation(colour_jitter=0, grayscale=0), seeded())
+    torch.testing.assert_close(plain, images)
+
+
+def test_pictures_that_cannot_be_read_are_skipped_counted_and_named(data):
+    (data / "shapes" / "dark" / "2.png").write_bytes(b"no picture")
+    events = []
+    decoded, kept, skipped = to_device(
+        read_dataset(data / "shapes"), resolution=8, device=torch.device("cpu"), progress=events.append
+    )
+    assert len(decoded) == len(kept) == len(decoded.pixels) == len(decoded.aspect) == 11
+    assert [(one.origin, one.reason) for one in skipped] == [
+        (str(data / "shapes" / "dark" / "2.png"), "not a picture in a supported format")
+    ]
+    assert np.bincount(decoded.labels.numpy()).tolist() == [5, 6]
+    assert str(data / "shapes" / "dark" / "2.png") not in kept.origins
+    assert events[-1].note == "1 skipped"
+
+
+def test_a_set_without_one_readable_picture_is_refused(data):
+    for picture in (data / "shapes").rglob("*.png"):
+        picture.write_bytes(b"no picture")
+    with pytest.raises(DatasetError, match="none of its 12 pictures can be read"):
+        to_device(read_dataset(data / "shapes"), resolution=8, device=torch.device("cpu"), progress=print)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_a_batch_is_a_function_of_its_key_alone(data, mixup):
+    images, _, _ = to_device(
+        read_dataset(data / "shapes"), resolution=16, device=torch.device("cpu"), progress=lambda _: None
+    )
+
+    def draw(*key: int):
+        return draw_batch(
+            [TrainingSet(images=images, batch=6)],
+            augmentation=Augmentation(mixup_alpha=mixup),
+            image_size=8,
+            with_teacher=False,
+            key=key,
+        )
+
+    first = draw(0, 1, 2)
+    torch.rand(5)  # what else is drawn in the process does not matter
+    again, other = draw(0, 1, 2), draw(0, 1, 3)
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.targets[0], again.targets[0])
+    assert not torch.equal(first.images, other.images)
+    torch.testing.assert_close(first.targets[0].sum(dim=1), torch.ones(6))

@@ -1,0 +1,109 @@
+"""Whole runs of a tiny recipe: without labels, with a teacher, and what the checkpoint says of itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from matvit.errors import RecipeError
+from matvit.training.heads import Heads
+from matvit.training.loop import train
+from matvit.training.recipe import TeacherRecipe
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    torch.manual_seed(5)
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp_path / "teacher.safetensors")
+    return {
+        "timm_model": "test_resnet",
+        "model_args": {"num_classes": 7},
+        "weights": str(tmp_path / "teacher.safetensors"),
+        "image_size": 32,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "views": 2,
+    }
+
+
+def label_free(steps: int = 3):
+    common = {"steps": steps, "learning_rate": 1e-3}
+    return [
+        common | {"name": "full", "full": {"teacher_classes": 1, "teacher_features": 1}},
+        common | {"name": "nested", "full": {"cosine": 1}, "submodels": {"cosine": 1, "similarity": 1}},
+    ]
+
+
+def test_a_label_free_run_with_a_teacher_gives_an_encoder(data, make_recipe, teacher, tmp_path):
+    model = train(make_recipe(teacher=teacher, stages=label_free()), out=tmp_path / "run")
+    embedded = model.encoder("S").embed([data / "shapes" / "dark" / "0.png"])
+    assert embedded.shape == (1, 32)
+    assert float((embedded**2).sum()) == pytest.approx(1, abs=1e-4)
+
+
+def test_labels_do_not_matter_to_a_label_free_run(data, make_recipe, teacher, tmp_path):
+    recipe = make_recipe(teacher=teacher, stages=label_free())
+    first = train(recipe, out=tmp_path / "first").space_id
+    for picture in sorted((data / "shapes" / "dark").glob("[345].png")):  # the same order, other classes
+        picture.rename(data / "shapes" / "light" / f"-{picture.name}")
+    assert train(recipe, out=tmp_path / "second").space_id == first
+
+
+def test_a_resumed_later_stage_sees_the_teachers_crops_of_the_first(data, make_recipe, teacher, tmp_path):
+    first, _ = label_free()
+    second = first | {"name": "again", "augmentation": {"scale": [0.9, 1.0]}}
+    recipe = make_recipe(teacher=teacher, stages=[first, second])
+    whole = train(recipe, out=tmp_path / "whole").space_id
+
+    def stop_in_second(event):
+        if event.stage == "train again":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(recipe, out=tmp_path / "parts", progress=stop_in_second)  # the state is of the stage's begin
+    assert train(recipe, out=tmp_path / "parts").space_id == whole
+
+
+def test_heads_without_a_teacher_have_classifiers_only(teacher):
+    names = {name.split(".")[0] for name, _ in Heads(8, [2, 3], None).state_dict().items()}
+    assert names == {"classes"}
+    taught = Heads(8, [2], TeacherRecipe.model_validate(teacher))
+    assert taught.feature_mean.shape == (96,)
+    assert taught.teacher_classes.prototypes.shape == (7, 8)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, make_recipe, tmp_path):
+    stage = {"name": "full", "steps": 40, "learning_rate": 1e30, "full": {"classification": 1}}
+    with pytest.raises(RecipeError, match="lower its learning_rate"):
+        train(make_recipe(stages=[stage], optimiser={"warmup": 0.0}), out=tmp_path / "run")
+
+
+def test_training_json_holds_what_made_the_encoder_and_nothing_of_the_machine(data, make_recipe, teacher, tmp_path):
+    (data / "shapes" / "dark" / "2.png").write_bytes(b"no picture")
+    recipe = make_recipe(
+        teacher=teacher,
+        data=[{"path": str(data / "shapes"), "resolution": 40, "batch": 8}],
+        validation={"queries": "shapes-clean"},
+    )
+    clean = data / "shapes-clean"
+    for picture in (data / "shapes").rglob("[345].png"):
+        (clean / picture.parent.name).mkdir(parents=True, exist_ok=True)
+        (clean / picture.parent.name / picture.name).write_bytes(picture.read_bytes())
+    train(recipe, out=tmp_path / "run")
+    text = (tmp_path / "run" / "encoder" / "training.json").read_text()
+    record = json.loads(text)
+    assert str(tmp_path) not in text
+    assert record["seed"] == 3
+    assert record["recipe"]["stages"][1]["name"] == "nested"
+    (one,) = record["data"]
+    assert (one["path"], one["pictures"], one["class_names"]) == ("shapes", 11, ["dark", "light"])
+    assert len(one["sha256"]) == 64
+    assert one["skipped"] == [{"picture": "dark/2.png", "reason": "not a picture in a supported format"}]
+    assert record["versions"]["torch"]
+    assert "commit" in record
+    assert set(record["metrics"]["validation"]) == {"S", "M", "L", "XL"}
+    assert 0 <= record["metrics"]["validation"]["S"]["recall@1"] <= 100
