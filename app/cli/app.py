@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def serve(index: Path | None, *, host: str, port: int, browser: bool, json: bool
     check_can_serve(host=host, port=port)
     if index is not None:
         services.index_info(index)  # or the page would open, only to say that it cannot show it
+    # Python's default would end this process at once and leave the server running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     url = f"http://{host}:{port}"
     command, environment = _command(host, port), _environment(index)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 (our own arguments)

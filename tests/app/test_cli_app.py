@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 import webbrowser
@@ -43,6 +45,18 @@ def test_app_serves_opens_the_browser_and_ends_with_ctrl_c(run, page, index, por
     assert done.json == {"url": url, "index": str(index)}
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_a_terminated_app_takes_its_server_along(index, port):
+    program = [sys.executable, "-c", "import sys; from matvit_app.cli.main import main; sys.exit(main())"]
+    command = [*program, "app", str(index), "--port", str(port), "--no-browser", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the JSON document: the page is there
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
 
 
 def test_a_page_that_does_not_start_is_an_error(run, page, port, monkeypatch):
