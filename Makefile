@@ -1,9 +1,11 @@
 # People and .ci/run use the same commands. `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help lint format types test slow browser clean-install demo bench ci
+.PHONY: help check lint format types test slow browser clean-install demo bench ci
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+check: lint types test  ## what every change must pass
 
 lint:  ## style and import order of the packages
 	ruff check .
@@ -17,7 +19,7 @@ format:  ## rewrite what lint complains about, where that is safe
 types:  ## strict type check
 	mypy
 
-test:  ## the tests that every change must pass
+test:  ## the tests, without the slow ones
 	pytest
 
 slow:  ## the long tests: clean installs, training, soaks

@@ -1,0 +1,75 @@
+"""The scripts that people copy from run, and measure what they say: examples and benchmarks, at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from matvit_data import demo_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
+def load(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quick_start_finds_a_picture_by_itself_at_all_four_costs(tmp_path: Path) -> None:
+    classes = sorted((demo_folder() / "images" / "caltech-101").iterdir())[:6]
+    for photo_class in classes:
+        shutil.copy(photo_class / "photo-1.webp", tmp_path / f"{photo_class.name}.webp")
+    done = run("examples/quick_start.py", tmp_path, tmp_path / f"{classes[3].name}.webp")
+    assert done.returncode == 0, done.stderr
+    first, *rows = done.stdout.splitlines()
+    assert first == "6 pictures indexed by the full encoder"
+    assert [row.split(":")[0].strip() for row in rows] == ["S", "M", "L", "XL"]
+    assert all(f"best hit {classes[3].name}.webp" in row for row in rows)
+
+
+def test_query_cost_measures_every_submodel_and_its_peer_beside_xl() -> None:
+    done = run("benchmarks/query_cost.py", "--rounds", 2, "--threads", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["encoder"]: row for row in json.loads(done.stdout)["rows"]}
+    assert {"S", "M", "L", "XL", "timm, by hand"} <= set(rows)
+    assert rows["XL"]["ratio"] == 1
+    assert rows["timm, by hand"]["flops_ratio"] == 1
+    assert rows["S"]["flops_ratio"] < rows["M"]["flops_ratio"] < rows["L"]["flops_ratio"] < 1
+    assert all(row["ms"] > 0 and row["gflops"] > 0 for row in rows.values())
+
+
+def test_search_measures_ours_faiss_and_numpy_at_every_size() -> None:
+    done = run("benchmarks/search.py", "--sizes", "100,200", "--rounds", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert [result["size"] for result in results] == [100, 200]
+    for result in results:
+        assert {"ours", "faiss", "numpy"} <= set(result["single_ms"])
+        assert all(ms > 0 for ms in [*result["single_ms"].values(), *result["batch_ms"].values()])
+
+
+def test_the_peers_of_the_search_benchmark_look_for_the_same_neighbours() -> None:
+    """A ratio between searches that answer different questions would mean nothing."""
+    benchmark = load("benchmarks/search.py")
+    gallery, queries = benchmark.unit_vectors(50, 0), benchmark.unit_vectors(3, 1)
+    ours = benchmark.FlatSearch(np.arange(50), [gallery], dim=benchmark.DIM)
+    expected = np.argsort(-(queries @ gallery.T), axis=1)[:, : benchmark.K]
+    assert [positions.tolist() for positions, _ in ours.search(queries, k=benchmark.K)] == expected.tolist()
