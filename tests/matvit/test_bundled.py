@@ -1,0 +1,53 @@
+"""The encoder that ships: small, whole, made by the recipe that ships with it, and as good as the documents say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from matvit import MatViT
+from matvit.checkpoint import bundled_names, locate
+from matvit.training.recipe import Recipe, load_recipe
+
+SIZES = ("S", "M", "L", "XL")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return MatViT.from_pretrained("matvit-small")
+
+
+def test_the_bundled_checkpoint_is_at_most_25_megabytes():
+    assert bundled_names() == ("matvit-small",)
+    assert sum(file.stat().st_size for file in locate("matvit-small").iterdir()) <= 25e6
+
+
+def test_its_record_names_the_packaged_recipe_and_what_it_saw(encoder):
+    assert Recipe.model_validate(encoder.record["recipe"]) == load_recipe("matvit-small")
+    assert [one["pictures"] for one in encoder.record["data"]] == [92500, 3683, 3068]
+    assert encoder.record["commit"]
+    assert encoder.record["device"].startswith("NVIDIA")
+
+
+def test_int8_weights_lose_less_than_a_tenth_of_a_point(encoder):
+    metrics = encoder.record["metrics"]
+    for measure in ("recall@1", "map@100"):
+        before, after = (
+            sum(metrics[when][size][measure] for size in SIZES) / len(SIZES)
+            for when in ("before_storage", "validation")
+        )
+        assert 100 * (before - after) < 0.1
+
+
+def test_small_queries_lose_at_most_six_points_on_unseen_classes(encoder):
+    recall = {row["name"]: row["quality"]["recall@1"] for row in encoder.pareto}
+    assert tuple(recall) == SIZES
+    assert 100 * (recall["XL"] - recall["S"]) < 6
+
+
+def test_the_documented_recall_is_the_recorded_one(encoder):
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    for row in encoder.pareto:
+        [documented] = re.findall(rf"^\| {row['name']} \| [\d.]+ \| ([\d.]+) \|", page.split("### ")[0], re.MULTILINE)
+        # One query of 1,026 may fall on the other side of a tie on another device.
+        assert float(documented) == pytest.approx(100 * row["quality"]["recall@1"], abs=0.15)
