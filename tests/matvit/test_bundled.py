@@ -48,6 +48,7 @@ def test_small_queries_lose_at_most_six_points_on_unseen_classes(encoder):
 def test_the_documented_recall_is_the_recorded_one(encoder):
     page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
     for row in encoder.pareto:
-        [documented] = re.findall(rf"^\| {row['name']} \| [\d.]+ \| ([\d.]+) \|", page.split("### ")[0], re.MULTILINE)
+        documented = re.search(rf"^\| {row['name']} \| [\d.]+ \| ([\d.]+) \|", page, re.MULTILINE)
+        assert documented is not None
         # One query of 1,026 may fall on the other side of a tie on another device.
-        assert float(documented) == pytest.approx(100 * row["quality"]["recall@1"], abs=0.15)
+        assert float(documented[1]) == pytest.approx(100 * row["quality"]["recall@1"], abs=0.15)
