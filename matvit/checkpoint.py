@@ -27,6 +27,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from matvit import backbone, quantization
+from matvit.durable import sync_folder, write_synced
 from matvit.errors import BackboneError, CheckpointError, SpecError
 from matvit.identity import space_id
 from matvit.model import AxesConfig, MatViT
@@ -171,8 +172,8 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished.mkdir()
         for name, content in files.items():
-            _write_synced(unfinished / name, content)
-        _sync_folder(unfinished)
+            write_synced(unfinished / name, content)
+        sync_folder(unfinished)
         _swap(unfinished, target)
     except OSError as error:
         raise CheckpointError(
@@ -260,7 +261,7 @@ def _swap(new: Path, target: Path) -> None:
         if replaces:
             old.rename(target)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -298,23 +299,6 @@ def _refuse_non_finite(tensors: dict[str, quantization.FloatArray]) -> None:
                 where=f"tensor '{name}'",
                 fix="save an encoder whose training converged",
             )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names durable; Windows has no such call and does not need it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _json(value: object) -> bytes:

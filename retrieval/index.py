@@ -6,11 +6,12 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from matvit.durable import TEMPORARY
 from matvit.encoder import ElasticEncoder
 from matvit.progress import Progress, silent
 from retrieval.encoders import check_space, describe, load_encoder
 from retrieval.errors import IndexExistsError
-from retrieval.files import TEMPORARY, writing
+from retrieval.files import writing
 from retrieval.ingest import Ingest
 from retrieval.lock import NAME as LOCK
 from retrieval.lock import writer_lock

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from matvit.durable import sync_file
 from retrieval.errors import IndexFormatError
-from retrieval.files import RESTORE, sync_file
+from retrieval.files import RESTORE
 
 IntArray = npt.NDArray[np.int64]
 

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from matvit.durable import write_atomic
 from retrieval.errors import IndexFormatError
-from retrieval.files import RESTORE, damaged, reading, sha256_bytes, write_atomic
+from retrieval.files import RESTORE, damaged, reading, sha256_bytes
 
 FORMAT_VERSION = 1
 CURRENT = "CURRENT"

@@ -11,17 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from matvit.durable import sync_folder, temporary_name, write_atomic, write_synced
 from matvit.preprocess import FloatArray
-from retrieval.files import (
-    remove_temporaries,
-    sha256_bytes,
-    sha256_file,
-    sync_folder,
-    temporary_name,
-    write_atomic,
-    write_synced,
-    writing,
-)
+from retrieval.files import remove_temporaries, sha256_bytes, sha256_file, writing
 from retrieval.items import Item, write_items
 from retrieval.manifest import (
     DELETIONS,

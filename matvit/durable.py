@@ -1,0 +1,53 @@
+"""Files that matter: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+TEMPORARY = ".tmp-"  # prefix of everything unfinished
+
+
+def temporary_name(path: Path) -> Path:
+    """Where `path` is built before it is renamed into place."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it. Not atomic: for files inside an unfinished folder."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: after a crash at any moment it is the old file or the new one, whole."""
+    temporary = temporary_name(path)
+    try:
+        write_synced(temporary, data)
+        os.replace(temporary, path)  # noqa: PTH105 - tests inject failures into os
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the disk has a file that another library wrote."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the folder's names."""
+    if sys.platform == "win32":  # folders cannot be synced there; NTFS journals the names itself
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
