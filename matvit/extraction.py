@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from matvit import positions
 from matvit.spec import SubmodelSpec
 
 if TYPE_CHECKING:
@@ -22,11 +23,24 @@ def extract(model: MatViT, spec: SubmodelSpec) -> VisionTransformer:
     # deepcopy takes a replacement for every object that it meets in the memo: the full-width
     # layers are never copied, only their slices.
     memo: dict[int, object] = {}
-    for block, width in zip(model.vit.blocks, spec.widths, strict=True):
+    kept = [model.vit.blocks[index] for index in spec.kept_blocks]
+    for block, index in zip(kept, spec.kept_blocks, strict=True):
+        width = spec.widths[index]
         memo[id(block.mlp.fc1)] = _narrow(block.mlp.fc1, rows=width)
         memo[id(block.mlp.fc2)] = _narrow(block.mlp.fc2, columns=width)
+    memo[id(model.vit.blocks)] = nn.Sequential(*(copy.deepcopy(block, memo) for block in kept))
     vit: VisionTransformer = copy.deepcopy(model.vit, memo)
+    _set_resolution(vit, model, spec.image_size)
     return vit.eval()
+
+
+def _set_resolution(vit: VisionTransformer, model: MatViT, image_size: int) -> None:
+    if image_size == model.config.image_size:
+        return
+    vit.patch_embed.set_input_size(img_size=(image_size, image_size))
+    if vit.pos_embed is not None:
+        table = positions.table(vit, model.config, image_size // model.config.patch_size).detach()
+        vit.pos_embed = nn.Parameter(table.clone(), requires_grad=vit.pos_embed.requires_grad)
 
 
 def _narrow(linear: nn.Linear, *, rows: int | None = None, columns: int | None = None) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""MatViT: a timm ViT whose feed-forward layers are nested, so that smaller encoders are slices of it.
+"""MatViT: a timm ViT with nested feed-forward layers, blocks and resolutions: smaller encoders are slices of it.
 
 Letters in shape comments: B batch, C channels, H W pixels, N tokens, D embedding, F FFN width.
 """
@@ -17,7 +17,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from matvit import backbone, cost, identity
+from matvit import backbone, cost, identity, positions
 from matvit.errors import BackboneError, SpecError
 from matvit.preprocess import Preprocessing
 from matvit.spec import EncoderShape, SubmodelSpec
@@ -78,7 +78,6 @@ class MatViT(nn.Module):
                 where="MatViT",
                 fix="use MatViT.from_timm(model), which leaves it out",
             )
-        self.axes = axes or AxesConfig()
         self.preprocessing = preprocessing
         self.name = name
         self.vit = vit
@@ -87,15 +86,21 @@ class MatViT(nn.Module):
         self.pareto: tuple[dict[str, Any], ...] = ()  # rows of pareto.json
         self.record: dict[str, Any] = {}  # training.json: recipe, data, seed, code version, metrics
         self.block_forward: Callable[[Block, Tensor, int], Tensor] = run_block  # training compiles it
+        self.open_axes(axes or AxesConfig())
+        self.eval()
+
+    def open_axes(self, axes: AxesConfig) -> None:
+        """From now on the encoder can be cut along `axes`; its weights stay. Raises SpecError for unfit ones."""
+        _refuse_uneven_step(self.config, axes)
         self.shape = EncoderShape(
             ffn_widths=self.config.ffn_widths,
             num_heads=self.config.num_heads,
             image_size=self.config.image_size,
-            head_axis=self.axes.heads,
-            keep_order=self.axes.keep_order,
-            image_size_step=self.axes.image_size_step,
+            head_axis=axes.heads,
+            keep_order=axes.keep_order,
+            image_size_step=axes.image_size_step,
         )
-        self.eval()
+        self.axes = axes
 
     @classmethod
     def from_timm(
@@ -137,16 +142,22 @@ class MatViT(nn.Module):
         checkpoint.save(self, folder, storage=storage)
 
     def forward(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
-        """(B, 3, H, W), normalised as `preprocessing` says -> (B, D) of unit length.
+        """(B, 3, R, R), normalised as `preprocessing` says -> (B, D) of unit length; R is the spec's resolution.
 
-        Raises SpecError when `spec` names no submodel of this encoder.
+        Raises SpecError when `spec` names no submodel of this encoder, or the pictures have another size.
         """
         return F.normalize(self.features(images, spec), dim=-1)
 
     def features(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
-        """The embedding before it is scaled to unit length: (B, 3, H, W) -> (B, D)."""
+        """The embedding before it is scaled to unit length: (B, 3, R, R) -> (B, D)."""
         spec, vit = self._cut(spec), self.vit
-        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))  # (B, N, D)
+        if images.shape[-2:] != (spec.image_size, spec.image_size):
+            raise SpecError(
+                what=f"spec '{spec}' takes pictures of {spec.image_size} px, not {tuple(images.shape[-2:])}",
+                where="images",
+                fix=f"resize them to {spec.image_size} px, or use `encoder(spec)`, which takes any picture",
+            )
+        tokens = vit.norm_pre(positions.embed(vit, self.config, images))  # (B, N, D)
         for index in spec.kept_blocks:
             tokens = self.block_forward(vit.blocks[index], tokens, spec.widths[index])
         embedding: Tensor = vit.forward_head(vit.norm(tokens), pre_logits=True)
@@ -174,12 +185,12 @@ class MatViT(nn.Module):
 
     def _cut(self, spec: str | SubmodelSpec | None) -> SubmodelSpec:
         """The spec, if this version can compute it: the grammar is ahead of the model."""
-        spec, full = self.shape.spec(spec), self.shape.spec()
-        if (spec.heads, spec.depth, spec.image_size) != (full.heads, full.depth, full.image_size):
+        spec = self.shape.spec(spec)
+        if spec.heads != self.config.num_heads:
             raise SpecError(
-                what=f"spec '{spec}' cuts more than FFN widths",
+                what=f"spec '{spec}' cuts attention heads, which this version cannot",
                 where="encoder spec",
-                fix="use a spec such as S or 6S.6XL",
+                fix="leave -h out",
             )
         return spec
 
@@ -227,8 +238,6 @@ def _create(name: str, pretrained: bool) -> nn.Module:
 def _resample(
     vit: VisionTransformer, state: dict[str, Tensor], config: backbone.ViTConfig, image_size: int
 ) -> tuple[dict[str, Tensor], backbone.ViTConfig]:
-    from timm.layers import resample_abs_pos_embed
-
     if image_size < config.patch_size or image_size % config.patch_size:
         raise BackboneError(
             what=f"{image_size} px is not a multiple of its {config.patch_size} px patches",
@@ -236,10 +245,17 @@ def _resample(
             fix=f"use a multiple of {config.patch_size}",
         )
     if config.pos_embed == "learn":
-        grid = image_size // config.patch_size
-        prefix = 0 if config.no_embed_class else vit.num_prefix_tokens
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [grid, grid], num_prefix_tokens=prefix)
+        state["pos_embed"] = positions.table(vit, config, image_size // config.patch_size).detach()
     return state, config.model_copy(update={"image_size": image_size})
+
+
+def _refuse_uneven_step(config: backbone.ViTConfig, axes: AxesConfig) -> None:
+    if axes.image_size_step % config.patch_size:
+        raise SpecError(
+            what=f"resolutions in steps of {axes.image_size_step} px do not fit patches of {config.patch_size} px",
+            where="encoder shape",
+            fix=f"use a multiple of {config.patch_size}",
+        )
 
 
 def _timm_preprocessing(vit: nn.Module) -> Preprocessing:

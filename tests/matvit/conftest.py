@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from matvit import MatViT
+from matvit.model import AxesConfig
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -45,8 +46,10 @@ def vit(request: pytest.FixtureRequest) -> VisionTransformer:
 
 @pytest.fixture(scope="session")
 def model(vit: VisionTransformer) -> MatViT:
-    """The elastic encoder of `vit`; shared, so tests leave it as it is."""
-    return MatViT.from_timm(vit)
+    """The elastic encoder of `vit`, cut along every axis; shared, so tests leave it as it is."""
+    model = MatViT.from_timm(vit)
+    model.open_axes(AxesConfig(keep_order=(3, 0, 1, 2), image_size_step=8))
+    return model
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from matvit import MatViT, SubmodelSpec
 
+DEPTHS = st.integers(1, 4)
+RESOLUTIONS = st.sampled_from([8, 16, 24, 32, 40])
 WIDTHS = st.tuples(*[st.integers(1, 128)] * 4) | st.sampled_from([16, 32, 64, 128]).map(lambda width: (width,) * 4)
 
 
@@ -24,20 +26,24 @@ def _equal(model: MatViT, spec: SubmodelSpec, images: Tensor, atol: float) -> No
 
 
 @settings(max_examples=8, deadline=None)
-@given(widths=WIDTHS)
-def test_extracted_encoder_equals_nested_forward(model: MatViT, images: Tensor, widths: tuple[int, ...]) -> None:
-    spec = SubmodelSpec.of(model.shape, widths)
+@given(widths=WIDTHS, depth=DEPTHS, resolution=RESOLUTIONS)
+def test_extracted_encoder_equals_nested_forward(
+    model: MatViT, widths: tuple[int, ...], depth: int, resolution: int
+) -> None:
+    spec = SubmodelSpec.of(model.shape, widths, depth=depth, image_size=resolution)
+    images = torch.randn(2, 3, resolution, resolution)
     _equal(model, spec, images, 1e-5)
     _equal(copy.deepcopy(model).double(), spec, images.double(), 1e-12)
 
 
 @settings(max_examples=20, deadline=None)
-@given(data=st.data(), small=WIDTHS)
-def test_a_slice_of_a_slice_is_a_slice(model: MatViT, data: st.DataObject, small: tuple[int, ...]) -> None:
+@given(data=st.data(), small=WIDTHS, depth=DEPTHS)
+def test_a_slice_of_a_slice_is_a_slice(model: MatViT, data: st.DataObject, small: tuple[int, ...], depth: int) -> None:
     middle = data.draw(st.tuples(*(st.integers(width, 128) for width in small)))
-    once = model.extract(SubmodelSpec.of(model.shape, small))
+    once = model.extract(SubmodelSpec.of(model.shape, small, depth=depth))
     parent = MatViT.from_timm(model.extract(SubmodelSpec.of(model.shape, middle)))
-    twice = parent.extract(SubmodelSpec.of(parent.shape, small))
+    parent.open_axes(model.axes)
+    twice = parent.extract(SubmodelSpec.of(parent.shape, small, depth=depth))
     torch.testing.assert_close(twice.state_dict(), once.state_dict(), rtol=0, atol=0)
 
 
@@ -51,6 +57,22 @@ def test_extracted_module_is_plain_timm_and_really_smaller(model: MatViT) -> Non
         assert block.mlp.fc2.weight.untyped_storage().nbytes() == block.mlp.fc2.weight.numel() * 4  # no view of XL
     small.reset_classifier(5)
     assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_dropped_blocks_leave_and_the_others_keep_their_order(model: MatViT) -> None:
+    small = model.extract("S-d2")  # keep order 3, 0, 1, 2
+    weights = [block.norm1.weight for block in small.blocks]
+    assert len(weights) == 2
+    torch.testing.assert_close(weights, [model.vit.blocks[index].norm1.weight for index in (0, 3)])
+
+
+def test_a_resolution_is_what_timm_makes_of_it(vit: VisionTransformer, model: MatViT) -> None:
+    resized = copy.deepcopy(vit)
+    resized.set_input_size(img_size=(48, 48))
+    pictures = torch.randn(2, 3, 48, 48)
+    small = model.extract("XL-r48")
+    assert small.patch_embed.img_size == (48, 48)
+    torch.testing.assert_close(small(pictures), resized(pictures), rtol=0, atol=1e-5)
 
 
 def test_extraction_shares_nothing_with_its_parent(tiny: MatViT) -> None:

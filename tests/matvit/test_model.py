@@ -98,21 +98,41 @@ def test_wrapping_a_module_with_a_classifier_is_refused() -> None:
         MatViT(vit, preprocessing=Preprocessing(mean=(0, 0, 0), std=(1, 1, 1)))
 
 
-@pytest.mark.parametrize("spec", ["S-h2", "S-d3", "S-r16"])
-def test_axes_ahead_of_the_model_are_refused_not_ignored(
-    plain_vit: VisionTransformer, images: Tensor, spec: str
-) -> None:
-    axes = AxesConfig(heads=True, keep_order=(0, 1, 2, 3), image_size_step=8)
-    model = MatViT(plain_vit, preprocessing=Preprocessing(mean=(0, 0, 0), std=(1, 1, 1)), axes=axes)
-    for use in (lambda: model(images, spec), lambda: model.extract(spec), lambda: model.encoder(spec)):
-        with pytest.raises(SpecError, match="cuts more than FFN widths"):
+def test_an_axis_ahead_of_the_model_is_refused_not_ignored(tiny: MatViT, images: Tensor) -> None:
+    tiny.open_axes(AxesConfig(heads=True))
+    for use in (lambda: tiny(images, "S-h2"), lambda: tiny.extract("S-h2"), lambda: tiny.encoder("S-h2")):
+        with pytest.raises(SpecError, match="cuts attention heads"):
             use()
-    assert model.flops(spec) < model.flops("S")
+    assert tiny.flops("S-h2") < tiny.flops("S")
+
+
+def test_axes_that_were_not_opened_are_refused(tiny: MatViT) -> None:
+    for spec in ("S-d3", "S-r16", "S-h2"):
+        with pytest.raises(SpecError, match="cannot be"):
+            tiny.extract(spec)
+
+
+def test_resolutions_that_cut_patches_in_two_are_refused(tiny: MatViT) -> None:
+    with pytest.raises(SpecError, match="use a multiple of 8"):
+        tiny.open_axes(AxesConfig(image_size_step=12))
+
+
+def test_pictures_of_another_resolution_than_the_specs_are_refused(model: MatViT) -> None:
+    with pytest.raises(SpecError, match="takes pictures of 16 px"):
+        model(torch.zeros(1, 3, 32, 32), "S-r16")
+
+
+def test_opening_axes_keeps_the_embedding_space(tiny: MatViT, images: Tensor) -> None:
+    space, before = tiny.space_id, tiny(images)
+    tiny.open_axes(AxesConfig(keep_order=(0, 1, 2, 3), image_size_step=8))
+    assert tiny.space_id == space
+    torch.testing.assert_close(tiny(images), before, rtol=0, atol=0)
 
 
 def test_encoder_embeds_pictures_as_the_model_does(tiny: MatViT) -> None:
     pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
-    for spec in ("S", "XL"):
+    tiny.open_axes(AxesConfig(keep_order=(0, 1, 2, 3), image_size_step=8))
+    for spec in ("S", "XL", "M-d3-r16"):
         encoder = tiny.encoder(spec)
         assert (encoder.spec, encoder.space_id) == (tiny.shape.spec(spec), tiny.space_id)
         assert (encoder.runtime, encoder.embedding_dim) == ("torch-cpu", 32)
