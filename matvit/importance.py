@@ -1,10 +1,11 @@
-"""Importance ordering: the units that a small submodel keeps are the ones that matter most."""
+"""Importance ordering: the hidden units and blocks that a small submodel keeps are the ones that matter most."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,6 +32,29 @@ def order_by_importance(model: MatViT, images: torch.Tensor) -> None:
             if block.mlp.fc1.bias is not None:
                 block.mlp.fc1.bias.copy_(block.mlp.fc1.bias[order])
             outgoing.copy_(outgoing[:, order])
+
+
+@torch.no_grad()
+def find_keep_order(model: MatViT, images: torch.Tensor, *, batch_size: int = 256) -> tuple[int, ...]:
+    """Block indices, the most important first, found greedily on `images` (B, 3, R, R) of native resolution.
+
+    Starting from all blocks, the one goes whose absence moves the embeddings least (by their cosine to
+    the full encoder's, both centred by the full encoder's mean), until one is left.
+    """
+    wanted = model(images)
+    mean = wanted.mean(dim=0)
+    kept, dropped = list(range(model.shape.num_blocks)), list[int]()
+
+    def agreement_without(block: int) -> float:
+        widths = {one: model.shape.ffn_widths[one] for one in kept if one != block}
+        found = torch.cat([model.through(part, widths) for part in torch.split(images, batch_size)])
+        return F.cosine_similarity(F.normalize(found, dim=-1) - mean, wanted - mean, dim=-1).mean().item()
+
+    while len(kept) > 1:
+        least = max(kept, key=agreement_without)
+        kept.remove(least)
+        dropped.append(least)
+    return tuple(kept + dropped[::-1])
 
 
 @torch.no_grad()

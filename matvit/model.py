@@ -150,16 +150,21 @@ class MatViT(nn.Module):
 
     def features(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
         """The embedding before it is scaled to unit length: (B, 3, R, R) -> (B, D)."""
-        spec, vit = self._cut(spec), self.vit
+        spec = self._cut(spec)
         if images.shape[-2:] != (spec.image_size, spec.image_size):
             raise SpecError(
                 what=f"spec '{spec}' takes pictures of {spec.image_size} px, not {tuple(images.shape[-2:])}",
                 where="images",
                 fix=f"resize them to {spec.image_size} px, or use `encoder(spec)`, which takes any picture",
             )
+        return self.through(images, {index: spec.widths[index] for index in spec.kept_blocks})
+
+    def through(self, images: Tensor, widths: Mapping[int, int]) -> Tensor:
+        """`features` of these blocks alone, in this order, each with so many hidden units."""
+        vit = self.vit
         tokens = vit.norm_pre(positions.embed(vit, self.config, images))  # (B, N, D)
-        for index in spec.kept_blocks:
-            tokens = self.block_forward(vit.blocks[index], tokens, spec.widths[index])
+        for index, width in widths.items():
+            tokens = self.block_forward(vit.blocks[index], tokens, width)
         embedding: Tensor = vit.forward_head(vit.norm(tokens), pre_logits=True)
         return embedding
 

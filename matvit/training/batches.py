@@ -19,10 +19,17 @@ from matvit.training.teacher import TeacherTargets
 class Batch:
     """B pictures, those of one data set beside each other."""
 
-    images: Tensor  # (B, 3, H, W) float32 in [0, 1], augmented
+    images: Tensor  # (B, 3, R, R) float32 in [0, 1], augmented
     targets: list[Tensor]  # per data set (B_i, C_i) float32: class probabilities
     features: Tensor | None  # (B, E): the teacher's features of the same crops
     probabilities: Tensor | None  # (B, T): the teacher's class probabilities
+
+    def at(self, image_size: int) -> Tensor:
+        """The same pictures at another resolution, antialiased: (B, 3, image_size, image_size)."""
+        if image_size == self.images.shape[-1]:
+            return self.images
+        size = (image_size, image_size)
+        return F.interpolate(self.images, size, mode="bilinear", antialias=True)
 
 
 @dataclass(frozen=True, kw_only=True)

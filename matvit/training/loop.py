@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +21,17 @@ from torch import Tensor, nn
 
 from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.errors import RecipeError
-from matvit.importance import order_by_importance
-from matvit.model import MatViT, run_block
+from matvit.importance import find_keep_order, order_by_importance
+from matvit.model import AxesConfig, MatViT, run_block
 from matvit.progress import Progress, ProgressEvent, silent
+from matvit.spec import SubmodelSpec
 from matvit.training import losses
 from matvit.training.batches import Batch, TrainingSet, draw_batch
 from matvit.training.data import Skipped, to_device
 from matvit.training.heads import Heads
 from matvit.training.recipe import Losses, Recipe, Stage
 from matvit.training.record import check_validation, finish
-from matvit.training.sampling import specs_of_step
+from matvit.training.sampling import ladder_spec, resolution_of_step, specs_of_step
 from matvit.training.start import load_teacher, start_encoder
 from matvit.training.teacher import teach
 
@@ -93,9 +95,8 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
 def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> _Run:
     fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
     model = start_encoder(recipe).to(fabric.device)
-    for stage in recipe.stages:
-        for text in stage.fixed:
-            model.shape.spec(text)  # a wrong one is told now, not after the stages before
+    _open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
+    _check_specs(model, recipe)
     if recipe.compile and fabric.device.type == "cuda":
         # All blocks of one width share one compiled graph.
         model.block_forward = torch.compile(run_block, dynamic=False)
@@ -118,6 +119,21 @@ def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, prog
     )
 
 
+def _open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:
+    start = recipe.encoder
+    step = model.config.patch_size if start.resolution_axis else 0
+    model.open_axes(AxesConfig(keep_order=keep_order if start.depth_axis else (), image_size_step=step))
+
+
+def _check_specs(model: MatViT, recipe: Recipe) -> None:
+    """A spec that names no submodel is told now, not after the stages before."""
+    for stage in recipe.stages:
+        for text in (*stage.fixed, *stage.ladder):
+            ladder_spec(model.shape, text, random.Random(0))  # noqa: S311  # a seed, not a secret
+        for pixels in stage.resolutions:
+            model.shape.spec(f"XL-r{pixels}")
+
+
 def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
     if run.step == 0:
         _begin_stage(run, stage)
@@ -133,7 +149,7 @@ def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) 
         batch = draw_batch(
             run.sets,
             augmentation=stage.augmentation,
-            image_size=run.model.config.image_size,
+            image_size=_drawn_at(run, stage),
             with_teacher=with_teacher,
             key=(run.recipe.seed, run.stage, run.step),
         )
@@ -151,8 +167,20 @@ def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) 
     _save(run, None)
 
 
+def _drawn_at(run: _Run, stage: Stage) -> int:
+    """The resolution that a step's pictures are cut at: the largest that it needs."""
+    if stage.submodels is not None or _wanted(stage, "need_anchor"):
+        return max(run.model.config.image_size, *stage.resolutions, 0)
+    return _full_resolution(run, stage)
+
+
+def _full_resolution(run: _Run, stage: Stage) -> int:
+    native = run.model.config.image_size
+    return resolution_of_step(stage.resolutions, native=native, seed=run.recipe.seed, step=run.step)
+
+
 def _begin_stage(run: _Run, stage: Stage) -> None:
-    """Freeze what the stage aligns to, and order hidden units before submodels are first trained."""
+    """Freeze what the stage aligns to, and order hidden units and blocks before submodels are first trained."""
     if _wanted(stage, "need_anchor"):
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
     earlier = run.recipe.stages[: run.stage]
@@ -164,7 +192,10 @@ def _begin_stage(run: _Run, stage: Stage) -> None:
             with_teacher=False,
             key=(run.recipe.seed, run.stage, -1),
         )
-        order_by_importance(run.model, _normalise(run.model, batch.images))
+        images = _normalise(run.model, batch.images)
+        order_by_importance(run.model, images)
+        if run.recipe.encoder.depth_axis:
+            _open_axes(run.model, run.recipe, keep_order=find_keep_order(run.model, images))
 
 
 def _ask_teacher(run: _Run) -> None:
@@ -195,26 +226,28 @@ def _ask_teacher(run: _Run) -> None:
 
 def _step(run: _Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch) -> Tensor:
     """One optimisation step over the full encoder and the step's submodels; the summed loss, detached."""
-    images = _normalise(run.model, batch.images)
+    shape = run.model.shape
     anchors = None
     if run.anchor is not None and _wanted(stage, "need_anchor"):
         with torch.no_grad(), run.fabric.autocast():
-            anchors = run.anchor(images).float()
-    plan: list[tuple[Any, Losses]] = [(None, stage.full)]
+            anchors = run.anchor(_normalise(run.model, batch.at(shape.image_size))).float()
+    full = SubmodelSpec.of(shape, shape.ffn_widths, image_size=_full_resolution(run, stage))
+    plan: list[tuple[SubmodelSpec, Losses]] = [(full, stage.full)]
     if stage.submodels is not None:
         specs = specs_of_step(
-            run.model.shape,
+            shape,
             fixed=stage.fixed,
             sampled=stage.sampled,
+            ladder=stage.ladder,
             seed=run.recipe.seed,
             step=run.step,
         )
         plan += [(spec, stage.submodels) for spec in specs]
     optimiser.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=images.device)
+    total = torch.zeros((), device=run.fabric.device)
     for spec, weights in plan:  # one backward pass each keeps memory at one submodel's
         with run.fabric.autocast():
-            embeddings = run.model(images, spec)
+            embeddings = run.model(_normalise(run.model, batch.at(spec.image_size)), spec)
         loss = _loss(run.heads, weights, embeddings.float(), batch, anchors)
         run.fabric.backward(loss)
         total += loss.detach()
@@ -302,6 +335,7 @@ def _save(run: _Run, optimiser: torch.optim.Optimizer | None) -> None:
         "stage": run.stage,
         "step": run.step,
         "seconds": run.seconds,
+        "axes": run.model.axes.model_dump(),
         "model": run.model.vit.state_dict(),
         "heads": run.heads.state_dict(),
         "anchor": None if run.anchor is None else run.anchor.vit.state_dict(),
@@ -338,6 +372,7 @@ def _restore(run: _Run) -> dict[str, Any] | None:
 
 def _take(run: _Run, state: dict[str, Any]) -> dict[str, Any] | None:
     run.stage, run.step, run.seconds = state["stage"], state["step"], state["seconds"]
+    run.model.open_axes(AxesConfig.model_validate(state["axes"]))
     if state["anchor"] is not None:
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
         run.anchor.vit.load_state_dict(state["anchor"])

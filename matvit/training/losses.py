@@ -18,7 +18,8 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
-        self.prototypes = nn.Parameter(torch.randn(classes, dim))
+        # Small, so that they turn quickly: only their direction counts, and AdamW's steps have one size.
+        self.prototypes = nn.Parameter(0.02 * torch.randn(classes, dim))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Embeddings of unit length (B, D) -> logits (B, C)."""

@@ -22,7 +22,9 @@ class EncoderRecipe(_Strict):
     model_args: dict[str, int] = {}  # sizes that timm's model is made with, such as depth
     weights: Path | None = None  # safetensors, relative to the working folder; None: random
     pretrained: bool = False  # timm's own weights, from the hub
-    image_size: PositiveInt  # pixels
+    image_size: PositiveInt  # pixels, the native resolution
+    depth_axis: bool = False  # the encoder can be cut to its most important blocks
+    resolution_axis: bool = False  # and be given smaller or larger pictures
 
 
 class TeacherRecipe(_Strict):
@@ -100,15 +102,20 @@ class Losses(_Strict):
 
 
 class Stage(_Strict):
-    """One optimisation run. `submodels` None: only the full encoder is trained."""
+    """One optimisation run. `submodels` None: only the full encoder is trained.
+
+    `ladder` lists specs, and "mixed" for random per-block widths, which may be cut further ("mixed-d10-r84").
+    """
 
     name: str
     steps: PositiveInt
     learning_rate: PositiveFloat
     full: Losses
     submodels: Losses | None = None
+    resolutions: tuple[PositiveInt, ...] = ()  # pixels: the full encoder is given one of these a step; (): native
     fixed: tuple[str, ...] = ("S",)  # specs trained in every step besides XL
-    sampled: int = Field(default=1, ge=0)  # further specs drawn at random in every step
+    sampled: int = Field(default=1, ge=0)  # further specs, drawn from the ladder in every step
+    ladder: tuple[str, ...] = Field(default=("M", "L", "mixed"), min_length=1)
     augmentation: Augmentation = Augmentation()
 
 

@@ -17,6 +17,7 @@ from matvit.model import MatViT, run_block
 from matvit.progress import Progress
 from matvit.training.data import Skipped
 from matvit.training.recipe import Recipe, ValidationRecipe
+from matvit.training.sampling import MIXED
 
 
 def finish(
@@ -37,12 +38,13 @@ def finish(
     model.record = _record(recipe, labelled, skipped, device=model.device, seconds=seconds)
     model.save_pretrained(folder, storage=recipe.storage)
     saved = MatViT.from_pretrained(folder).to(model.device)
+    names = _names(saved, recipe)
     quality: dict[str, dict[str, float]] = {}
     if recipe.validation is not None:
-        trained = _validate(model, recipe.validation, progress)
-        quality = _validate(saved, recipe.validation, progress)
+        trained = _validate(model, names, recipe.validation, progress)
+        quality = _validate(saved, names, recipe.validation, progress)
         saved.record["metrics"] = {"validation": quality, "before_storage": trained}
-    saved.pareto = tuple(_pareto_row(saved, name, quality.get(name, {})) for name in _names(saved))
+    saved.pareto = tuple(_pareto_row(saved, name, quality.get(name, {})) for name in names)
     saved.save_pretrained(folder, storage=recipe.storage)
     return saved
 
@@ -54,23 +56,31 @@ def check_validation(recipe: ValidationRecipe) -> None:
             read_dataset(data_folder() / location, classes=recipe.classes)
 
 
-def _names(model: MatViT) -> list[str]:
-    return [str(spec) for spec in model.shape.granularities()]
+def _names(model: MatViT, recipe: Recipe) -> list[str]:
+    """The granularities, then what else the recipe names of submodels, dearest first."""
+    shape = model.shape
+    named = {shape.spec(text) for stage in recipe.stages for text in (*stage.fixed, *stage.ladder) if MIXED not in text}
+    named |= {shape.spec(f"XL-r{pixels}") for stage in recipe.stages for pixels in stage.resolutions}
+    granularities = list(shape.granularities())
+    others = sorted(named - set(granularities), key=model.flops, reverse=True)
+    return [str(spec) for spec in (*granularities, *others)]
 
 
-def _validate(model: MatViT, recipe: ValidationRecipe, progress: Progress) -> dict[str, dict[str, float]]:
+def _validate(
+    model: MatViT, names: Sequence[str], recipe: ValidationRecipe, progress: Progress
+) -> dict[str, dict[str, float]]:
     root = data_folder()
     result = cross_test(
         model,
         read_dataset(root / recipe.queries, classes=recipe.classes),
         None if recipe.gallery is None else read_dataset(root / recipe.gallery, classes=recipe.classes),
-        query_specs=_names(model),
+        query_specs=names,
         gallery_specs=["XL"],
         progress=progress,
     )
     kept = ("recall@1", "recall@10", "map@100", "agreement@10")
     matrix = result.to_json()["matrix"]
-    return {name: {key: matrix[name]["XL"][key] for key in kept} for name in _names(model)}
+    return {name: {key: matrix[name]["XL"][key] for key in kept} for name in names}
 
 
 def _pareto_row(model: MatViT, spec: str, quality: dict[str, float]) -> dict[str, Any]:

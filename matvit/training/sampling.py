@@ -1,4 +1,4 @@
-"""Which submodels are trained at a step: pure, and a function of seed and step alone."""
+"""Which submodels a step trains: a function of seed and step alone."""
 
 from __future__ import annotations
 
@@ -7,25 +7,35 @@ from collections.abc import Sequence
 
 from matvit.spec import EncoderShape, Granularity, SubmodelSpec
 
+MIXED = "mixed"
+
 
 def specs_of_step(
-    shape: EncoderShape, *, fixed: Sequence[str], sampled: int, seed: int, step: int
+    shape: EncoderShape, *, fixed: Sequence[str], sampled: int, ladder: Sequence[str], seed: int, step: int
 ) -> tuple[SubmodelSpec, ...]:
-    """The fixed specs, then `sampled` random ones: M, L, or per-block widths that never shrink with depth.
+    """The fixed specs, then `sampled` different entries of the ladder.
 
-    The full encoder is trained in every step and is not among them. Sandwich rule: Yu and Huang,
+    A "mixed" entry becomes per-block widths that never shrink with depth. Sandwich rule: Yu and Huang,
     "Universally Slimmable Networks", ICCV 2019; non-decreasing Mix'n'Match: MatFormer, section 3.3.
     """
     rng = random.Random(f"{seed}:{step}")  # noqa: S311  # a seed, not a secret
-    drawn = [_draw(shape, rng) for _ in range(sampled)]
-    return tuple(shape.spec(text) for text in fixed) + tuple(drawn)
+    drawn = rng.sample(ladder, min(sampled, len(ladder)))
+    return tuple(shape.spec(text) for text in fixed) + tuple(ladder_spec(shape, text, rng) for text in drawn)
 
 
-def _draw(shape: EncoderShape, rng: random.Random) -> SubmodelSpec:
-    kind = rng.choice(("M", "L", "mixed"))
-    if kind != "mixed":
-        return shape.spec(kind)
-    sizes = sorted(rng.randrange(len(Granularity)) for _ in range(shape.num_blocks))
-    names = [list(Granularity)[size] for size in sizes]
-    mixed = SubmodelSpec.of(shape, [name.width_of(full) for name, full in zip(names, shape.ffn_widths, strict=True)])
-    return shape.spec("L") if mixed.is_full else mixed
+def resolution_of_step(resolutions: Sequence[int], *, native: int, seed: int, step: int) -> int:
+    """The full encoder's input size in this step, pixels."""
+    if not resolutions:
+        return native
+    return random.Random(f"{seed}:{step}:resolution").choice(resolutions)  # noqa: S311
+
+
+def ladder_spec(shape: EncoderShape, text: str, rng: random.Random) -> SubmodelSpec:
+    """The spec that a ladder entry stands for. Raises SpecError when it is none of this encoder."""
+    first, dash, rest = text.partition("-")
+    if first != MIXED:
+        return shape.spec(text)
+    sizes = sorted(rng.choices(list(Granularity), k=shape.num_blocks), key=list(Granularity).index)
+    if set(sizes) == {Granularity.XL}:
+        sizes[0] = Granularity.L
+    return shape.spec(".".join(f"1{size}" for size in sizes) + dash + rest)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from matvit import MatViT
-from matvit.importance import order_by_importance
+from matvit.importance import find_keep_order, order_by_importance
+from matvit.model import AxesConfig
 
 
 def test_ordering_keeps_the_full_encoder(model: MatViT, images: Tensor) -> None:
@@ -63,3 +64,18 @@ def test_ordering_leaves_no_hooks_and_is_seen_by_the_space_id(tiny: MatViT, imag
     order_by_importance(tiny, images)
     assert not any(module._forward_pre_hooks for module in tiny.modules())
     assert tiny.space_id != before
+
+
+def test_blocks_that_do_nothing_are_the_first_to_go(tiny: MatViT, images: Tensor) -> None:
+    with torch.no_grad():
+        for index in (1, 2):
+            tiny.vit.blocks[index].attn.proj.weight.zero_()
+            tiny.vit.blocks[index].attn.proj.bias.zero_()
+            tiny.vit.blocks[index].mlp.fc2.weight.zero_()
+            tiny.vit.blocks[index].mlp.fc2.bias.zero_()
+    order = find_keep_order(tiny, images)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert set(order[2:]) == {1, 2}
+    before = tiny(images)
+    tiny.open_axes(AxesConfig(keep_order=order))
+    torch.testing.assert_close(tiny(images, "XL-d2"), before, rtol=0, atol=1e-5)

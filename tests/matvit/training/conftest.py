@@ -25,6 +25,8 @@ _RECIPE: dict[str, Any] = {
         "timm_model": "vit_tiny_patch16_224",
         "model_args": {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8},
         "image_size": 32,
+        "depth_axis": True,
+        "resolution_axis": True,
     },
     "data": [{"path": "shapes", "resolution": 40, "batch": 8}],
     "stages": [
@@ -33,6 +35,8 @@ _RECIPE: dict[str, Any] = {
             "name": "nested",
             "steps": 4,
             "learning_rate": 1e-3,
+            "resolutions": [32, 16],
+            "ladder": ["M", "mixed", "S-d1-r16"],
             "full": {"classification": 1, "cosine": 1},
             "submodels": {"classification": 1, "cosine": 1, "similarity": 1, "contrast": 0.5},
         },

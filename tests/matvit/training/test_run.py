@@ -105,5 +105,5 @@ def test_training_json_holds_what_made_the_encoder_and_nothing_of_the_machine(da
     assert one["skipped"] == [{"picture": "dark/2.png", "reason": "not a picture in a supported format"}]
     assert record["versions"]["torch"]
     assert "commit" in record
-    assert set(record["metrics"]["validation"]) == {"S", "M", "L", "XL"}
+    assert list(record["metrics"]["validation"]) == ["S", "M", "L", "XL", "XL-r16", "S-d1-r16"]
     assert 0 <= record["metrics"]["validation"]["S"]["recall@1"] <= 100
