@@ -90,7 +90,7 @@ def test_space_id_is_what_the_format_page_says(tiny: MatViT, tmp_path: Path, sto
     for name in {name.removesuffix(".int8") for name in stored if name.endswith(".int8")}:
         integers, scale = stored[f"{name}.int8"], stored[f"{name}.scale"]
         tensors[name] = integers * scale.reshape(-1, *[1] * (integers.ndim - 1))
-    described = {"encoder": config["encoder"], "preprocessing": config["preprocessing"]}
+    described = {name: config[name] for name in ("encoder", "preprocessing")} | {"version": "space-v1"}
     content = json.dumps(described, sort_keys=True).encode()
     for name in sorted(tensors):
         content += f"{name}:<f4:{tensors[name].shape}".encode() + tensors[name].astype("<f4").tobytes()
