@@ -146,8 +146,7 @@ def load(source: str | Path, *, revision: str | None = None) -> MatViT:
         )
     except (BackboneError, SpecError) as error:
         raise _damaged(folder / CONFIG, error.what) from error
-    local = not _is_bundled(source) and Path(source).is_dir()
-    model.source = os.fspath(Path(source).resolve()) if local else os.fspath(source)
+    model.source, model.revision = _provenance(source, folder)
     model.weights_sha256 = config.weights.sha256
     model.pareto = tuple(_read_checked(folder / PARETO, _PARETO, missing=[]))
     model.record = _read_checked(folder / TRAINING, _RECORD, missing={})
@@ -330,6 +329,15 @@ def _read_checked(path: Path, kind: TypeAdapter[Any], *, missing: Any) -> Any:
 
 def _is_bundled(source: str | Path) -> bool:
     return isinstance(source, str) and source in bundled_names()  # a Path is always a folder
+
+
+def _provenance(source: str | Path, folder: Path) -> tuple[str, str | None]:
+    """`MatViT.source` and `.revision`: a hub's branch moves on, so the commit that `folder` holds is kept."""
+    if _is_bundled(source):
+        return os.fspath(source), None
+    if Path(source).is_dir():
+        return os.fspath(Path(source).resolve()), None
+    return os.fspath(source), folder.name  # the hub client keeps each commit in a folder of its name
 
 
 def _malformed(path: Path, error: ValidationError) -> CheckpointError:

@@ -53,6 +53,10 @@ class ElasticEncoder(Protocol):
         """What `from_pretrained` found it by (name, absolute folder, hub id); None if never saved."""
 
     @property
+    def revision(self) -> str | None:
+        """Commit of the hub repository that it came from; None for anything else."""
+
+    @property
     def space_id(self) -> str:
         """Identity of the embedding space that all its submodels share."""
 

@@ -82,6 +82,7 @@ class MatViT(nn.Module):
         self.name = name
         self.vit = vit
         self.source: str | None = None
+        self.revision: str | None = None  # the hub repository's commit
         self.weights_sha256: str | None = None
         self.pareto: tuple[dict[str, Any], ...] = ()  # rows of pareto.json
         self.record: dict[str, Any] = {}  # training.json: recipe, data, seed, code version, metrics

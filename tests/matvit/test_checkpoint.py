@@ -136,7 +136,7 @@ def test_the_space_is_the_same_as_a_folder_renamed_copied_or_in_another_place(
 def test_source_is_the_absolute_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     loaded = MatViT.from_pretrained("copy")
-    assert loaded.source == str(folder.resolve())
+    assert (loaded.source, loaded.revision) == (str(folder.resolve()), None)
     assert loaded.weights_sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
@@ -485,8 +485,11 @@ HUB = textwrap.dedent(
     server.shutdown()
     server.server_close()
     again = MatViT.from_pretrained("owner/tiny")  # nobody answers any more
+    exactly = MatViT.from_pretrained(loaded.source, revision=loaded.revision)
     print(json.dumps({"source": loaded.source, "space_id": loaded.space_id, "again": again.space_id,
-                      "pinned": pinned.space_id, "fetched": fetched, "unknown": unknown}))
+                      "pinned": pinned.space_id, "exactly": exactly.space_id,
+                      "revisions": [loaded.revision, pinned.revision, again.revision],
+                      "fetched": fetched, "unknown": unknown}))
     """
 )
 
@@ -504,7 +507,9 @@ def test_a_hub_repository_is_fetched_once_and_then_found_offline(folder: Path, t
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["source"] == "owner/tiny"
-    assert found["space_id"] == found["again"] == found["pinned"] == MatViT.from_pretrained(folder).space_id
+    assert found["revisions"] == ["c0ffee" + "0" * 34] * 3
+    space = MatViT.from_pretrained(folder).space_id
+    assert found["space_id"] == found["again"] == found["pinned"] == found["exactly"] == space
     assert set(found["fetched"]) == FILES
     assert found["unknown"].startswith("owner/unknown: cannot be fetched from the hub")
     assert "give a local folder" in found["unknown"]
