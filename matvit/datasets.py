@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from matvit.errors import DatasetError, MissingExtraError
 from matvit.preprocess import ImageSource
+from matvit.walk import walk_files
 
 T = TypeVar("T")
 
@@ -217,12 +218,11 @@ def _read_tree(root: Path) -> _Rows:
     return _Rows(class_names=tuple(class_names), labels=labels, images=files, origins=[str(path) for path in files])
 
 
-def _pictures(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES:
-                yield Path(folder, name)
+def _pictures(root: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise _error(error.filename, f"folder cannot be read ({error.strerror})", "give access to it") from error
+
+    return [path for path in map(Path, walk_files(root, on_error=refuse)) if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
 # --- parquet ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,29 @@ def test_a_tree_gives_one_class_per_folder_path(tmp_path: Path) -> None:
         ("003.PNG", "Fruit/pear"),
         ("001.PNG", "n02 dog"),
     ]
+
+
+def test_a_link_that_loops_does_not_multiply_the_pictures_of_a_tree(tmp_path: Path) -> None:
+    root = write_tree(tmp_path, [0, 1])
+    (root / "Fruit" / "apple" / "again").symlink_to(root / "Fruit")
+    assert read_dataset(root).class_names == ("Fruit/apple", "Fruit/pear")
+    assert len(read_dataset(root)) == 2
+
+
+def test_a_class_folder_that_cannot_be_read_is_refused_rather_than_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path, [0, 3])
+    scandir = os.scandir
+
+    def deny(folder: str | Path) -> object:
+        if str(folder).endswith("dog"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(DatasetError, match=r"n02 dog: folder cannot be read \(Permission denied\)"):
+        read_dataset(tmp_path)
 
 
 def test_parquet_gives_encoded_bytes_and_the_schemas_class_names(tmp_path: Path) -> None:
