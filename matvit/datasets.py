@@ -181,7 +181,8 @@ def _parquet_files(location: str) -> list[Path] | None:
     return _one_complete_split(matches, location)
 
 
-_SHARD = re.compile(r"(?P<split>.*?)[-_.]?\d*(-of-(?P<count>\d+).*)?")
+# "train-00000-of-00003", "train-0", "0000"; but "cifar10" and "fold1" are names of their own.
+_SHARD = re.compile(r"(?P<split>.*?)([-_.]?\d+-of-(?P<count>\d+).*|(^|[-_.])\d+)?")
 
 
 def _split_of(shard: Path) -> str:

@@ -135,6 +135,28 @@ def test_a_folder_of_several_splits_asks_for_one(tmp_path: Path, location: str) 
         read_dataset(tmp_path / location)
 
 
+@pytest.mark.parametrize("shards", [("train-0", "train-1"), ("train_0", "train_10"), ("train.0", "train.1")])
+def test_numbered_shards_are_one_split(tmp_path: Path, shards: Sequence[str]) -> None:
+    for shard in shards:
+        write_parquet(tmp_path / f"{shard}.parquet", [0])
+    assert len(read_dataset(tmp_path)) == len(read_dataset(tmp_path / "train")) == 2
+
+
+def test_shards_may_have_no_name_but_a_number(tmp_path: Path) -> None:
+    for shard in ("0000", "0001"):
+        write_parquet(tmp_path / f"{shard}.parquet", [0])
+    assert len(read_dataset(tmp_path)) == 2
+
+
+def test_names_that_end_in_a_number_are_splits_of_their_own(tmp_path: Path) -> None:
+    for shard in ("cifar10-00000-of-00001", "cifar100-00000-of-00001", "fold1", "fold2"):
+        write_parquet(tmp_path / f"{shard}.parquet", [0])
+    for split in ("cifar10", "cifar100", "fold1", "fold2"):
+        assert len(read_dataset(tmp_path / split)) == 1
+    with pytest.raises(DatasetError, match="holds the splits cifar10, cifar100, fold1, fold2"):
+        read_dataset(tmp_path)
+
+
 def test_a_split_with_a_missing_shard_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-00000-of-00003.parquet", [0])
     write_parquet(tmp_path / "train-00002-of-00003.parquet", [0])
