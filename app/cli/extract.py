@@ -20,14 +20,15 @@ def extract(
 ) -> None:
     """Write a submodel as plain, really smaller timm weights.
 
-    The JSON file beside the weights says how to build the module with timm.
+    The JSON file beside the weights says how to build the module with timm; where blocks differ in width,
+    matvit.extracted.read_extracted builds it. Only the files of an earlier extraction are replaced.
 
     \b
     Example:
       matvit extract matvit-small --spec S --out small.safetensors
     """
     model = services.load_encoder(checkpoint)
-    from matvit_app.extracted import write_extracted
+    from matvit.extracted import write_extracted
 
     sidecar, config = write_extracted(model, spec, out=out)
     params = model.num_params(spec)

@@ -158,6 +158,21 @@ def test_extract_to_a_name_of_another_kind(run, checkpoint, tmp_path):
     refused(run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "s.pt"), ".safetensors")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.safetensors"])
+def test_extract_over_a_checkpoints_files(run, checkpoint, tmp_path, name):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    before = {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    refused(run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "copy" / name), "is there already")
+    assert {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ['{"format": "other"}', "[]", "my notes"])
+def test_extract_beside_a_json_file_of_the_users(run, checkpoint, tmp_path, content):
+    (tmp_path / "notes.json").write_text(content)
+    refused(run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "notes.safetensors"), "notes.json")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes.json", content)]
+
+
 def test_extract_with_a_wrong_spec(run, checkpoint, tmp_path):
     refused(run("extract", checkpoint, "--spec", "Q", "--out", tmp_path / "q.safetensors"), "'Q'")
     assert list(tmp_path.iterdir()) == []

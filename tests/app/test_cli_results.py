@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from matvit import CheckpointError, MatViT
+from matvit.extracted import read_extracted
 from matvit_app import services
-from matvit_app.extracted import read_extracted
 
 
 @pytest.fixture
@@ -186,6 +186,15 @@ def test_mixed_widths_load_with_our_own_reader(run, checkpoint, tmp_path):
     model, images = MatViT.from_pretrained(checkpoint), torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         torch.testing.assert_close(normalize(read_extracted(out)(images), dim=-1), model(images, "1S.1XL"))
+
+
+def test_an_earlier_extraction_is_replaced(run, checkpoint, tmp_path):
+    out = tmp_path / "small.safetensors"
+    assert run("extract", checkpoint, "--spec", "S", "--out", out).code == 0
+    out.unlink()  # as if the machine had died between the two files
+    for spec in ("S", "M"):
+        done = run("extract", checkpoint, "--spec", spec, "--out", out, "--json").json
+        assert (done["spec"], read_extracted(out).training) == (spec, False)
 
 
 def test_damaged_extracted_weights_are_refused(run, checkpoint, tmp_path):

@@ -2,11 +2,14 @@
 
 FILE.safetensors    tensors under timm's names
 FILE.json           how to build, feed and read the module: `ExtractedConfig`
+
+timm alone builds the module, unless its blocks differ in width: then `read_extracted` does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from timm.models.vision_transformer import VisionTransformer
 
-from matvit import MatViT, backbone
+from matvit import backbone
 from matvit.durable import write_atomic
-from matvit.errors import CheckpointError, SpecError
+from matvit.errors import CheckpointError
+from matvit.model import MatViT
+
+FORMAT: Literal["matvit-extracted"] = "matvit-extracted"
 
 
 class ExtractedConfig(BaseModel):
@@ -25,7 +31,7 @@ class ExtractedConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["matvit-extracted"] = "matvit-extracted"
+    format: Literal["matvit-extracted"] = FORMAT
     format_version: Literal[1] = 1
     encoder: str  # name of the elastic encoder that it was cut from
     spec: str
@@ -42,12 +48,11 @@ class ExtractedConfig(BaseModel):
 def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, ExtractedConfig]:
     """Cuts `spec` out of `model` and writes both files, each atomically; gives the JSON file's path and content.
 
-    Raises SpecError for an unknown spec, and for an `out` whose name does not end in .safetensors.
+    Raises SpecError for an unknown spec, and CheckpointError for an `out` whose name does not end in
+    .safetensors, or where a file stands that an earlier extraction did not write.
     """
-    if out.suffix != ".safetensors":
-        raise SpecError(
-            what="is no .safetensors file", where=f"--out {out}", fix="give a name that ends in .safetensors"
-        )
+    sidecar = out.with_suffix(".json")
+    _refuse_to_replace(out, sidecar)
     chosen = model.shape.spec(spec)
     vit = model.extract(chosen)
     weights = save({name: tensor.contiguous() for name, tensor in vit.state_dict().items()})
@@ -62,9 +67,9 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
         timm_arguments=_timm_arguments(architecture),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    sidecar = out.with_suffix(".json")
-    write_atomic(out, weights)
+    # The JSON file first: it says that both are ours, should the other never be written.
     write_atomic(sidecar, (config.model_dump_json(indent=2) + "\n").encode())
+    write_atomic(out, weights)
     return sidecar, config
 
 
@@ -82,6 +87,27 @@ def read_extracted(path: Path) -> VisionTransformer:
     except (OSError, ValidationError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise _damaged(path, f"it or the JSON file beside it cannot be read ({reason})") from error
+
+
+def _refuse_to_replace(out: Path, sidecar: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise CheckpointError(
+            what="is no .safetensors file", where=str(out), fix="give a name that ends in .safetensors"
+        )
+    present = [path for path in (sidecar, out) if path.exists()]
+    if present and not _is_ours(sidecar):
+        raise CheckpointError(
+            what="is there already, and is no extracted submodel", where=str(present[0]), fix="give another name"
+        )
+
+
+def _is_ours(sidecar: Path) -> bool:
+    """Whether an extraction wrote it, of any version."""
+    try:
+        raw = json.loads(sidecar.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and raw.get("format") == FORMAT
 
 
 def _timm_arguments(config: backbone.ViTConfig) -> dict[str, Any] | None:
