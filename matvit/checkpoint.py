@@ -204,7 +204,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantization.FloatArray]:
     """The full encoder's tensors, de-quantised to float32, after checking the file's hash.
 
-    Raises CheckpointError when the file is missing or not the one that the config names.
+    Raises CheckpointError when the file is missing, not the one that the config names, or not stored as it says.
     """
     path = folder / config.weights.file
     try:
@@ -216,17 +216,22 @@ def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantizati
     if hashlib.sha256(content).hexdigest() != config.weights.sha256:
         raise _damaged(path, "its sha256 is not the one in config.json")
     try:
-        return quantization.dequantize(load_safetensors(content))
+        stored = load_safetensors(content)
+        if config.weights.storage == "int8":
+            return quantization.dequantize(stored)
+        return quantization.only_float32(stored)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:  # another writer's dtypes and shapes
-        raise _damaged(path, f"not a readable safetensors file ({error})") from error
+        raise _damaged(path, f"not a readable file of {config.weights.storage} safetensors ({error})") from error
 
 
 def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
     tensors = {name: tensor.detach().float().cpu().numpy() for name, tensor in model.vit.state_dict().items()}
     _refuse_non_finite(tensors)
-    stored = quantization.quantize(tensors) if storage == "int8" else tensors
+    stored, computed = tensors, tensors
+    if storage == "int8":
+        stored = quantization.quantize(tensors)
+        computed = quantization.dequantize(stored)
     weights = save_safetensors({name: stored[name] for name in sorted(stored)})
-    computed = quantization.dequantize(stored)
     _refuse_non_finite(computed)  # rounding to int8 can push the largest float32 over the edge
     config = CheckpointConfig(
         format_version=FORMAT_VERSION,

@@ -24,7 +24,7 @@ def quantize(tensors: Mapping[str, FloatArray]) -> Tensors:
     """
     stored: Tensors = {}
     for name, tensor in tensors.items():
-        if tensor.ndim >= 2 and name.endswith("weight"):
+        if _is_rounded(name, tensor):
             stored[name + _INTEGERS], stored[name + _SCALES] = _quantize(tensor)
         else:
             stored[name] = tensor
@@ -32,17 +32,34 @@ def quantize(tensors: Mapping[str, FloatArray]) -> Tensors:
 
 
 def dequantize(stored: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, FloatArray]:
-    """The float32 tensors that `quantize` stored; names and shapes as before."""
-    tensors: dict[str, FloatArray] = {}
+    """The float32 tensors that `quantize` stored; names and shapes as before.
+
+    Raises ValueError for a matrix that is not stored as int8 with a scale for each row, or another
+    tensor that is not float32.
+    """
+    tensors: Tensors = {}
     for name, tensor in stored.items():
-        if name.endswith(_INTEGERS):
-            base = name.removesuffix(_INTEGERS)
+        base = name.removesuffix(_INTEGERS)
+        if base != name and tensor.dtype == np.int8 and base + _SCALES in stored:
             scale = stored[base + _SCALES].astype(np.float32)
-            shaped = scale.reshape(-1, *[1] * (tensor.ndim - 1))
-            tensors[base] = tensor.astype(np.float32) * shaped
-        elif not name.endswith(_SCALES):
-            tensors[name] = tensor.astype(np.float32)
-    return tensors
+            tensors[base] = tensor.astype(np.float32) * scale.reshape(-1, *[1] * (tensor.ndim - 1))
+        elif _is_rounded(base, tensor):
+            raise ValueError(f"tensor '{name}' is not int8 with a scale")
+        elif name.removesuffix(_SCALES) + _INTEGERS not in stored:
+            tensors[name] = tensor
+    return only_float32(tensors)
+
+
+def only_float32(tensors: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, FloatArray]:
+    """The same tensors. Raises ValueError when one is not float32."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32:
+            raise ValueError(f"tensor '{name}' is {tensor.dtype}")
+    return {name: tensor.view(np.float32) for name, tensor in tensors.items()}
+
+
+def _is_rounded(name: str, tensor: npt.NDArray[np.generic]) -> bool:
+    return tensor.ndim >= 2 and name.endswith("weight")
 
 
 def _quantize(weight: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:

@@ -221,6 +221,18 @@ def _scale_of_another_length(folder: Path) -> None:
     }
     save_file(tensors, folder / "model.safetensors")
     _adopt_weights(folder)
+    _edit_config(folder, lambda raw: raw["weights"].update(storage="int8"))
+
+
+def _int8_called_float32(folder: Path) -> None:
+    MatViT.from_pretrained(folder).save_pretrained(folder, storage="int8")
+    _edit_config(folder, lambda raw: raw["weights"].update(storage="float32"))
+
+
+def _half_precision(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"norm.weight": tensors["norm.weight"].astype(np.float16)}, folder / "model.safetensors")
+    _adopt_weights(folder)
 
 
 def _adopt_weights(folder: Path) -> None:
@@ -248,8 +260,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated weights": (_truncate, "has 1000 bytes"),
     "missing weights": (_remove("model.safetensors"), "model.safetensors: cannot be read"),
     "other weights": (_other_weights, "do not fit"),
-    "no safetensors": (_no_safetensors, "not a readable safetensors file"),
-    "scales of another length": (_scale_of_another_length, "not a readable safetensors file"),
+    "no safetensors": (_no_safetensors, "not a readable file of float32 safetensors"),
+    "scales of another length": (_scale_of_another_length, "not a readable file of int8 safetensors"),
     "missing config": (_remove("config.json"), "holds no config.json"),
     "broken config": (_write("config.json", "{"), "not readable as JSON"),
     "binary config": (lambda folder: (folder / "config.json").write_bytes(b"\xff\x00"), "not readable as JSON"),
@@ -261,6 +273,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "impossible format": (_config("format_version", value=0), "format_version"),
     "unknown field": (_config("surprise", value=1), "surprise"),
     "unknown encoder field": (_config("encoder", "surprise", value=1), "encoder.surprise"),
+    "int8 weights called float32": (_int8_called_float32, r"of float32 safetensors \(tensor '.*' is int8\)"),
+    "float32 weights called int8": (_config("weights", "storage", value="int8"), "is not int8 with a scale"),
+    "half precision": (_half_precision, r"tensor 'norm\.weight' is float16"),
     "unknown weight file": (_config("weights", "file", value="../../etc/passwd"), "weights.file"),
     "missing field": (lambda folder: _edit_config(folder, lambda raw: raw.pop("axes")), "axes"),
     "heads that do not divide": (_config("encoder", "num_heads", value=3), "multiple"),

@@ -78,3 +78,16 @@ def test_only_weight_matrices_are_rounded() -> None:
     assert loaded.keys() == tensors.keys()
     for name in ("norm.weight", "pos_embed"):
         np.testing.assert_array_equal(loaded[name], tensors[name])
+
+
+def test_a_tensor_that_is_merely_named_scale_is_kept() -> None:
+    tensors = {"ls.scale": np.ones(4, np.float32), "fc.weight": np.ones((2, 3), np.float32)}
+    assert dequantize(quantize(tensors)).keys() == tensors.keys()
+
+
+def test_a_matrix_that_is_not_int8_with_a_scale_is_refused() -> None:
+    matrix = {"fc.weight": np.ones((2, 3), np.float32)}
+    stored = quantize(matrix)
+    for wrong in (matrix, {"fc.weight.int8": stored["fc.weight.int8"]}, stored | {"fc.weight.int8": np.ones((2, 3))}):
+        with pytest.raises(ValueError, match=r"fc\.weight"):
+            dequantize(wrong)
