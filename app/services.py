@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from matvit.errors import CheckpointError, MatVitError
+from matvit.errors import CheckpointError
 from matvit.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -53,32 +53,16 @@ def ingest(
     Raises MatVitError: no pictures at all, another encoder's index, a damaged one. An index without a
     picture is not made.
     """
-    from retrieval import Index, IngestError
+    from retrieval.index import Index, build_index
 
     sources = list(images)
     if is_index(path):
         encoder = None if checkpoint is None else load_encoder(checkpoint)
         return Index.open(path).ingest(sources, encoder=encoder, delete=delete, progress=progress)
-    index = Index.create(path, encoder=load_encoder(checkpoint or DEFAULT_CHECKPOINT))
-    try:
-        report = index.ingest(sources, progress=progress)
-        if not report.indexed:
-            raise _nothing_indexed(report)
-    except IngestError:
-        if index.info().items == 0:
-            shutil.rmtree(path)
-        raise
-    return report
-
-
-def _nothing_indexed(report: IngestReport) -> MatVitError:
-    from retrieval import IngestError
-
-    first = report.skipped[0]
-    others = f", and {len(report.skipped) - 1} more could not be used either" if len(report.skipped) > 1 else ""
-    return IngestError(
-        what=f"{first.reason}{others}", where=os.fspath(first.path), fix="name pictures, or folders that hold some"
+    _, report = build_index(
+        sources, encoder=load_encoder(checkpoint or DEFAULT_CHECKPOINT), path=path, progress=progress
     )
+    return report
 
 
 def search(images: Sequence[Path], *, path: Path, encoder: str, k: int) -> list[Hits]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from matvit.durable import TEMPORARY
 from matvit.encoder import ElasticEncoder
+from matvit.errors import MatVitError
 from matvit.progress import Progress, silent
 from retrieval.encoders import check_space, describe, load_encoder
-from retrieval.errors import IndexExistsError
+from retrieval.errors import IndexExistsError, IngestError
 from retrieval.files import writing
 from retrieval.ingest import Ingest
 from retrieval.lock import NAME as LOCK
 from retrieval.lock import writer_lock
-from retrieval.manifest import DELETIONS, GENERATIONS, SEGMENTS, Manifest, is_index, publish_manifest
+from retrieval.manifest import CURRENT, DELETIONS, GENERATIONS, SEGMENTS, Manifest, is_index, publish_manifest
 from retrieval.snapshot import Snapshot
 from retrieval.sources import Found, Images, find_files
 from retrieval.types import IndexInfo, IngestReport
@@ -74,10 +77,8 @@ class Index:
         path: str | os.PathLike[str],
         progress: Progress = silent,
     ) -> Index:
-        """`create` and `ingest` in one; nothing is created when there are no pictures."""
-        found = find_files(images)
-        index = cls.create(path, encoder=encoder)
-        index._ingest(found, encoder=encoder, delete=False, progress=progress)
+        """`create` and `ingest` in one; nothing stays when no picture could be indexed. Raises what they raise."""
+        index, _ = build_index(images, encoder=encoder, path=path, progress=progress)
         return index
 
     @property
@@ -131,10 +132,48 @@ class Index:
             writer = GenerationWriter(self.path, snapshot.manifest)
             writer.clean()
             run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)
-            report = run.run(delete=delete)
-            self._snapshot = Snapshot.open(self.path, reuse=snapshot)
+            try:
+                report = run.run(delete=delete)
+            finally:  # a run that fails has published what was complete
+                self._snapshot = Snapshot.open(self.path, reuse=snapshot)
         self._encoder = encoder
         return report
+
+
+def build_index(
+    images: Images, *, encoder: ElasticEncoder, path: str | os.PathLike[str], progress: Progress = silent
+) -> tuple[Index, IngestReport]:
+    """`Index.build`, with the report too. What a failed or interrupted run has published stays."""
+    found = find_files(images)
+    was_there = Path(path).exists()
+    index = Index.create(path, encoder=encoder)
+    try:
+        report = index._ingest(found, encoder=encoder, delete=False, progress=progress)
+        if not report.indexed:
+            raise _nothing_indexed(report)
+    except BaseException:
+        _discard_empty(index.path, keep_folder=was_there)
+        raise
+    return index, report
+
+
+def _nothing_indexed(report: IngestReport) -> IngestError:
+    first = report.skipped[0]
+    others = f", and {len(report.skipped) - 1} more could not be used either" if len(report.skipped) > 1 else ""
+    return IngestError(
+        what=f"{first.reason}{others}", where=os.fspath(first.path), fix="name pictures, or folders that hold some"
+    )
+
+
+def _discard_empty(folder: Path, *, keep_folder: bool) -> None:
+    """Remove an index that holds no picture, as the disk says now; not one that another process is writing to."""
+    with suppress(MatVitError, FileNotFoundError), writer_lock(folder):
+        if Snapshot.open(folder).info().items:
+            return
+        (folder / CURRENT).unlink()  # first: what is left by a kill from here on is no index
+        shutil.rmtree(folder, ignore_errors=True)
+        if keep_folder:
+            folder.mkdir(exist_ok=True)
 
 
 def _check_free(folder: Path) -> None:

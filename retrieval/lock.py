@@ -30,6 +30,10 @@ def writer_lock(folder: Path) -> Iterator[None]:
                 where=str(folder),
                 fix="wait until it is done, or stop it",
             ) from error
+        if not _is_still(path, descriptor):
+            raise IndexLockedError(
+                what="another process has just removed this index", where=str(folder), fix="run the same again"
+            )
         # The file stays when the lock goes: removing it would let two writers lock two files of one name.
         with writing(folder):
             os.ftruncate(descriptor, 0)
@@ -37,6 +41,13 @@ def writer_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 if sys.platform == "win32":

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import retrieval.ingest
+import retrieval.lock
 from retrieval import (
     Index,
     IndexExistsError,
@@ -27,6 +29,7 @@ from retrieval import (
 from retrieval.files import sha256_bytes
 from retrieval.lock import writer_lock
 from retrieval.manifest import UPGRADES, read_manifest, read_pointer
+from retrieval.writer import GenerationWriter
 
 
 @pytest.fixture
@@ -274,6 +277,66 @@ def test_nothing_is_created_when_there_are_no_pictures(tmp_path, elastic):
     with pytest.raises(IngestError, match="no such file or folder"):
         Index.build(tmp_path / "none", encoder=elastic, path=tmp_path / "i")
     assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_nothing_stays_when_no_file_is_a_picture(tmp_path, elastic, made_before):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    if made_before:
+        (tmp_path / "i").mkdir()
+    with pytest.raises(IngestError, match=r"bad\.jpg: not a picture"):
+        Index.build(tmp_path / "bad.jpg", encoder=elastic, path=tmp_path / "i")
+    assert (tmp_path / "i").exists() == made_before
+    assert not list(tmp_path.glob("i/*"))
+
+
+@pytest.mark.parametrize("published", [0, 1, 2])
+def test_a_build_that_meets_a_full_disk_keeps_what_was_published(tmp_path, photos, elastic, monkeypatch, published):
+    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
+    monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
+    publish = GenerationWriter.publish
+
+    def fill_the_disk(writer, *arguments, **named):
+        if writer.manifest.generation > published:
+            with failing(monkeypatch, "fsync", at=0):
+                publish(writer, *arguments, **named)
+        publish(writer, *arguments, **named)
+
+    monkeypatch.setattr(GenerationWriter, "publish", fill_the_disk)
+    with pytest.raises(IngestError, match="No space left on device"):
+        Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    assert (tmp_path / "i").exists() == (published > 0)
+    if published:
+        assert Index.open(tmp_path / "i").info().items == 4 * published
+
+
+def test_an_object_shows_what_a_failed_run_has_published(tmp_path, photos, elastic, monkeypatch):
+    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
+    monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    with failing(monkeypatch, "fsync", at=14), pytest.raises(IngestError):
+        index.ingest(photos)
+    assert index.generation == Index.open(index.path).generation > 1
+
+
+def test_an_empty_index_that_another_process_writes_to_is_left_alone(tmp_path, photos, elastic, monkeypatch):
+    def locked(index, *arguments, **named):
+        holder.enter_context(writer_lock(index.path))
+        raise IngestError(what="the disk is full", where="here", fix="make room")
+
+    monkeypatch.setattr(Index, "_ingest", locked)
+    with ExitStack() as holder, pytest.raises(IngestError):
+        Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    assert Index.open(tmp_path / "i").info().items == 0
+
+
+def test_a_lock_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+    def remove_then_lock(descriptor):
+        (tmp_path / "writer.lock").unlink()
+
+    monkeypatch.setattr(retrieval.lock, "_lock", remove_then_lock)
+    with pytest.raises(IndexLockedError, match="has just removed"), writer_lock(tmp_path):
+        pass
 
 
 def test_a_creation_that_was_killed_can_be_repeated(tmp_path, elastic):
