@@ -18,7 +18,16 @@ from retrieval.files import writing
 from retrieval.ingest import Ingest
 from retrieval.lock import NAME as LOCK
 from retrieval.lock import writer_lock
-from retrieval.manifest import CURRENT, DELETIONS, GENERATIONS, SEGMENTS, Manifest, is_index, publish_manifest
+from retrieval.manifest import (
+    CURRENT,
+    DELETIONS,
+    GENERATIONS,
+    SEGMENTS,
+    Manifest,
+    is_index,
+    publish_manifest,
+    remove_unpublished,
+)
 from retrieval.snapshot import Snapshot
 from retrieval.sources import Found, Images, find_files
 from retrieval.types import IndexInfo, IngestReport
@@ -60,6 +69,7 @@ class Index:
                 next_id=0,
             )
             with writing(folder):
+                remove_unpublished(folder, newest=0)  # of a creation that was killed
                 publish_manifest(folder, manifest)
         return cls(Snapshot.open(folder), encoder=encoder)
 

@@ -21,6 +21,7 @@ from matvit.errors import ImageError
 from matvit.preprocess import FORMATS, FloatArray
 from matvit.progress import Progress, ProgressEvent
 from retrieval.encoders import check_shape, is_unit
+from retrieval.errors import IngestError
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.snapshot import OpenSegment, Snapshot
 from retrieval.sources import Found, Roots, is_below
@@ -96,12 +97,15 @@ class Ingest:
         self._skipped = list(found.skipped)
 
     def run(self, *, delete: bool) -> IngestReport:
-        """Bring the index up to date with the files. What is complete is published even when interrupted."""
+        """Bring the index up to date with the files. What is complete is published, whatever ends the run."""
         if delete:
             self._forget_gone()
         try:
             self._read_and_encode()
-        except KeyboardInterrupt:
+        except IngestError:  # the disk refuses: it would refuse again
+            raise
+        except BaseException:
+            self._writer.catch_up()
             self._publish()
             raise
         self._publish()
@@ -217,7 +221,7 @@ class Ingest:
                 self._skip(loaded.task.full_path, "the encoder gave no finite unit-length embedding")
 
     def _publish(self) -> None:
-        # The generations differ when an interrupt fell between publishing these entries and forgetting them.
+        # The generations differ when an interrupt fell between CURRENT's replacement and forgetting these entries.
         unpublished = self._writer.manifest.generation == self._generation
         if unpublished and (self._pending or self._deleted):
             self._writer.publish(self._pending, deleted=self._deleted, roots=self._roots.named, next_id=self._next_id)

@@ -5,6 +5,7 @@ docs/formats/index.md describes every field.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -141,13 +142,25 @@ def read_manifest(folder: Path, pointer: Pointer) -> Manifest:
 
 
 def publish_manifest(folder: Path, manifest: Manifest) -> Pointer:
-    """Write the generation, then CURRENT. Until the very last step readers see the generation before."""
+    """Write the generation, then CURRENT. Until the very last step readers see the generation before.
+
+    Raises FileExistsError rather than replace a manifest, which CURRENT may name.
+    """
     name = f"{manifest.generation:06d}.json"
+    if (folder / GENERATIONS / name).exists():
+        raise FileExistsError(errno.EEXIST, f"generation {name} is there already")
     data = (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode("ascii")
     pointer = Pointer(name=name, sha256=sha256_bytes(data))
     write_atomic(folder / GENERATIONS / name, data)
     write_atomic(folder / CURRENT, f"{pointer.name} {pointer.sha256}\n".encode("ascii"))
     return pointer
+
+
+def remove_unpublished(folder: Path, *, newest: int) -> None:
+    """Remove the manifests after `newest`: CURRENT never named them. Only while holding the writer's lock."""
+    for path in (folder / GENERATIONS).glob("*.json"):
+        if path.stem.isdigit() and int(path.stem) > newest:
+            path.unlink()
 
 
 Json = dict[str, Any]

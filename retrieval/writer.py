@@ -26,6 +26,9 @@ from retrieval.manifest import (
     Manifest,
     SegmentEntry,
     publish_manifest,
+    read_manifest,
+    read_pointer,
+    remove_unpublished,
 )
 from retrieval.snapshot import read_deletions
 
@@ -52,13 +55,20 @@ class GenerationWriter:
         with writing(self.folder):
             for name in ("", GENERATIONS, SEGMENTS, DELETIONS):
                 remove_temporaries(self.folder / name)
-            for path in (self.folder / GENERATIONS).glob("*.json"):
-                if path.stem.isdigit() and int(path.stem) > self.manifest.generation:
-                    path.unlink()
+            remove_unpublished(self.folder, newest=self.manifest.generation)
             # Nothing drops a segment yet, so the newest generation names every segment of the older ones too.
             for home in (self.folder / SEGMENTS).iterdir():
                 if home.name not in known:
                     shutil.rmtree(home)
+
+    def catch_up(self) -> None:
+        """After an interrupted `publish`: `self.manifest` becomes what CURRENT names, the generation before or its own.
+
+        What it left unpublished is removed, so that the same number can be given again.
+        """
+        self.manifest = read_manifest(self.folder, read_pointer(self.folder))
+        with writing(self.folder):
+            remove_unpublished(self.folder, newest=self.manifest.generation)
 
     def publish(
         self,

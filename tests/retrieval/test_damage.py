@@ -28,7 +28,7 @@ from retrieval import (
 )
 from retrieval.files import sha256_bytes
 from retrieval.lock import writer_lock
-from retrieval.manifest import UPGRADES, read_manifest, read_pointer
+from retrieval.manifest import UPGRADES, publish_manifest, read_manifest, read_pointer
 from retrieval.writer import GenerationWriter
 
 
@@ -161,6 +161,50 @@ def test_a_disk_that_fails_at_any_step_leaves_a_whole_index(index, photos, elast
         else:
             break
     assert at >= 4  # every step was reached, and the last attempt met no failure
+
+
+def interrupts(monkeypatch, *, at):
+    """Ctrl-C at each of these calls of `os.fsync`; says afterwards how many there were."""
+    calls = []
+    real = os.fsync
+
+    def call(descriptor):
+        calls.append(descriptor)
+        if len(calls) - 1 in at:
+            raise KeyboardInterrupt
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", call)
+    return calls
+
+
+def test_two_interrupts_at_any_steps_leave_a_whole_index(index, photos, elastic, picture, monkeypatch):
+    (photos / "new.png").write_bytes(picture(80))
+    (photos / "5.png").unlink()
+    with monkeypatch.context() as patch:
+        shutil.copytree(index.path, index.path.with_name("counted"))
+        calls = interrupts(patch, at=())
+        Index.open(index.path.with_name("counted")).ingest(photos, encoder=elastic, delete=True)
+        steps = len(calls)
+    assert steps >= 8
+    for first in range(steps):
+        for second in range(first + 1, first + 1 + steps):
+            folder = Path(shutil.copytree(index.path, index.path.with_name(f"{first}-{second}")))
+            with monkeypatch.context() as patch:
+                interrupts(patch, at=(first, second))
+                with pytest.raises(KeyboardInterrupt):
+                    Index.open(folder).ingest(photos, encoder=elastic, delete=True)
+            after = Index.open(folder)
+            assert after.verify() == []
+            after.ingest(photos, encoder=elastic, delete=True)
+            assert (after.info().items, after.verify()) == (9, [])
+            shutil.rmtree(folder)
+
+
+def test_a_manifest_is_never_overwritten(index):
+    manifest = read_manifest(index.path, read_pointer(index.path))
+    with pytest.raises(FileExistsError):
+        publish_manifest(index.path, manifest)
 
 
 @pytest.mark.parametrize("limit", [100, 1000, 8000])
@@ -342,6 +386,7 @@ def test_a_lock_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeyp
 def test_a_creation_that_was_killed_can_be_repeated(tmp_path, elastic):
     (tmp_path / "i" / "generations").mkdir(parents=True)
     (tmp_path / "i" / "generations" / ".tmp-1-000001.json").touch()
+    (tmp_path / "i" / "generations" / "000001.json").touch()
     (tmp_path / "i" / "writer.lock").touch()
     assert Index.create(tmp_path / "i", encoder=elastic).info().items == 0
 

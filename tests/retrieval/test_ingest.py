@@ -258,23 +258,24 @@ def test_a_long_run_publishes_as_it_goes_and_shares_segments(tmp_path, photos, e
     assert index.verify() == []
 
 
-def interrupt_at(call):
+def fail_at(call, error):
     calls = iter(range(1000))
 
     def spoil(embeddings):
         if next(calls) == call:
-            raise KeyboardInterrupt
+            raise error
         return embeddings
 
     return spoil
 
 
-def test_an_interrupt_publishes_what_is_complete_and_a_rerun_continues(tmp_path, photos, elastic, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_whatever_ends_a_run_what_is_complete_is_kept(tmp_path, photos, elastic, monkeypatch, error):
     monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "AHEAD", 4)
     index = Index.create(tmp_path / "i", encoder=elastic)
-    with pytest.raises(KeyboardInterrupt):
-        index.ingest(photos, encoder=Broken(elastic, interrupt_at(2)))
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        index.ingest(photos, encoder=Broken(elastic, fail_at(2, error)))
     reopened = Index.open(index.path)
     assert reopened.info().items == 4
     assert reopened.verify() == []
