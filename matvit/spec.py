@@ -19,8 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from operator import index
 
 from matvit.errors import SpecError
+
+MAX_ENLARGEMENT = 4  # largest resolution over the native one: 16 times the tokens, 256 times the attention products
 
 
 class Granularity(StrEnum):
@@ -58,7 +61,7 @@ class EncoderShape:
     image_size: int  # pixels, the native resolution
     head_axis: bool = False
     keep_order: tuple[int, ...] = ()  # block indices, the most important first
-    image_size_step: int = 0  # pixels; other resolutions are multiples of it
+    image_size_step: int = 0  # pixels; other resolutions are multiples of it, up to MAX_ENLARGEMENT times the native
 
     def __post_init__(self) -> None:
         kept = self.keep_order
@@ -135,9 +138,10 @@ class SubmodelSpec:
 
         Raises SpecError for sizes that the encoder does not have.
         """
-        heads = shape.num_heads if heads is None else heads
-        depth = shape.num_blocks if depth is None else depth
-        image_size = shape.image_size if image_size is None else image_size
+        widths = [int(index(width)) for width in widths]  # numpy's integers have no JSON form
+        heads = int(index(shape.num_heads if heads is None else heads))
+        depth = int(index(shape.num_blocks if depth is None else depth))
+        image_size = int(index(shape.image_size if image_size is None else image_size))
         _check_sizes(shape, widths, heads=heads, depth=depth, image_size=image_size)
         kept = shape.keep_order[:depth] if depth < shape.num_blocks else range(shape.num_blocks)
         return cls(_without_dropped(shape, widths, frozenset(kept)), heads, depth, image_size, shape)
@@ -235,8 +239,8 @@ def _check_sizes(shape: EncoderShape, widths: Sequence[int], *, heads: int, dept
         raise _spec_error(f"{heads} of {shape.num_heads} attention heads cannot be kept", shape)
     if depth != shape.num_blocks and not 1 <= depth <= len(shape.keep_order):
         raise _spec_error(f"{depth} of {shape.num_blocks} blocks cannot be kept", shape)
-    step = shape.image_size_step
-    if image_size != shape.image_size and not (step and image_size >= step and image_size % step == 0):
+    step, largest = shape.image_size_step, MAX_ENLARGEMENT * shape.image_size
+    if image_size != shape.image_size and not (step and step <= image_size <= largest and image_size % step == 0):
         raise _spec_error(f"pictures of {image_size} px cannot be encoded", shape)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -68,6 +70,19 @@ def test_json_round_trips(spec: SubmodelSpec) -> None:
     assert SubmodelSpec.from_json(spec.shape, raw) == spec
 
 
+def test_numpy_integers_become_plain_ones() -> None:
+    sizes = np.array([3, 10, 84])
+    spec = SubmodelSpec.of(VIT_SMALL, list(np.full(12, 768)), heads=sizes[0], depth=sizes[1], image_size=sizes[2])
+    assert spec == VIT_SMALL.spec("L-h3-d10-r84")
+    assert SubmodelSpec.from_json(VIT_SMALL, json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@pytest.mark.parametrize("sizes", [{"widths": [768.0] * 12}, {"heads": 3.0}, {"depth": "10"}])
+def test_sizes_that_are_no_integers_are_type_errors(sizes: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        SubmodelSpec.of(VIT_SMALL, **{"widths": [768] * 12} | sizes)
+
+
 @given(data=st.data(), shape=shapes())
 def test_one_string_per_function(data: st.DataObject, shape: EncoderShape) -> None:
     """Widths of dropped blocks do not matter; everything else does."""
@@ -123,6 +138,7 @@ def test_granularities_rise_to_the_full_encoder(shape: EncoderShape) -> None:
         ("M-d10-r84", "M-d10-r84"),
         ("m-r84-D10", "M-d10-r84"),
         ("S-h3-d8-r56", "S-h3-d8-r56"),
+        ("S-r448", "S-r448"),
         ("XL-h6-d12-r112", "XL"),
         ("5S.2M.5S-d10", "S-d10"),  # blocks 5 and 6 are the two that are dropped
         ("5S.7XL-d10", "7S.5XL-d10"),
@@ -170,7 +186,7 @@ def test_endless_numbers_are_refused(long: str) -> None:
         VIT_SMALL.spec(long.replace("9", "9" * 5000))
 
 
-@pytest.mark.parametrize("text", ["S-d0", "S-d13", "S-r0", "S-r50", "S/../..", "ſ", "S-h٣"])
+@pytest.mark.parametrize("text", ["S-d0", "S-d13", "S-r0", "S-r50", "S-r462", "S-r999999994", "S/../..", "ſ", "S-h٣"])
 def test_sizes_and_letters_outside_the_grammar_are_refused(text: str) -> None:
     with pytest.raises(SpecError):
         VIT_SMALL.spec(text)
