@@ -179,6 +179,8 @@ def interrupts(monkeypatch, *, at):
 
 
 def test_two_interrupts_at_any_steps_leave_a_whole_index(index, photos, elastic, picture, monkeypatch):
+    monkeypatch.setattr(retrieval.ingest, "BATCH", 1)
+    monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 1)  # so that it publishes in mid-run, too
     (photos / "new.png").write_bytes(picture(80))
     (photos / "5.png").unlink()
     with monkeypatch.context() as patch:
