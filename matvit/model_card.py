@@ -29,7 +29,7 @@ def model_card(model: MatViT) -> str:
         "```python",
         "from matvit import MatViT",
         "",
-        f'encoder = MatViT.from_pretrained("{model.name}")',
+        'encoder = MatViT.from_pretrained(".")  # this folder; elsewhere its path, or its id on the hub',
         'embeddings = encoder.encoder("S").embed(["picture.jpg"])  # (1, D), unit length',
         "```",
         "",

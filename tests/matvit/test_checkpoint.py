@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from matvit import CheckpointError, MatViT, checkpoint
@@ -159,6 +160,15 @@ def test_record_and_pareto_rows_come_back(tiny: MatViT, tmp_path: Path) -> None:
     assert "license: mit" in card
     assert "| S | 0.00 G | 0.50 | 0.0 M | 90.0 |" in card
     assert "Ünïcode" in card
+
+
+def test_the_cards_example_runs_beside_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    Image.new("RGB", (40, 30), "red").save("picture.jpg")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["embeddings"].shape == (1, 16)
 
 
 def test_axes_and_whole_number_preprocessing_come_back(plain_vit: Any, tmp_path: Path) -> None:
