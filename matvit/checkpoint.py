@@ -9,6 +9,7 @@ README.md            model card
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -157,8 +158,10 @@ def load(source: str | Path, *, revision: str | None = None) -> MatViT:
 
 
 def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> None:
-    """Write `model` as a checkpoint folder, replacing an earlier checkpoint there in one step.
+    """Write `model` as a checkpoint folder, replacing an earlier checkpoint there.
 
+    That is one step on Linux. Elsewhere it is two renames: a kill exactly between them leaves the earlier
+    checkpoint whole under a dotted name beside the folder, until the next save.
     With storage "int8" the weights are rounded in the file only: load it to get what it computes.
     Raises CheckpointError when `folder` exists and holds anything but a checkpoint, when a weight is
     NaN or infinite, or when the files cannot be written; an earlier checkpoint is then left as it was.
@@ -166,7 +169,7 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
     target = Path(folder).resolve()
     _refuse_to_replace(target)
     files = _files(model, storage)
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    unfinished = _beside(target, "new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished.mkdir()
@@ -182,6 +185,7 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    _remove_leftovers(target)
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -254,19 +258,41 @@ def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put `new` in `target`'s place; a kill in between leaves one of the two whole, under a dotted name."""
-    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-    replaces = target.exists()
-    if replaces:
-        target.rename(old)
-    try:
+    """Put `new` in `target`'s place; what was there is then at `new`, or under another dotted name."""
+    if not target.exists():
         new.rename(target)
-    except OSError:
-        if replaces:
+    elif not _exchange(new, target):
+        old = _beside(target, "old")
+        target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
             old.rename(target)
-        raise
+            raise
     sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux
+        return False
+    working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = renameat2(working_folder, os.fsencode(one), working_folder, os.fsencode(other), exchange)
+    return done == 0
+
+
+def _beside(target: Path, kind: Literal["new", "old"]) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """What this save and killed earlier ones left beside `target`, now that it is whole."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.(new|old)-[0-9a-f]{{8}}")
+    for path in target.parent.iterdir():
+        if ours.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_to_replace(target: Path) -> None:
