@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from matvit.errors import ImageError
 
@@ -61,11 +62,15 @@ class Preprocessing:
 def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
     """A picture as upright 8-bit RGB: path, encoded bytes, or PIL image (first frame of an animation).
 
-    With `draft_size` > 0, JPEGs may come back smaller, but never below that many pixels a side.
+    With `draft_size` > 0, JPEGs may come back smaller, but never below that many pixels a side. That goes for
+    a PIL image too while its file is open and not decoded (and leaves it as it was); pixels that the caller
+    has decoded are taken as they are, so that a large JPEG then embeds slightly differently.
     Raises ImageError with a short reason when it is missing, no picture, damaged, or too large.
     """
     where = "picture" if isinstance(source, bytes | Image.Image) else os.fspath(source)
     try:
+        if draft_size and isinstance(source, JpegImageFile):
+            source = _encoded(source)
         if isinstance(source, Image.Image):
             return _to_rgb(_upright(_with_pixels(source)))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
@@ -81,6 +86,14 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
             where=where,
             fix="give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file",
         ) from error
+
+
+def _encoded(image: JpegImageFile) -> bytes | JpegImageFile:
+    """The file behind a JPEG that is not decoded yet; the image itself where its pixels or size were chosen."""
+    if not image.tile or image.decoderconfig or image.tell() or image.fp is None:
+        return image
+    image.fp.seek(0)
+    return image.fp.read()  # decoding seeks to where it begins
 
 
 def _reason(error: Exception) -> str:

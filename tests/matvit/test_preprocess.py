@@ -101,6 +101,35 @@ def test_large_jpegs_are_drafted_and_stay_close_to_the_full_decoding() -> None:
     assert min(open_image(source, draft_size=224).size) < 1100  # so that the comparison means something
 
 
+def test_a_jpeg_opened_with_pillow_gives_the_pixels_of_its_file_and_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "large.jpg"
+    exif = Image.Exif()
+    exif[0x112] = 6
+    scene(1500, 1100).save(path, exif=exif)
+    with Image.open(path) as image:
+        for size in (112, 28, 112):
+            np.testing.assert_array_equal(PLAIN(image, size=size), PLAIN(path, size=size))
+        assert image.size == (1500, 1100)
+        with Image.open(path) as untouched:
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(untouched))
+
+
+def test_pixels_that_the_caller_chose_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "large.jpg"
+    scene(1500, 1100).save(path)
+    full = Preprocessing(mean=PLAIN.mean, std=PLAIN.std, jpeg_scale=0)
+    decoded, drafted = Image.open(path), Image.open(path)
+    decoded.load()
+    decoded.paste("red", (0, 0, 1500, 1100))
+    np.testing.assert_array_equal(PLAIN(decoded, size=28), PLAIN(Image.new("RGB", (1500, 1100), "red"), size=28))
+    drafted.draft("RGB", (400, 400))
+    np.testing.assert_array_equal(PLAIN(drafted, size=28), full(drafted, size=28))
+    second = encode(Image.new("RGB", (500, 400), "red"), "MPO", save_all=True, append_images=[scene(500, 400)])
+    with Image.open(io.BytesIO(second)) as views:
+        views.seek(1)
+        np.testing.assert_array_equal(PLAIN(views, size=28), full(views, size=28))
+
+
 @settings(deadline=None, max_examples=25)
 @given(width=st.integers(30, 900), height=st.integers(30, 900), draft=st.integers(1, 300))
 def test_drafting_never_goes_below_the_asked_size(width: int, height: int, draft: int) -> None:
