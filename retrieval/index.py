@@ -144,6 +144,8 @@ class Index:
             run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)
             try:
                 report = run.run(delete=delete)
+                while writer.merge_small():
+                    pass
             finally:  # a run that fails has published what was complete
                 self._snapshot = Snapshot.open(self.path, reuse=snapshot)
         self._encoder = encoder

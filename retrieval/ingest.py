@@ -122,7 +122,7 @@ class Ingest:
 
     def _forget_gone(self) -> None:
         for known in self._known.values():
-            path = os.fspath(self._snapshot.full_path(known.item))
+            path = os.fspath(self._snapshot.full_path(known.item.place))
             if is_below(path, self._found.scopes) and not os.path.lexists(path):
                 self._deleted.setdefault(known.segment.entry.name, []).append(known.item.id)
                 self._deleted_count += 1
@@ -194,7 +194,6 @@ class Ingest:
             mtime_ns=loaded.mtime_ns,
             width=loaded.width,
             height=loaded.height,
-            metadata=known.item.metadata if known else "{}",
             status=SKIPPED if loaded.reason else OK,
             reason=loaded.reason,
             row=None,
@@ -318,6 +317,6 @@ def _with_new_time(loaded: Loaded) -> Entry:
     known = loaded.task.known
     assert known is not None
     row = known.item.row
-    embedding = None if row is None else np.array(known.segment.embeddings[row])
+    embedding = None if row is None else np.array(known.segment.embeddings()[row])
     item = replace(known.item, size=loaded.size, mtime_ns=loaded.mtime_ns, row=None)
     return _entry(loaded, item, embedding)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from retrieval.errors import IndexFormatError
 from retrieval.files import RESTORE
 
 IntArray = npt.NDArray[np.int64]
+Place = tuple[str, bytes]  # a root's name, and the path below it
 
 OK = "ok"
 SKIPPED = "skipped"
@@ -32,7 +32,7 @@ CREATE TABLE items (
     mtime_ns       INTEGER NOT NULL,
     width          INTEGER,
     height         INTEGER,
-    metadata       TEXT NOT NULL,
+    metadata       TEXT NOT NULL DEFAULT '{}',
     status         TEXT NOT NULL CHECK (status IN ('ok', 'skipped')),
     reason         TEXT,
     row            INTEGER,
@@ -44,7 +44,7 @@ CREATE TABLE items (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One file that the index knows; the fields are the table's columns, in its order."""
+    """One file that the index knows; the fields are columns of the table."""
 
     id: int
     root: str  # a name in the manifest's roots
@@ -54,10 +54,14 @@ class Item:
     mtime_ns: int
     width: int | None  # pixels as stored, before any EXIF rotation; None when it could not be told
     height: int | None
-    metadata: str  # a JSON object
     status: str  # OK or SKIPPED
     reason: str | None  # why it was skipped
     row: int | None  # into the segment's embeddings
+
+    @property
+    def place(self) -> Place:
+        """Where its file is."""
+        return self.root, self.path
 
 
 _COLUMNS = ", ".join(field.name for field in fields(Item))
@@ -74,46 +78,44 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
     sync_file(path)
 
 
+@dataclass(frozen=True, slots=True)
 class ItemStore:
-    """Read access to one segment's items, from any thread. Its file is never written again."""
+    """Read access to one segment's items. Its file is never written again, and open only while it is read."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # immutable: no locks and no journal look-up, so that read-only disks and many readers are fine.
-        self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, check_same_thread=False)
-        self._lock = threading.Lock()
-        weakref.finalize(self, self._connection.close)
+    path: Path
 
     def row_ids(self) -> IntArray:
         """(R,) int64: the item's id of every row of the embeddings. Raises IndexFormatError unless rows are 0..R-1."""
         pairs = self._fetch("SELECT row, id FROM items WHERE row IS NOT NULL ORDER BY row")
         table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         if not np.array_equal(table[:, 0], np.arange(len(table))):
-            raise IndexFormatError(what="items and embeddings do not agree", where=str(self._path), fix=RESTORE)
+            raise IndexFormatError(what="items and embeddings do not agree", where=str(self.path), fix=RESTORE)
         return table[:, 1].copy()
 
-    def all(self) -> Iterator[Item]:
+    def places(self) -> list[Place]:
+        """Where the file of every row of the embeddings is."""
+        roots: dict[str, str] = {}  # one text for each root, not one for each row
+        rows = self._fetch("SELECT root, path FROM items WHERE row IS NOT NULL ORDER BY row")
+        return [(roots.setdefault(root, root), path) for root, path in rows]
+
+    def all(self) -> list[Item]:
         """Every item, by id."""
-        for values in self._fetch(f"SELECT {_COLUMNS} FROM items ORDER BY id"):  # noqa: S608
-            yield _item(values)
+        return [_item(values) for values in self._fetch(f"SELECT {_COLUMNS} FROM items ORDER BY id")]  # noqa: S608
 
-    def lookup(self, ids: Sequence[int]) -> dict[int, Item]:
-        """The items of these ids; unknown ids are left out."""
-        found: dict[int, Item] = {}
-        for start in range(0, len(ids), 500):  # SQLite limits the parameters of one statement
-            part = ids[start : start + 500]
-            marks = ", ".join("?" * len(part))
-            rows = self._fetch(f"SELECT {_COLUMNS} FROM items WHERE id IN ({marks})", part)  # noqa: S608
-            found.update((item.id, item) for item in map(_item, rows))
-        return found
+    def skipped(self) -> list[Item]:
+        """The items without an embedding, by id."""
+        query = f"SELECT {_COLUMNS} FROM items WHERE status = '{SKIPPED}' ORDER BY id"  # noqa: S608
+        return [_item(values) for values in self._fetch(query)]
 
-    def _fetch(self, query: str, values: Sequence[int] = ()) -> list[tuple[object, ...]]:
+    def _fetch(self, query: str) -> list[Any]:
+        # immutable: no locks and no journal look-up, so that read-only disks and many readers are fine.
+        uri = f"{self.path.absolute().as_uri()}?immutable=1"
         try:
-            with self._lock:
-                return self._connection.execute(query, values).fetchall()
+            with closing(sqlite3.connect(uri, uri=True)) as connection:
+                return connection.execute(query).fetchall()
         except sqlite3.Error as error:
             raise IndexFormatError(
-                what=f"the items cannot be read ({error})", where=str(self._path), fix=RESTORE
+                what=f"the items cannot be read ({error})", where=str(self.path), fix=RESTORE
             ) from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -20,13 +20,16 @@ from matvit.durable import write_atomic
 from retrieval.errors import IndexFormatError
 from retrieval.files import RESTORE, damaged, reading, sha256_bytes
 
+T = TypeVar("T")
+FileName = Literal["embeddings.f32", "items.sqlite"]  # of a segment
+
 FORMAT_VERSION = 1
 CURRENT = "CURRENT"
 GENERATIONS = "generations"
 SEGMENTS = "segments"
 DELETIONS = "deletions"
-EMBEDDINGS = "embeddings.f32"
-ITEMS = "items.sqlite"
+EMBEDDINGS: FileName = "embeddings.f32"
+ITEMS: FileName = "items.sqlite"
 
 # Names from a manifest become paths: these patterns leave no room for "..", "/" or anything but our own files.
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -52,7 +55,7 @@ class SegmentEntry(_Model):
     name: SegmentName
     rows: Count  # embeddings
     items: Count  # rows plus skipped files
-    files: dict[Literal["embeddings.f32", "items.sqlite"], FileEntry]
+    files: dict[FileName, FileEntry]
 
 
 class DeletionsEntry(_Model):
@@ -120,6 +123,17 @@ def read_pointer(folder: Path) -> Pointer:
     return Pointer(name=match[1].decode("ascii"), sha256=match[2].decode("ascii"))
 
 
+def read_current(folder: Path, read: Callable[[Pointer], T]) -> T:
+    """`read` what CURRENT names; anew when a writer moved on meanwhile, since it removes what it replaced."""
+    while True:
+        pointer = read_pointer(folder)
+        try:
+            return read(pointer)
+        except IndexFormatError:
+            if read_pointer(folder) == pointer:
+                raise
+
+
 def read_manifest(folder: Path, pointer: Pointer) -> Manifest:
     """Read and check the generation that `pointer` names. Raises IndexFormatError."""
     path = folder / GENERATIONS / pointer.name
@@ -141,12 +155,17 @@ def read_manifest(folder: Path, pointer: Pointer) -> Manifest:
         raise damaged(path, "is no JSON") from error
 
 
+def manifest_name(generation: int) -> str:
+    """The manifest's file below `generations/`."""
+    return f"{generation:06d}.json"
+
+
 def publish_manifest(folder: Path, manifest: Manifest) -> Pointer:
     """Write the generation, then CURRENT. Until the very last step readers see the generation before.
 
     Raises FileExistsError rather than replace a manifest, which CURRENT may name.
     """
-    name = f"{manifest.generation:06d}.json"
+    name = manifest_name(manifest.generation)
     if (folder / GENERATIONS / name).exists():
         raise FileExistsError(errno.EEXIST, f"generation {name} is there already")
     data = (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode("ascii")

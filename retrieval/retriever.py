@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -20,7 +19,8 @@ from matvit.spec import SubmodelSpec
 from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder
 from retrieval.errors import EmbeddingError, SearchError
 from retrieval.flat import FlatSearch, ScoreArray
-from retrieval.items import IntArray
+from retrieval.items import IntArray, Place
+from retrieval.manifest import read_current
 from retrieval.snapshot import Snapshot
 from retrieval.types import Hit, Hits, Latency
 
@@ -33,42 +33,40 @@ class _Gallery:
 
     snapshot: Snapshot
     ids: IntArray  # (N,) int64, live pictures of all segments in order
-    segment_of: IntArray  # (N,) which segment each of them lies in
+    places: Sequence[Place]  # (N,) where their files are
     vectors: FlatSearch
 
     @classmethod
     def open(cls, folder: Path, *, reuse: Snapshot | None = None) -> _Gallery:
-        snapshot = Snapshot.open(folder, reuse=reuse)
-        live = [segment.live_rows() for segment in snapshot.segments]
-        pairs = list(zip(snapshot.segments, live, strict=True))
+        return read_current(folder, lambda _: cls._read(Snapshot.open(folder, reuse=reuse)))
+
+    @classmethod
+    def _read(cls, snapshot: Snapshot) -> _Gallery:
+        """All that searching needs is in memory afterwards: a writer may remove the files, and none stays open."""
+        live = [(segment, segment.live_rows()) for segment in snapshot.segments]
         none = np.empty(0, dtype=np.int64)
-        ids = np.concatenate([none, *(segment.row_ids[rows] for segment, rows in pairs)])
-        return cls(
-            snapshot=snapshot,
-            ids=ids,
-            segment_of=np.repeat(np.arange(len(live)), [len(rows) for rows in live]),
-            vectors=FlatSearch(
-                ids,
-                (segment.embeddings[rows] for segment, rows in pairs),
-                dim=snapshot.manifest.encoder.embedding_dim,
-            ),
+        ids = np.concatenate([none, *(segment.row_ids[rows] for segment, rows in live)])
+        places: list[Place] = []
+        for segment, rows in live:
+            every = segment.items.places()
+            places += [every[row] for row in rows.tolist()]
+        vectors = FlatSearch(
+            ids,
+            (segment.embeddings()[rows] for segment, rows in live),
+            dim=snapshot.manifest.encoder.embedding_dim,
         )
+        return cls(snapshot=snapshot, ids=ids, places=places, vectors=vectors)
 
     def hits(self, positions: IntArray, scores: ScoreArray) -> tuple[Hit, ...]:
-        """Join what was found with its items."""
-        ids, homes = self.ids[positions], self.segment_of[positions]
-        items = {}
-        for number in np.unique(homes).tolist():
-            items.update(self.snapshot.segments[number].items.lookup(ids[homes == number].tolist()))
+        """Join what was found with its files."""
         return tuple(
             Hit(
                 rank=rank,
-                id=number,
-                path=self.snapshot.full_path(items[number]),
+                id=int(self.ids[position]),
+                path=self.snapshot.full_path(self.places[position]),
                 score=min(1.0, max(-1.0, score)),  # unit length is exact to rounding only
-                metadata=json.loads(items[number].metadata),
             )
-            for rank, (number, score) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True), start=1)
+            for rank, (position, score) in enumerate(zip(positions.tolist(), scores.tolist(), strict=True), start=1)
         )
 
 
@@ -86,7 +84,7 @@ class Retriever:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, encoder: ElasticEncoder | None = None) -> Retriever:
-        """Open an index for searching, every byte checked; its vectors are read into memory.
+        """Open an index for searching, every byte checked; its vectors and paths are read into memory.
 
         `encoder` None: the one that built the index, loaded when a search first needs it.
         Raises IndexFormatError, or EncoderMismatchError when `encoder` is of another embedding space.

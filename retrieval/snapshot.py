@@ -1,18 +1,17 @@
-"""One opened generation: checked against its hashes, then read-only for as long as it is held."""
+"""One generation, checked against its hashes; no file of it stays open."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from matvit.preprocess import FloatArray
-from retrieval.errors import IndexFormatError
 from retrieval.files import check_file, damaged, reading
-from retrieval.items import SKIPPED, IntArray, Item, ItemStore
+from retrieval.items import IntArray, Item, ItemStore, Place
 from retrieval.manifest import (
     CURRENT,
     DELETIONS,
@@ -23,48 +22,66 @@ from retrieval.manifest import (
     Manifest,
     Pointer,
     SegmentEntry,
+    read_current,
     read_manifest,
-    read_pointer,
 )
 from retrieval.types import IndexInfo, SkippedFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSegment:
-    """One segment of R embeddings of width D, as one generation sees it."""
+    """One checked segment of R embeddings of width D, as one generation sees it; it holds no file open."""
 
     entry: SegmentEntry
-    embeddings: FloatArray  # (R, D) float32, memory-mapped
+    folder: Path
+    dim: int  # D
     row_ids: IntArray  # (R,) int64, the item of each row
+    skipped: tuple[Item, ...]  # the items without a row
     deleted: IntArray  # (X,) int64, sorted ids that no longer count
-    items: ItemStore
+
+    @property
+    def items(self) -> ItemStore:
+        """The segment's items, read from its file."""
+        return ItemStore(self.folder / ITEMS)
+
+    def embeddings(self) -> FloatArray:
+        """(R, D) float32, memory-mapped: the file is open for as long as the array lives. Raises IndexFormatError."""
+        if self.entry.rows == 0:  # an empty file cannot be mapped
+            return np.empty((0, self.dim), dtype=np.float32)
+        path = self.folder / EMBEDDINGS
+        with reading(path):
+            return np.memmap(path, dtype="<f4", mode="r", shape=(self.entry.rows, self.dim))
 
     def live_rows(self) -> IntArray:
         """(L,) int64 row numbers that still count."""
         return np.flatnonzero(~np.isin(self.row_ids, self.deleted)).astype(np.int64)
 
-    def live_items(self) -> Iterator[Item]:
-        """Items that still count, skipped files included, by id."""
+    def live(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Those of `items` that still count."""
         gone = set(self.deleted.tolist())
-        return (item for item in self.items.all() if item.id not in gone)
+        return (item for item in items if item.id not in gone)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A generation and its open files."""
+    """A generation, checked."""
 
     folder: Path
     pointer: Pointer
     manifest: Manifest
     segments: tuple[OpenSegment, ...]
+    bytes: int  # of all files that the generation names
 
     @classmethod
     def open(cls, folder: Path, *, reuse: Snapshot | None = None) -> Snapshot:
         """The generation that CURRENT names. Raises IndexFormatError.
 
-        Every byte is checked, except segments that `reuse`, an earlier generation, has open already.
+        Every byte is checked, except segments that `reuse`, an earlier generation, has checked already.
         """
-        pointer = read_pointer(folder)
+        return read_current(folder, lambda pointer: cls._open(folder, pointer, reuse))
+
+    @classmethod
+    def _open(cls, folder: Path, pointer: Pointer, reuse: Snapshot | None) -> Snapshot:
         if reuse is not None and pointer == reuse.pointer:
             return reuse
         manifest = read_manifest(folder, pointer)
@@ -75,30 +92,33 @@ class Snapshot:
             else open_segment(folder, manifest, entry)
             for entry in manifest.segments
         )
-        return cls(folder=folder, pointer=pointer, manifest=manifest, segments=segments)
+        heads = (folder / CURRENT, folder / GENERATIONS / pointer.name)
+        with reading(folder / CURRENT):
+            size = sum(path.stat().st_size for path in heads)
+        size += sum(file.bytes for entry in manifest.segments for file in entry.files.values())
+        size += sum(entry.bytes for entry in manifest.deletions.values())
+        return cls(folder=folder, pointer=pointer, manifest=manifest, segments=segments, bytes=size)
 
-    def full_path(self, item: Item) -> Path:
+    def full_path(self, place: Place) -> Path:
         """The absolute path of an item's file."""
-        return Path(self.manifest.roots[item.root], os.fsdecode(item.path))
+        root, path = place
+        return Path(self.manifest.roots[root], os.fsdecode(path))
 
     def live_items(self) -> Iterator[tuple[OpenSegment, Item]]:
         """Every item that counts, skipped files included, with its segment."""
         for segment in self.segments:
-            for item in segment.live_items():
+            for item in segment.live(segment.items.all()):
                 yield segment, item
 
     def info(self) -> IndexInfo:
         """What this generation holds."""
         manifest, encoder = self.manifest, self.manifest.encoder
-        names = [CURRENT, f"{GENERATIONS}/{self.pointer.name}"]
-        in_segments = [file.bytes for segment in manifest.segments for file in segment.files.values()]
-        in_deletions = [entry.bytes for entry in manifest.deletions.values()]
         return IndexInfo(
             path=self.folder,
             items=sum(len(segment.live_rows()) for segment in self.segments),
             generation=manifest.generation,
             index_type=manifest.index_type,
-            bytes=sum((self.folder / name).stat().st_size for name in names) + sum(in_segments) + sum(in_deletions),
+            bytes=self.bytes,
             embedding_dim=encoder.embedding_dim,
             space_id=encoder.space_id,
             weights_sha256=encoder.weights_sha256,
@@ -107,28 +127,31 @@ class Snapshot:
             encoder_spec=encoder.spec,
             encoder_resolution=encoder.resolution,
             skipped=tuple(
-                SkippedFile(path=self.full_path(item), reason=item.reason or "")
-                for _, item in self.live_items()
-                if item.status == SKIPPED
+                SkippedFile(path=self.full_path(item.place), reason=item.reason or "")
+                for segment in self.segments
+                for item in segment.live(segment.skipped)
             ),
         )
 
 
 def open_segment(folder: Path, manifest: Manifest, entry: SegmentEntry) -> OpenSegment:
     """One segment of a generation, every byte checked. Raises IndexFormatError."""
-    home = folder / SEGMENTS / entry.name
+    home, dim = folder / SEGMENTS / entry.name, manifest.encoder.embedding_dim
     for name, file in entry.files.items():
         check_file(home / name, size=file.bytes, sha256=file.sha256)
     items = ItemStore(home / ITEMS)
     row_ids = items.row_ids()
     if len(row_ids) != entry.rows:
         raise damaged(home / ITEMS, f"has {len(row_ids)} rows instead of {entry.rows}")
+    if entry.files[EMBEDDINGS].bytes != entry.rows * dim * 4:
+        raise damaged(home / EMBEDDINGS, f"does not hold {entry.rows} embeddings of width {dim}")
     return OpenSegment(
         entry=entry,
-        embeddings=_map_embeddings(home / EMBEDDINGS, rows=entry.rows, dim=manifest.encoder.embedding_dim),
+        folder=home,
+        dim=dim,
         row_ids=row_ids,
+        skipped=tuple(items.skipped()),
         deleted=read_deletions(folder, manifest, entry.name),
-        items=items,
     )
 
 
@@ -144,15 +167,3 @@ def read_deletions(folder: Path, manifest: Manifest, segment: str) -> IntArray:
     if len(ids) != entry.count:
         raise damaged(path, f"has {len(ids)} ids instead of {entry.count}")
     return ids
-
-
-def _map_embeddings(path: Path, *, rows: int, dim: int) -> FloatArray:
-    if path.stat().st_size != rows * dim * 4:
-        raise IndexFormatError(
-            what=f"the file does not hold {rows} embeddings of width {dim}",
-            where=str(path),
-            fix="index the pictures again in a new folder",
-        )
-    if rows == 0:  # an empty file cannot be mapped
-        return np.empty((0, dim), dtype=np.float32)
-    return np.memmap(path, dtype="<f4", mode="r", shape=(rows, dim))

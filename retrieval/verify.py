@@ -12,7 +12,7 @@ from matvit.progress import Progress, ProgressEvent
 from retrieval.encoders import is_unit
 from retrieval.errors import IndexFormatError
 from retrieval.items import OK
-from retrieval.manifest import Manifest, read_manifest, read_pointer
+from retrieval.manifest import Manifest, read_current, read_manifest, read_pointer
 from retrieval.snapshot import OpenSegment, open_segment
 
 _ROWS = 65_536  # embeddings looked at together
@@ -21,9 +21,16 @@ _ROWS = 65_536  # embeddings looked at together
 def find_problems(folder: Path, *, progress: Progress) -> list[str]:
     """One sentence for each problem of the index as it lies on the disk; empty when it is sound."""
     try:
-        manifest = read_manifest(folder, read_pointer(folder))
+        while True:
+            pointer = read_pointer(folder)
+            problems = _problems_of(folder, read_current(folder, lambda now: read_manifest(folder, now)), progress)
+            if not problems or read_pointer(folder) == pointer:  # or else a writer removed what it replaced
+                return problems
     except IndexFormatError as error:
         return [str(error)]
+
+
+def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
     problems: list[str] = []
     live: Counter[int] = Counter()
     total = len(manifest.segments)
@@ -31,7 +38,7 @@ def find_problems(folder: Path, *, progress: Progress) -> list[str]:
         try:
             segment = open_segment(folder, manifest, entry)
             problems += _segment_problems(segment, manifest)
-            live.update(item.id for item in segment.live_items())
+            live.update(item.id for item in segment.live(segment.items.all()))
         except IndexFormatError as error:
             problems.append(str(error))
         progress(ProgressEvent(stage="verify", done=done, total=total, unit="segments", note=_count(problems)))
@@ -42,13 +49,11 @@ def find_problems(folder: Path, *, progress: Progress) -> list[str]:
 
 def _segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]:
     name = f"segment {segment.entry.name}"
-    bad = sum(
-        int((~is_unit(segment.embeddings[start : start + _ROWS])).sum())
-        for start in range(0, segment.entry.rows, _ROWS)
-    )
+    embeddings = segment.embeddings()
+    bad = sum(int((~is_unit(embeddings[start : start + _ROWS])).sum()) for start in range(0, segment.entry.rows, _ROWS))
     if bad:
         yield f"{name}: {bad} embeddings are not finite or not of unit length"
-    items = list(segment.items.all())
+    items = segment.items.all()
     if len(items) != segment.entry.items:
         yield f"{name}: {len(items)} items instead of {segment.entry.items}"
     if sum(item.status == OK for item in items) != segment.entry.rows:

@@ -23,14 +23,20 @@ from retrieval.manifest import (
     SEGMENTS,
     DeletionsEntry,
     FileEntry,
+    FileName,
     Manifest,
     SegmentEntry,
+    manifest_name,
     publish_manifest,
     read_manifest,
     read_pointer,
     remove_unpublished,
 )
-from retrieval.snapshot import read_deletions
+from retrieval.snapshot import OpenSegment, open_segment, read_deletions
+
+SMALL_ITEMS = 1024  # a segment with fewer items that count is small
+MERGE_SEGMENTS = 8  # so many small ones are made one: a single picture then costs some 150 rows on average, at worst
+MERGED_ITEMS = 16_384  # and no more than about so many items at a time, for the memory's sake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +56,19 @@ class GenerationWriter:
         self.manifest = manifest  # the newest published generation
 
     def clean(self) -> None:
-        """Remove what a killed writer left: temporary files, and whatever no published generation names."""
-        known = {segment.name for segment in self.manifest.segments}
+        """Remove whatever the newest generation does not name: unfinished files, and what it replaced.
+
+        Readers have in memory what they need; those that are just opening the generation before begin anew.
+        """
+        manifest = self.manifest
+        named = {segment.name for segment in manifest.segments} | {entry.file for entry in manifest.deletions.values()}
+        named.add(manifest_name(manifest.generation))
         with writing(self.folder):
             for name in ("", GENERATIONS, SEGMENTS, DELETIONS):
                 remove_temporaries(self.folder / name)
-            remove_unpublished(self.folder, newest=self.manifest.generation)
-            # Nothing drops a segment yet, so the newest generation names every segment of the older ones too.
-            for home in (self.folder / SEGMENTS).iterdir():
-                if home.name not in known:
-                    shutil.rmtree(home)
+                for path in (self.folder / name).iterdir() if name else ():
+                    if path.name not in named:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def catch_up(self) -> None:
         """After an interrupted `publish`: `self.manifest` becomes what CURRENT names, the generation before or its own.
@@ -90,17 +99,57 @@ class GenerationWriter:
                 segments = (*segments, segment)
             for name, ids in _stopped(entries, deleted).items():
                 deletions[name] = self._write_deletions(name, ids)
-            manifest = Manifest(
-                generation=self.manifest.generation + 1,
-                parent=self.manifest.generation,
-                created=datetime.now(UTC),
-                encoder=self.manifest.encoder,
-                roots=dict(roots),
-                segments=segments,
-                deletions=deletions,
-                next_id=next_id,
+            self._publish(segments=segments, deletions=deletions, roots=dict(roots), next_id=next_id)
+
+    def merge_small(self) -> bool:
+        """Make one segment of many small ones, as one more generation; False when there are not so many.
+
+        Raises IngestError when the disk refuses, IndexFormatError when a segment is damaged.
+        """
+        small = [segment for segment in self.manifest.segments if self._live_items(segment) < SMALL_ITEMS]
+        if len(small) < MERGE_SEGMENTS:
+            return False
+        merged = dict[str, SegmentEntry]()
+        entries: list[Entry] = []
+        for entry in small:
+            if len(entries) < MERGED_ITEMS:
+                entries += _live_entries(open_segment(self.folder, self.manifest, entry))
+                merged[entry.name] = entry
+        with writing(self.folder):
+            kept = [segment for segment in self.manifest.segments if segment.name not in merged]
+            if entries:
+                kept.append(_write_segment(self.folder, entries, self.manifest))
+            self._publish(
+                segments=tuple(kept),
+                deletions={name: gone for name, gone in self.manifest.deletions.items() if name not in merged},
+                roots=self.manifest.roots,
+                next_id=self.manifest.next_id,
             )
-            publish_manifest(self.folder, manifest)
+        return True
+
+    def _live_items(self, segment: SegmentEntry) -> int:
+        deletions = self.manifest.deletions.get(segment.name)
+        return segment.items - (deletions.count if deletions else 0)
+
+    def _publish(
+        self,
+        *,
+        segments: tuple[SegmentEntry, ...],
+        deletions: dict[str, DeletionsEntry],
+        roots: dict[str, str],
+        next_id: int,
+    ) -> None:
+        manifest = Manifest(
+            generation=self.manifest.generation + 1,
+            parent=self.manifest.generation,
+            created=datetime.now(UTC),
+            encoder=self.manifest.encoder,
+            roots=roots,
+            segments=segments,
+            deletions=deletions,
+            next_id=next_id,
+        )
+        publish_manifest(self.folder, manifest)
         self.manifest = manifest
 
     def _write_deletions(self, segment: str, ids: set[int]) -> DeletionsEntry:
@@ -110,6 +159,13 @@ class GenerationWriter:
         name = f"{sha256}.i64"
         write_atomic(self.folder / DELETIONS / name, data)
         return DeletionsEntry(file=name, bytes=len(data), sha256=sha256_bytes(data), count=len(ids))
+
+
+def _live_entries(segment: OpenSegment) -> Iterator[Entry]:
+    embeddings = segment.embeddings()
+    for item in segment.live(segment.items.all()):
+        embedding = None if item.row is None else np.array(embeddings[item.row])
+        yield Entry(item=replace(item, row=None), embedding=embedding, replaces=None)
 
 
 def _stopped(entries: Sequence[Entry], deleted: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
@@ -130,7 +186,8 @@ def _write_segment(folder: Path, entries: Sequence[Entry], parent_manifest: Mani
         write_synced(building / EMBEDDINGS, embeddings.astype("<f4").tobytes())
         write_items(building / ITEMS, _with_rows(entries))
         sync_folder(building)
-        files = {name: _file_entry(building / name) for name in (EMBEDDINGS, ITEMS)}
+        names: tuple[FileName, ...] = (EMBEDDINGS, ITEMS)
+        files = {name: _file_entry(building / name) for name in names}
         name = _segment_name(parent_manifest.generation, files)
         if (parent / name).exists():  # an interrupted publication of these very entries is repeated
             shutil.rmtree(building)
@@ -140,10 +197,10 @@ def _write_segment(folder: Path, entries: Sequence[Entry], parent_manifest: Mani
         shutil.rmtree(building, ignore_errors=True)
         raise
     sync_folder(parent)
-    return SegmentEntry(name=name, rows=len(rows), items=len(entries), files=files)  # type: ignore[arg-type]
+    return SegmentEntry(name=name, rows=len(rows), items=len(entries), files=files)
 
 
-def _segment_name(generation: int, files: Mapping[str, FileEntry]) -> str:
+def _segment_name(generation: int, files: Mapping[FileName, FileEntry]) -> str:
     # The generation makes a file that was changed and then changed back a new segment, not the old one again.
     hashes = " ".join([str(generation), *(file.sha256 for file in files.values())])
     return sha256_bytes(hashes.encode("ascii"))[:16]

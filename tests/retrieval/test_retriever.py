@@ -43,7 +43,6 @@ def test_hits_say_how_they_were_found(retriever, photos):
     parts = hits.latency_ms.preprocess, hits.latency_ms.encode, hits.latency_ms.search
     assert all(part > 0 for part in parts)
     assert hits.latency_ms.total == pytest.approx(sum(parts))
-    assert hits[0].metadata == {}
     assert hits[-1] in hits
     assert [hit.id for hit in hits[:1]] == [hits[0].id]
     with pytest.raises(FrozenInstanceError):

@@ -1,0 +1,156 @@
+"""Segments come and go: small ones are merged, replaced ones removed, and readers are not disturbed by it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import retrieval.snapshot
+from retrieval import Index, IndexFormatError, Retriever
+from retrieval.manifest import read_manifest, read_pointer
+from retrieval.writer import MERGE_SEGMENTS, GenerationWriter
+
+
+@pytest.fixture
+def index(tmp_path, photos, elastic):
+    return Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+
+
+def segments(index):
+    return read_manifest(index.path, read_pointer(index.path)).segments
+
+
+def files_below(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def add_one_at_a_time(index, photos, picture, count):
+    for seed in range(200, 200 + count):
+        (photos / f"{seed}.png").write_bytes(picture(seed))
+        index.ingest(photos / f"{seed}.png")
+
+
+def test_pictures_that_come_one_by_one_do_not_pile_up_segments(index, photos, elastic, picture):
+    (photos / "bad.png").touch()
+    (photos / "3.png").unlink()
+    index.ingest(photos, delete=True)
+    ids = {hit.path: hit.id for hit in Retriever.open(index.path, encoder=elastic).search(picture(1), k=99)}
+    for seed in range(200, 220):
+        add_one_at_a_time(index, photos, picture, seed - 199)
+        assert len(segments(index)) < MERGE_SEGMENTS
+    assert (index.info().items, [file.path.name for file in index.info().skipped]) == (29, ["bad.png"])
+    assert index.verify() == []
+    retriever = Retriever.open(index.path, encoder=elastic)
+    found = retriever.search(picture(219), k=99)
+    assert (found[0].path.name, round(found[0].score, 5)) == ("219.png", 1.0)
+    assert ids.items() <= {hit.path: hit.id for hit in found}.items()
+    assert index.ingest(photos, delete=True).unchanged == 29
+
+
+def test_a_segment_that_lost_all_its_items_is_dropped(index, photos, monkeypatch):
+    monkeypatch.setattr(retrieval.writer, "MERGE_SEGMENTS", 2)
+    for path in photos.rglob("*.png"):
+        os.utime(path, ns=(1, 1))
+    assert index.ingest(photos).unchanged == 10
+    assert [segment.items for segment in segments(index)] == [10]
+
+
+def test_what_the_newest_generation_does_not_name_is_removed_by_the_next_run(index, photos, picture):
+    (photos / "3.png").unlink()
+    index.ingest(photos, delete=True)
+    [entry] = read_manifest(index.path, read_pointer(index.path)).deletions.values()
+    (photos / "4.png").unlink()
+    index.ingest(photos, delete=True)
+    index.ingest(photos)
+    assert entry.file not in files_below(index.path / "deletions")
+    assert len(files_below(index.path / "deletions")) == 1
+    assert files_below(index.path / "generations") == {"000004.json"}
+    add_one_at_a_time(index, photos, picture, 2 * MERGE_SEGMENTS)
+    index.ingest(photos)
+    assert files_below(index.path / "segments") == {segment.name for segment in segments(index)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors through /proc")
+def test_no_file_of_an_index_stays_open(index, photos, elastic, picture):
+    add_one_at_a_time(index, photos, picture, 3)
+    before = files_below(Path("/proc/self/fd"))
+    opened = Index.open(index.path), Retriever.open(index.path, encoder=elastic)
+    opened[1].search(picture(1))
+    assert len(files_below(Path("/proc/self/fd"))) == len(before)
+
+
+def test_a_reader_answers_from_its_generation_after_its_segments_are_gone(index, photos, elastic, picture):
+    retriever, stale = Retriever.open(index.path, encoder=elastic), Index.open(index.path)
+    expected, info = retriever.search(picture(1), k=99).hits, stale.info()
+    old = segments(index)[0].name
+    add_one_at_a_time(index, photos, picture, MERGE_SEGMENTS)
+    assert old not in files_below(index.path / "segments")
+    assert retriever.search(picture(1), k=99).hits == expected
+    assert stale.info() == info
+    retriever.reload()
+    assert len(retriever) == 10 + MERGE_SEGMENTS
+
+
+@pytest.mark.parametrize("items", [lambda path: Index.open(path).info().items, lambda path: len(Retriever.open(path))])
+def test_opening_while_a_writer_replaces_every_segment_shows_the_new_state(index, photos, picture, monkeypatch, items):
+    def replaced_meanwhile(folder, manifest, entry):
+        monkeypatch.setattr(retrieval.snapshot, "open_segment", open_segment)
+        add_one_at_a_time(index, photos, picture, MERGE_SEGMENTS)
+        return open_segment(folder, manifest, entry)
+
+    open_segment = retrieval.snapshot.open_segment
+    monkeypatch.setattr(retrieval.snapshot, "open_segment", replaced_meanwhile)
+    assert items(index.path) == 10 + MERGE_SEGMENTS
+
+
+def test_verify_while_a_writer_replaces_every_segment_finds_no_problem(index, photos, picture, monkeypatch):
+    def replaced_meanwhile(folder, manifest, entry):
+        monkeypatch.setattr(retrieval.verify, "open_segment", open_segment)
+        add_one_at_a_time(index, photos, picture, MERGE_SEGMENTS)
+        return open_segment(folder, manifest, entry)
+
+    open_segment = retrieval.verify.open_segment
+    monkeypatch.setattr(retrieval.verify, "open_segment", replaced_meanwhile)
+    assert index.verify() == []
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_merge_that_fails_at_any_step_loses_nothing(index, photos, elastic, picture, monkeypatch, name):
+    monkeypatch.setattr(GenerationWriter, "merge_small", lambda writer: False)
+    (photos / "3.png").unlink()
+    index.ingest(photos, delete=True)
+    add_one_at_a_time(index, photos, picture, MERGE_SEGMENTS)
+    monkeypatch.undo()
+    real, failed = getattr(os, name), 0
+    for at in range(20):
+        folder = Path(shutil.copytree(index.path, index.path.with_name(f"at-{at}")))
+        calls = []
+
+        def call(*arguments, at=at, calls=calls):
+            calls.append(arguments)
+            if len(calls) - 1 == at:
+                raise OSError(28, "No space left on device")
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, call)
+            try:
+                Index.open(folder).ingest(photos, encoder=elastic)
+            except retrieval.IngestError:
+                failed += 1
+        after = Index.open(folder)
+        assert (after.info().items, after.verify()) == (9 + MERGE_SEGMENTS, [])
+    assert failed >= 3
+    assert len(segments(after)) == 1
+
+
+def test_a_descriptor_that_is_not_to_be_had_is_one_sentence(index, elastic, monkeypatch):
+    def refuse(*arguments, **named):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(retrieval.snapshot.np, "memmap", refuse)
+    with pytest.raises(IndexFormatError, match=r"cannot be read \(Too many open files"):
+        Retriever.open(index.path, encoder=elastic)
