@@ -78,9 +78,8 @@ class Retriever:
 
     def __init__(self, gallery: _Gallery, *, encoder: ElasticEncoder | None) -> None:
         self._gallery = gallery
-        self._encoder = encoder
-        self._submodels = EncoderCache(encoder) if encoder is not None else None
-        self._lock = threading.Lock()
+        self._submodels = None if encoder is None else (encoder, EncoderCache(encoder))
+        self._lock = threading.Lock()  # held while an encoder is loaded, and while another generation is
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, encoder: ElasticEncoder | None = None) -> Retriever:
@@ -114,11 +113,15 @@ class Retriever:
 
         Raises CheckpointError, EncoderMismatchError or MissingExtraError when it cannot be had.
         """
-        with self._lock:
-            if self._encoder is None:
-                snapshot = self._gallery.snapshot
-                self._encoder = load_encoder(snapshot.manifest.encoder, index=snapshot.folder)
-            return self._encoder
+        return self._loaded(self._gallery)[0]
+
+    def _loaded(self, gallery: _Gallery) -> tuple[ElasticEncoder, EncoderCache]:
+        if self._submodels is None:
+            with self._lock:
+                if self._submodels is None:
+                    encoder = load_encoder(gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
+                    self._submodels = encoder, EncoderCache(encoder)
+        return self._submodels
 
     def reload(self) -> int:
         """Move on to the generation that counts now; returns its number.
@@ -126,11 +129,12 @@ class Retriever:
         Raises IndexFormatError, or EncoderMismatchError when the folder now holds another encoder's index;
         the generation before is then kept.
         """
-        gallery = _Gallery.open(self.path, reuse=self._gallery.snapshot)
-        if self._encoder is not None:
-            check_space(self._encoder, gallery.snapshot.manifest.encoder, index=self.path)
-        self._gallery = gallery
-        return self.generation
+        with self._lock:
+            gallery = _Gallery.open(self.path, reuse=self._gallery.snapshot)
+            if self._submodels is not None:
+                check_space(self._submodels[0], gallery.snapshot.manifest.encoder, index=self.path)
+            self._gallery = gallery
+        return gallery.snapshot.manifest.generation
 
     def search(self, image: ImageSource, *, encoder: QueryEncoder = "XL", k: int = 10) -> Hits:
         """The `k` pictures nearest to `image` (a path, encoded bytes, or a PIL image); fewer when there are fewer.
@@ -157,9 +161,8 @@ class Retriever:
 
     def _query_encoder(self, encoder: QueryEncoder, gallery: _Gallery) -> ImageEncoder:
         if isinstance(encoder, str | SubmodelSpec):
-            if self._submodels is None:
-                self._submodels = EncoderCache(self.encoder)
-            return self._submodels.get(encoder)
+            encoder = self._loaded(gallery)[1].get(encoder)
+        # Also one of ours: between two looks at it, the index may have been replaced by one of another space.
         check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return encoder
 

@@ -177,6 +177,56 @@ def test_an_index_that_was_replaced_by_another_encoders_is_noticed(index, retrie
     assert retriever.search(picture(1))[0].path.name == "1.png"
 
 
+def test_an_index_replaced_while_its_encoder_is_loaded_never_answers_from_the_wrong_space(
+    index, elastic, photos, picture, monkeypatch
+):
+    class Loader:
+        @staticmethod
+        def from_pretrained(source):
+            shutil.rmtree(index.path)
+            Index.build(photos, encoder=elastic.in_another_space(), path=index.path)
+            reloading = threading.Thread(target=reload)
+            reloading.start()
+            reloading.join(0.2)  # must wait for this very search's encoder
+            threads.append(reloading)
+            return elastic
+
+    def reload():
+        with pytest.raises(EncoderMismatchError):
+            retriever.reload()
+        refused.append(True)
+
+    threads, refused = [], []
+    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
+    retriever = Retriever.open(index.path)
+    for _ in range(2):
+        assert retriever.search(picture(1), encoder="S").generation == 2
+        threads[0].join()
+    assert refused
+
+
+def test_a_search_that_began_before_a_reload_is_refused_the_other_spaces_encoder(
+    index, elastic, photos, picture, monkeypatch
+):
+    other = elastic.in_another_space()
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(source):
+            return other
+
+    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
+    retriever = Retriever.open(index.path)
+    begun = retriever._gallery
+    shutil.rmtree(index.path)
+    Index.build(photos, encoder=other, path=index.path)
+    retriever.reload()
+    assert retriever.search(picture(1), encoder="S")[0].path.name == "1.png"
+    monkeypatch.setattr(retriever, "_gallery", begun)
+    with pytest.raises(EncoderMismatchError):
+        retriever.search(picture(1), encoder="S")
+
+
 def test_threads_may_share_a_retriever(retriever, photos):
     expected = retriever.search(photos / "1.png", encoder="S").hits
     answers = []
