@@ -1,10 +1,14 @@
-"""Files that matter: written under a temporary name, synced, renamed."""
+"""Files that matter: written under a temporary name, synced, renamed.
+
+Every OSError that is raised here names the file that the caller asked for.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp-"  # prefix of everything unfinished
@@ -17,7 +21,7 @@ def temporary_name(path: Path) -> Path:
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a file and wait until the disk has it. Not atomic: for files inside an unfinished folder."""
-    with path.open("wb") as file:
+    with _naming(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -26,19 +30,20 @@ def write_synced(path: Path, data: bytes) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: after a crash at any moment it is the old file or the new one, whole."""
     temporary = temporary_name(path)
-    try:
-        write_synced(temporary, data)
-        os.replace(temporary, path)  # noqa: PTH105 - tests inject failures into os
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with _naming(path):
+        try:
+            write_synced(temporary, data)
+            os.replace(temporary, path)  # noqa: PTH105 - tests inject failures into os
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:
     """Wait until the disk has a file that another library wrote."""
-    with path.open("rb+") as file:
+    with _naming(path), path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
@@ -46,8 +51,18 @@ def sync_folder(folder: Path) -> None:
     """Wait until the disk has the folder's names."""
     if sys.platform == "win32":  # folders cannot be synced there; NTFS journals the names itself
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    with _naming(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Those of `write` and `fsync` name no file, those of `replace` the temporary one."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error

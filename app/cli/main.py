@@ -78,9 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MatVitError as error:
         say(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written
-        if error.filename is None:
-            raise
-        say(f"error: {os.fsdecode(error.filename)}: {error.strerror}")
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        say(f"error: {where}{error.strerror or error}")
     return USAGE
 
 

@@ -39,10 +39,27 @@ def test_a_folder_that_may_not_be_written(run, checkpoint, tmp_path):
 
 def test_a_disk_that_refuses_is_one_sentence(run, checkpoint, tmp_path, monkeypatch):
     def full(*arguments, **options):
-        raise OSError(28, "No space left on device", str(tmp_path / "s.safetensors"))
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     done = run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "s.safetensors")
     assert (done.code, done.out) == (2, "")
-    assert done.err == f"error: {tmp_path / 's.safetensors'}: No space left on device\n"
+    assert done.err == f"error: {tmp_path / 's.json'}: No space left on device\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("the disk is gone"), "the disk is gone"),
+        (OSError(28, "No space left on device", "a.json"), "a.json: No space left on device"),
+    ],
+)
+def test_any_refusal_of_the_system_is_one_sentence(run, monkeypatch, error, sentence):
+    def refuse(target):
+        raise error
+
+    monkeypatch.setattr(services, "info_of", refuse)
+    done = run("info")
+    assert (done.code, done.out, done.err) == (2, "", f"error: {sentence}\n")
