@@ -112,8 +112,9 @@ class Index:
         """Bring the index up to date with `images`: a folder, a file, a pattern, or several of those.
 
         Files that the index holds with the same size and time, or the same content, are not embedded again.
-        Files that cannot be used are skipped and listed. With `delete`, pictures below the named folders
-        whose file is gone are forgotten. `encoder` None: the one that the index was created with.
+        Files that cannot be used are skipped and listed. With `delete`, pictures whose file is gone from the
+        named folders, or that were named themselves, are forgotten; a named folder may itself be gone. Those
+        found again elsewhere, by their content, keep their id. `encoder` None: the index was created with it.
 
         Publishes as it goes, so an interrupted run continues where it stopped when it is repeated;
         KeyboardInterrupt is raised again after publishing what is complete.

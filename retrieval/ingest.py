@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from matvit.encoder import ImageEncoder
-from matvit.errors import ImageError
-from matvit.preprocess import FORMATS, FloatArray
+from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
 from retrieval.encoders import check_shape, is_unit
 from retrieval.errors import IngestError
 from retrieval.items import OK, SKIPPED, Item
-from retrieval.snapshot import OpenSegment, Snapshot
+from retrieval.loading import Known, Loaded, Loader, Task, os_reason
+from retrieval.snapshot import Snapshot
 from retrieval.sources import Found, Roots, is_below
 from retrieval.types import IngestReport, SkippedFile
 from retrieval.writer import Entry, GenerationWriter
@@ -34,38 +32,6 @@ PUBLISH_ITEMS = 2048  # a kill loses at most so many pictures ...
 PUBLISH_SECONDS = 60.0  # ... or so much time
 MAX_FILE_BYTES = 512 * 2**20  # larger files are no photographs; reading one whole could exhaust the memory
 _PROGRESS_SECONDS = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """An item that the index already has, and where."""
-
-    item: Item
-    segment: OpenSegment
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One file that must be read, because it is new or its size or time changed."""
-
-    full_path: str
-    root: str
-    path: bytes
-    known: Known | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A file's content. `pixels` None: either no picture (`reason`), or the content that is `known` already."""
-
-    task: Task
-    size: int
-    mtime_ns: int
-    content_sha256: str
-    width: int | None = None
-    height: int | None = None
-    pixels: FloatArray | None = None  # (1, 3, H, W)
-    reason: str | None = None
 
 
 class Ingest:
@@ -85,6 +51,7 @@ class Ingest:
         }
         self._next_id = snapshot.manifest.next_id
         self._generation = snapshot.manifest.generation
+        self._gone: dict[str, list[Known]] = {}  # to be forgotten, unless found elsewhere
         self._deleted: dict[str, list[int]] = {}  # segment -> ids, not yet published
         self._batch: list[tuple[Loaded, Item]] = []  # decoded, not yet encoded
         self._pending: list[Entry] = []  # encoded, not yet published
@@ -94,14 +61,15 @@ class Ingest:
         self._indexed = 0
         self._unchanged = 0
         self._deleted_count = 0
-        self._skipped = list(found.skipped)
+        self._skipped = [*found.skipped, *found.missing]
 
     def run(self, *, delete: bool) -> IngestReport:
         """Bring the index up to date with the files. What is complete is published, whatever ends the run."""
         if delete:
-            self._forget_gone()
+            self._gone = self._find_gone()
         try:
             self._read_and_encode()
+            self._forget_gone()
         except IngestError:  # the disk refuses: it would refuse again
             raise
         except BaseException:
@@ -120,19 +88,34 @@ class Ingest:
             seconds=seconds,
         )
 
-    def _forget_gone(self) -> None:
+    def _find_gone(self) -> dict[str, list[Known]]:
+        """Items below the named folders, or at named places, whose file is gone; by their content's sha256."""
+        gone: dict[str, list[Known]] = {}
+        missing = [os.fspath(file.path) for file in self._found.missing]
+        forgotten: set[str] = set()
         for known in self._known.values():
             path = os.fspath(self._snapshot.full_path(known.item.place))
-            if is_below(path, self._found.scopes) and not os.path.lexists(path):
-                self._deleted.setdefault(known.segment.entry.name, []).append(known.item.id)
-                self._deleted_count += 1
+            homes = [place for place in missing if path == place or is_below(path, [place])]
+            if (homes or is_below(path, self._found.scopes)) and not os.path.lexists(path):
+                gone.setdefault(known.item.content_sha256, []).append(known)
+                forgotten.update(homes)
+        self._skipped = [file for file in self._skipped if os.fspath(file.path) not in forgotten]
+        return gone
+
+    def _forget_gone(self) -> None:
+        for known in chain.from_iterable(self._gone.values()):  # those that were not found elsewhere
+            self._deleted.setdefault(known.segment.entry.name, []).append(known.item.id)
+            self._deleted_count += 1
+        self._gone = {}
 
     def _read_and_encode(self) -> None:
         waiting: deque[Future[Loaded | SkippedFile]] = deque()
+        held = {known.item.content_sha256: known for known in self._known.values() if known.item.status == OK}
+        loader = Loader(self._encoder, held)
         pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         try:
             for task in self._tasks():
-                waiting.append(pool.submit(load, task, encoder=self._encoder))
+                waiting.append(pool.submit(loader.load, task))
                 if len(waiting) >= AHEAD:
                     self._take(waiting.popleft().result())
             while waiting:
@@ -158,31 +141,43 @@ class Ingest:
             elif known and (known.item.size, known.item.mtime_ns) == (status.st_size, status.st_mtime_ns):
                 self._count_known(full_path, known.item)
             else:
-                yield Task(full_path=full_path, root=root, path=path, known=known)
+                yield Task(full_path=full_path, size=status.st_size, root=root, path=path, known=known)
 
     def _take(self, loaded: Loaded | SkippedFile) -> None:
         if isinstance(loaded, SkippedFile):
             self._skip(os.fspath(loaded.path), loaded.reason)
             return
-        item = self._item(loaded)
-        if loaded.pixels is not None:
+        if loaded.same is not None:
+            self._keep(loaded, loaded.same)
+        elif loaded.pixels is not None:
+            item = self._item(loaded)
             self._batch.append((loaded, item))
             if len(self._batch) == BATCH:
                 self._encode()
-        elif loaded.reason is not None:
-            self._pending.append(_entry(loaded, item, None))
-            self._skip(loaded.task.full_path, loaded.reason)
         else:
-            self._pending.append(_with_new_time(loaded))
-            self._count_known(loaded.task.full_path, item)
+            self._pending.append(_entry(loaded, self._item(loaded), None))
+            self._skip(loaded.task.full_path, loaded.reason or "")
         due = time.monotonic() - self._published_at > PUBLISH_SECONDS
         if len(self._pending) >= PUBLISH_ITEMS or due:
             self._publish()
 
+    def _keep(self, loaded: Loaded, same: Known) -> None:
+        """Take the embedding of the same content: of this file before its time changed, or of another file."""
+        task = loaded.task
+        moved = self._gone.get(loaded.content_sha256)
+        if task.known is None and moved:  # its old place is forgotten, but not its id
+            same = moved.pop()
+            task = replace(task, known=same)
+        item = replace(self._item(replace(loaded, task=task)), status=same.item.status, reason=same.item.reason)
+        self._pending.append(_entry(replace(loaded, task=task), item, _embedding(same)))
+        if task.known is same:
+            self._count_known(task.full_path, item)
+        else:
+            self._indexed += 1
+            self._count_done()
+
     def _item(self, loaded: Loaded) -> Item:
         known = loaded.task.known
-        if known is not None and loaded.pixels is None and loaded.reason is None:
-            return known.item
         number = known.item.id if known else self._next_id
         self._next_id = max(self._next_id, number + 1)
         return Item(
@@ -260,63 +255,11 @@ class Ingest:
         )
 
 
-def load(task: Task, *, encoder: ImageEncoder) -> Loaded | SkippedFile:
-    """Read and preprocess one file; runs in a thread.
-
-    A SkippedFile comes back when the file could not be read: it says nothing about the content, so the
-    index does not remember it and the next run tries again.
-    """
-    try:
-        with Path(task.full_path).open("rb") as file:
-            status = os.fstat(file.fileno())
-            data = file.read()
-    except OSError as error:
-        return SkippedFile(path=Path(task.full_path), reason=os_reason(error))
-    loaded = Loaded(
-        task=task,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        content_sha256=hashlib.sha256(data).hexdigest(),
-    )
-    if task.known is not None and task.known.item.content_sha256 == loaded.content_sha256:
-        return loaded
-    try:
-        pixels = encoder.preprocess([data])
-    except ImageError as error:
-        return replace(loaded, reason=_one_line(error.what) if data else "the file is empty")
-    width, height = _stored_size(data)
-    return replace(loaded, pixels=pixels, width=width, height=height)
-
-
-def os_reason(error: OSError) -> str:
-    """A short reason for a person."""
-    known: Mapping[type[OSError], str] = {FileNotFoundError: "no such file", PermissionError: "may not be read"}
-    return known.get(type(error)) or f"cannot be read ({error.strerror or type(error).__name__})"
-
-
-def _stored_size(data: bytes) -> tuple[int | None, int | None]:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
-            return image.size
-    except Exception:  # the size is told to people, nothing depends on it
-        return None, None
-
-
-def _one_line(reason: str) -> str:
-    # Decoders quote bytes of damaged files: keep what a line of text and SQLite can hold.
-    return " ".join(reason.encode("utf-8", "replace").decode("utf-8").replace("\0", "").split())[:300]
-
-
 def _entry(loaded: Loaded, item: Item, embedding: FloatArray | None) -> Entry:
     known = loaded.task.known
     return Entry(item=item, embedding=embedding, replaces=known.segment.entry.name if known else None)
 
 
-def _with_new_time(loaded: Loaded) -> Entry:
-    """The known item under its new size and time, with the embedding that it has: the next run need not read it."""
-    known = loaded.task.known
-    assert known is not None
-    row = known.item.row
-    embedding = None if row is None else np.array(known.segment.embeddings()[row])
-    item = replace(known.item, size=loaded.size, mtime_ns=loaded.mtime_ns, row=None)
-    return _entry(loaded, item, embedding)
+def _embedding(known: Known) -> FloatArray | None:
+    """(D,) float32, copied; None for a skipped file."""
+    return None if known.item.row is None else np.array(known.segment.embeddings()[known.item.row])

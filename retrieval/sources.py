@@ -1,7 +1,7 @@
 """Which files are meant: folders, files and patterns -> absolute paths, and the roots that they belong to."""
 
 # Strings, because a Path per file would double the time of walking a large collection.
-# ruff: noqa: PTH100, PTH112, PTH118, PTH119, PTH120, PTH207
+# ruff: noqa: PTH100, PTH112, PTH118, PTH119, PTH120, PTH122, PTH207
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from matvit.datasets import PICTURE_SUFFIXES
 from retrieval.errors import IngestError
 from retrieval.manifest import is_index
 from retrieval.types import SkippedFile
@@ -27,14 +28,16 @@ class Found:
     files: dict[str, None] = field(default_factory=dict)  # an ordered set
     bases: list[str] = field(default_factory=list)  # folders that the files were named by
     scopes: list[str] = field(default_factory=list)  # folders that were looked through
-    skipped: list[SkippedFile] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)  # folders that cannot be read
+    missing: list[SkippedFile] = field(default_factory=list)  # named, but not there
 
 
 def find_files(images: Images) -> Found:
     """The files that `images` (a folder, a file, a pattern, or several of those) means, in sorted order.
 
-    Folders are walked with all their sub-folders, links to folders included, each folder once; hidden
-    files and folders and other indexes are left out. A missing one among several is skipped and listed.
+    Folders are walked with all their sub-folders, links to folders included, each folder once, for files
+    that are named like pictures (`matvit.datasets.PICTURE_SUFFIXES`); hidden files and folders and other
+    indexes are left out. Named files are taken whatever their name. A missing one among several is listed.
     Raises IngestError when there is nothing at all.
     """
     named = [os.fspath(images)] if isinstance(images, str | os.PathLike) else [os.fspath(image) for image in images]
@@ -55,7 +58,7 @@ def _add(found: Found, name: str) -> None:
         for match in sorted(glob.glob(name, recursive=True)):
             _add_existing(found, os.path.abspath(match))
     else:
-        found.skipped.append(SkippedFile(path=Path(path), reason="no such file"))
+        found.missing.append(SkippedFile(path=Path(path), reason="no such file"))
 
 
 def _add_existing(found: Found, path: str) -> None:
@@ -93,6 +96,8 @@ def _walk(folder: str, skipped: list[SkippedFile]) -> list[str]:
         for entry in sorted(visible, key=lambda entry: entry.name):
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() not in PICTURE_SUFFIXES:
+                continue
             elif entry.is_file() or entry.is_symlink():  # a broken link is listed, and then skipped with its reason
                 files.append(entry.path)
     return sorted(files)

@@ -20,8 +20,8 @@ class SkippedFile:
 class IngestReport:
     """What one `Index.ingest` did. Each file that was found is counted exactly once."""
 
-    indexed: int  # pictures embedded: new ones and changed ones
-    unchanged: int  # pictures that the index already held
+    indexed: int  # new and changed pictures, also copies of known ones
+    unchanged: int  # pictures that the index already held, also those that were moved
     deleted: int  # pictures and skipped files forgotten because their file is gone
     skipped: tuple[SkippedFile, ...]  # files found but not indexed, also those known from an earlier run
     images_per_second: float  # `indexed` / `seconds`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import pytest
 
 import retrieval.ingest
 from retrieval import EmbeddingError, EncoderMismatchError, Index, IngestError, Retriever
+from retrieval.loading import Loader
 
 
 def counts(report):
@@ -69,7 +71,7 @@ def test_a_file_changed_and_changed_back_is_found_again(index, photos, elastic, 
 def test_a_touched_file_with_equal_content_is_unchanged_and_then_not_even_read(index, photos, elastic, monkeypatch):
     os.utime(photos / "3.png", ns=(1, 1))
     assert counts(index.ingest(photos)) == (0, 10, 0, 0)
-    monkeypatch.setattr(retrieval.ingest, "load", None)
+    monkeypatch.setattr(Loader, "load", None)
     assert counts(index.ingest(photos)) == (0, 10, 0, 0)
     assert index.verify() == []
 
@@ -86,6 +88,64 @@ def test_delete_forgets_only_files_that_are_gone_from_the_named_folders(index, p
         f"{n}.png" for n in (0, 1, 2, 4, 5, 6, 7, 9)
     }
     assert index.verify() == []
+
+
+@pytest.fixture
+def albums(tmp_path, photos, elastic):
+    """An index over two folders: photos, of which one picture could not be read, and more."""
+    (tmp_path / "more").mkdir()
+    (photos / "0.png").rename(tmp_path / "more" / "0.png")
+    (photos / "bad.png").touch()
+    return Index.build([photos, tmp_path / "more"], encoder=elastic, path=tmp_path / "albums.index")
+
+
+def test_delete_forgets_a_named_folder_or_file_that_is_gone_itself(albums, tmp_path, photos):
+    more = tmp_path / "more"
+    shutil.rmtree(photos / "sub")
+    (photos / "1.png").unlink()
+    assert counts(albums.ingest([more, photos / "sub", photos / "1.png"])) == (0, 1, 0, 2)
+    assert counts(albums.ingest([more, photos / "sub", photos / "1.png"], delete=True)) == (0, 1, 4, 0)
+    shutil.rmtree(photos)
+    report = albums.ingest([more, photos, tmp_path / "misspelt"], delete=True)
+    assert counts(report) == (0, 1, 6, 1)
+    assert report.skipped[0].path == tmp_path / "misspelt"
+    assert (albums.info().items, albums.info().skipped, albums.verify()) == (1, (), [])
+
+
+def test_a_renamed_folder_keeps_its_ids_and_is_not_embedded_again(albums, tmp_path, photos, elastic, monkeypatch):
+    def ids():
+        hits = Retriever.open(albums.path, encoder=elastic).search(tmp_path / "more" / "0.png", k=99)
+        return {hit.path.name: hit.id for hit in hits}
+
+    before = ids()
+    photos.rename(tmp_path / "renamed")
+    (tmp_path / "renamed" / "copy.png").write_bytes((tmp_path / "renamed" / "2.png").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(type(elastic.encoder()), "preprocess", None)  # any use would fail
+        report = albums.ingest([tmp_path / "renamed", photos], delete=True)
+    assert counts(report) == (1, 9, 1, 1)  # the copy; the moved; bad.png under its old and its new name
+    after = ids()
+    copies = {after.pop("2.png"), after.pop("copy.png")}
+    assert copies == {before.pop("2.png"), 12}
+    assert after == before
+    assert albums.verify() == []
+    assert counts(albums.ingest([tmp_path / "renamed", tmp_path / "more"], delete=True)) == (0, 11, 0, 1)
+
+
+def test_without_delete_a_moved_picture_is_another_one_with_the_same_embedding(albums, tmp_path, photos, elastic):
+    photos.rename(tmp_path / "renamed")
+    spare = Broken(elastic, lambda embeddings: 0 * embeddings)  # would be refused
+    assert counts(albums.ingest(tmp_path / "renamed", encoder=spare)) == (9, 0, 0, 1)
+    assert albums.info().items == 19
+    assert albums.verify() == []
+
+
+def test_a_picture_renamed_over_another_one_takes_that_ones_place(index, photos, elastic, picture):
+    third, path = id_of(index.path, elastic, picture(3))
+    (photos / "5.png").replace(path)
+    assert counts(index.ingest(photos, delete=True)) == (1, 8, 1, 0)
+    assert id_of(index.path, elastic, picture(5)) == (third, path)
+    assert (index.info().items, index.verify()) == (9, [])
 
 
 def test_ids_are_never_given_twice(index, photos, elastic, picture):
@@ -117,7 +177,7 @@ def test_bad_files_are_skipped_counted_listed_and_not_decoded_again(tmp_path, ph
     listed = {file.path.name: file.reason for file in index.info().skipped}
     assert listed.keys() == expected.keys()
     assert all(listed[name].startswith(reason) for name, reason in expected.items())
-    monkeypatch.setattr(retrieval.ingest, "load", None)  # any read would fail
+    monkeypatch.setattr(Loader, "load", None)  # any read would fail
     report = index.ingest(photos)
     assert counts(report) == (0, 10, 0, 3)
     assert {file.path.name: file.reason for file in report.skipped} == listed
@@ -138,14 +198,14 @@ def test_a_repaired_file_is_taken_and_a_broken_one_is_no_longer_found(tmp_path, 
 
 
 def test_what_could_not_be_read_is_listed_but_tried_again(tmp_path, photos, elastic, monkeypatch):
-    def refuse(task, *, encoder):
+    def refuse(loader, task):
         if task.path == b"3.png":
-            monkeypatch.setattr(retrieval.ingest, "load", load)
+            monkeypatch.setattr(Loader, "load", load)
             (photos / "3.png").rename(photos / ".away")  # vanishes between listing and reading
-        return load(task, encoder=encoder)
+        return load(loader, task)
 
-    load = retrieval.ingest.load
-    monkeypatch.setattr(retrieval.ingest, "load", refuse)
+    load = Loader.load
+    monkeypatch.setattr(Loader, "load", refuse)
     index = Index.create(tmp_path / "i", encoder=elastic)
     report = index.ingest(photos)
     assert [(file.path.name, file.reason) for file in report.skipped] == [("3.png", "no such file")]

@@ -67,7 +67,7 @@ def test_nothing_to_index_is_one_sentence(images, sentence, tmp_path, monkeypatc
 def test_a_missing_one_among_several_is_listed_not_fatal(photos):
     found = find_files([photos, photos / "gone.png"])
     assert len(found.files) == 10
-    assert [(file.path, file.reason) for file in found.skipped] == [(photos / "gone.png", "no such file")]
+    assert [(file.path, file.reason) for file in found.missing] == [(photos / "gone.png", "no such file")]
 
 
 def test_a_file_belongs_to_the_deepest_root_and_known_roots_are_kept():
