@@ -17,7 +17,7 @@ import numpy as np
 from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
-from retrieval.encoders import check_shape, is_unit
+from retrieval.encoders import check_shape, is_unit, normalised
 from retrieval.errors import IngestError
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.loading import Known, Loaded, Loader, Task, os_reason
@@ -203,7 +203,7 @@ class Ingest:
         check_shape(embeddings, rows=len(batch), dim=self._writer.manifest.encoder.embedding_dim)
         good = is_unit(embeddings)
         self._pending += [
-            _entry(loaded, item, embedding)
+            _entry(loaded, item, normalised(embedding))
             for (loaded, item), embedding, fine in zip(batch, embeddings, good, strict=True)
             if fine
         ]

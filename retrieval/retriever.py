@@ -16,7 +16,7 @@ from PIL import Image
 from matvit.encoder import ElasticEncoder, ImageEncoder
 from matvit.preprocess import FloatArray, ImageSource
 from matvit.spec import SubmodelSpec
-from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder
+from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder, normalised
 from retrieval.errors import EmbeddingError, SearchError
 from retrieval.flat import FlatSearch, ScoreArray
 from retrieval.items import IntArray, Place
@@ -177,8 +177,7 @@ def _search_batch(images: Sequence[ImageSource], *, gallery: _Gallery, encoder: 
     start = time.perf_counter()
     pixels = encoder.preprocess(images)
     preprocessed = time.perf_counter()
-    queries = encoder.encode(pixels)
-    _check_queries(queries, rows=len(images), dim=gallery.snapshot.manifest.encoder.embedding_dim)
+    queries = _checked(encoder.encode(pixels), rows=len(images), dim=gallery.snapshot.manifest.encoder.embedding_dim)
     encoded = time.perf_counter()
     answers = [gallery.hits(*found) for found in gallery.vectors.search(queries, k=k)]
     searched = time.perf_counter()
@@ -200,7 +199,7 @@ def _search_batch(images: Sequence[ImageSource], *, gallery: _Gallery, encoder: 
         )
 
 
-def _check_queries(queries: FloatArray, *, rows: int, dim: int) -> None:
+def _checked(queries: FloatArray, *, rows: int, dim: int) -> FloatArray:
     check_shape(queries, rows=rows, dim=dim)
     if not is_unit(queries).all():
         raise EmbeddingError(
@@ -208,3 +207,4 @@ def _check_queries(queries: FloatArray, *, rows: int, dim: int) -> None:
             where="encoder",
             fix="search with another submodel, or check the checkpoint with: matvit verify",
         )
+    return normalised(queries)

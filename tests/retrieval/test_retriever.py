@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -73,6 +74,22 @@ def test_a_large_k_gives_all_there_is_and_an_empty_index_gives_nothing(tmp_path,
     assert isinstance(hits, Hits)
     assert len(hits) == 0
     assert hits.spec == "XL"
+
+
+def test_scores_are_cosines_also_for_a_runtime_that_rounds(tmp_path, photos, elastic, picture):
+    class Rounding(type(elastic.encoder())):
+        def encode(self, pixels):
+            return np.float32(1.0009) * super().encode(pixels)
+
+    class Elastic(type(elastic)):
+        def encoder(self, spec=None):
+            return Rounding(self.shape.spec(spec), self.space_id)
+
+    Index.build(photos, encoder=elastic, path=tmp_path / "exact")
+    Index.build(photos, encoder=Elastic(), path=tmp_path / "rounded")
+    exact = Retriever.open(tmp_path / "exact", encoder=elastic).search(picture(1))
+    rounded = Retriever.open(tmp_path / "rounded", encoder=Elastic()).search(picture(1))
+    assert [hit.score for hit in rounded] == pytest.approx([hit.score for hit in exact], abs=1e-6)
 
 
 @pytest.mark.parametrize(
