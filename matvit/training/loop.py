@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
-import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from matvit.datasets import LabelledImages, data_folder, read_dataset
+from matvit.durable import TEMPORARY, write_atomic
 from matvit.errors import RecipeError
 from matvit.importance import find_keep_order, order_by_importance
 from matvit.model import AxesConfig, MatViT, run_block
@@ -35,6 +37,7 @@ from matvit.training.sampling import ladder_spec, resolution_of_step, specs_of_s
 from matvit.training.start import load_teacher, start_encoder
 from matvit.training.teacher import teach
 
+_STATE, _LOG = "state.pt", "log.jsonl"
 _SAVE_SECONDS = 60.0  # how much work a kill may cost
 _LOG_STEPS = 50
 _ORDER_PICTURES = 512  # that the importance of hidden units is measured on
@@ -66,15 +69,18 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
     same call continues it, to the same weights; `resume` False starts again. Pictures that cannot be
     read are left out and listed in the checkpoint's training.json.
 
-    Raises RecipeError, DatasetError, SpecError and BackboneError for what cannot be carried out.
+    Raises RecipeError, DatasetError, SpecError and BackboneError for what cannot be carried out, RecipeError
+    and CheckpointError when the disk refuses; what was saved before is then kept.
     """
     torch.manual_seed(recipe.seed)  # start values of the heads; every step seeds itself
     labelled = [read_dataset(data_folder() / one.path, classes=one.classes, exclude=one.exclude) for one in recipe.data]
     if recipe.validation is not None:
         check_validation(recipe.validation)
     out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        for name in ("state.pt", "log.jsonl"):
+    for name in (_STATE, _LOG):
+        for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
+            left.unlink()
+        if not resume:
             (out / name).unlink(missing_ok=True)
     run = _prepare(recipe, labelled, out, progress)
     optimiser_state = _restore(run)
@@ -318,7 +324,8 @@ def _log(run: _Run, stage: Stage, loss: float, learning_rate: float) -> None:
             fix="lower its learning_rate and start again with --fresh",
         )
     row = {"stage": stage.name, "step": run.step, "loss": loss, "learning_rate": learning_rate, "time": time.time()}
-    with (run.folder / "log.jsonl").open("a") as file:
+    path = run.folder / _LOG
+    with _writing(path), path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     run.progress(
         ProgressEvent(
@@ -341,19 +348,30 @@ def _save(run: _Run, optimiser: torch.optim.Optimizer | None) -> None:
         "anchor": None if run.anchor is None else run.anchor.vit.state_dict(),
         "optimiser": None if optimiser is None else optimiser.state_dict(),
     }
-    unfinished = run.folder / "state.pt.unfinished"
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(run.folder / "state.pt")
+    content = io.BytesIO()  # torch.save hides the errors of a file
+    torch.save(state, content)
+    path = run.folder / _STATE
+    with _writing(path):
+        write_atomic(path, content.getvalue())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(
+            what=f"cannot be written ({error.strerror})",
+            where=str(path),
+            fix="mend that, and the same command goes on from the last save",
+        ) from error
 
 
 def _restore(run: _Run) -> dict[str, Any] | None:
     """Continue from the folder's state, if there is one; returns the optimiser's part."""
-    path = run.folder / "state.pt"
+    path = run.folder / _STATE
     if not path.exists():
-        (run.folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first save
+        (run.folder / _LOG).unlink(missing_ok=True)  # of a run that was killed before its first save
         return None
     try:
         state = torch.load(path, map_location=run.fabric.device, weights_only=True)
@@ -385,7 +403,7 @@ def _take(run: _Run, state: dict[str, Any]) -> dict[str, Any] | None:
 
 def _forget_later_rows(run: _Run) -> None:
     """Leave out of the log what was done after the last save, for it will be done again."""
-    path = run.folder / "log.jsonl"
+    path = run.folder / _LOG
     if not path.exists():
         return
     names = [stage.name for stage in run.recipe.stages]

@@ -104,6 +104,50 @@ loop.train(recipe, out=Path({str(tmp_path / "parts")!r}))
     same_result(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.fixture
+def small_disk(monkeypatch):
+    """From a run's second save on, the system refuses files above 1 kB."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = loop._save
+
+    def save_then_limit(*arguments):
+        save(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+
+    monkeypatch.setattr(loop, "_save", save_then_limit)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_save_before(data, make_recipe, tmp_path, small_disk):
+    with pytest.raises(RecipeError, match=r"state\.pt: cannot be written \(File too large\); mend that"):
+        train(make_recipe(), out=tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "state.pt"]
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_log_is_one_sentence(data, make_recipe, tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
+
+    def fill_the_disk(event):
+        if event.stage == "train full" and event.done == 1:
+            log.unlink()
+            log.symlink_to("/dev/full")
+
+    with pytest.raises(RecipeError, match=r"log\.jsonl: cannot be written \(No space left on device\)"):
+        train(make_recipe(), out=tmp_path / "run", progress=fill_the_disk)
+
+
+def test_what_a_kill_during_a_save_left_is_removed(data, make_recipe, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".tmp-1-state.pt").write_bytes(b"half")
+    train(make_recipe(), out=folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["encoder", "log.jsonl", "state.pt"]
+
+
 def test_a_fresh_run_forgets_the_unfinished_one(data, make_recipe, tmp_path):
     recipe = make_recipe(stages=AUGMENTED_TWICE)
     with pytest.raises(Interrupted):
