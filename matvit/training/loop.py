@@ -8,6 +8,7 @@ import json
 import math
 import random
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -374,9 +375,10 @@ def _restore(run: _Run) -> dict[str, Any] | None:
         (run.folder / _LOG).unlink(missing_ok=True)  # of a run that was killed before its first save
         return None
     try:
+        _check_sums(path)
         state = torch.load(path, map_location=run.fabric.device, weights_only=True)
         same_recipe = Recipe.model_validate_json(state["recipe"]) == run.recipe
-        same_data = state.get("data") in (None, [images.sha256 for images in run.labelled])
+        same_data = state["data"] == [images.sha256 for images in run.labelled]
         if same_recipe and same_data:
             return _take(run, state)
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -386,6 +388,13 @@ def _restore(run: _Run) -> dict[str, Any] | None:
         where=str(path),
         fix="choose another --out, or start again with --fresh",
     )
+
+
+def _check_sums(path: Path) -> None:
+    """torch.save writes the check sum of every tensor, but torch.load does not look at them."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(damaged)
 
 
 def _take(run: _Run, state: dict[str, Any]) -> dict[str, Any] | None:

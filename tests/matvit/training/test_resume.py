@@ -188,14 +188,34 @@ def test_a_state_of_other_pictures_is_refused(interrupted, make_recipe, data):
         train(make_recipe(), out=interrupted)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "no state", "pickled object"])
-def test_a_damaged_state_is_refused_and_never_unpickled(interrupted, make_recipe, damage, tmp_path):
-    state = interrupted / "state.pt"
-    if damage == "cut short":
-        state.write_bytes(state.read_bytes()[:1000])
-    elif damage == "no state":
-        torch.save({"recipe": 1}, state)
-    else:
-        torch.save({"recipe": Path("x")}, state)
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def flip_one_bit_of_the_weights(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(state["model"]["pos_embed"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+def save_something_else(path: Path) -> None:
+    torch.save({"recipe": 1}, path)
+
+
+def save_a_pickled_object(path: Path) -> None:
+    torch.save({"recipe": Path("x")}, path)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_one_bit_of_the_weights, save_something_else, save_a_pickled_object])
+def test_a_damaged_state_is_refused_and_never_unpickled(interrupted, make_recipe, damage):
+    damage(interrupted / "state.pt")
     with pytest.raises(RecipeError, match=r"state\.pt: is damaged; start again with --fresh"):
+        train(make_recipe(), out=interrupted)
+
+
+def test_a_state_that_names_no_pictures_is_refused(interrupted, make_recipe):
+    state = torch.load(interrupted / "state.pt", weights_only=True)
+    torch.save(state | {"data": None}, interrupted / "state.pt")
+    with pytest.raises(RecipeError, match=r"state\.pt: belongs to other pictures"):
         train(make_recipe(), out=interrupted)
