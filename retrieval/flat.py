@@ -14,6 +14,7 @@ from retrieval.items import IntArray
 ScoreArray = npt.NDArray[np.float64]
 
 _MARGIN = 16  # candidates beyond k in the first round
+_PART = 1024  # candidates that float64 decides on together: they stay in the processor's cache
 
 
 class FlatSearch:
@@ -55,18 +56,23 @@ class FlatSearch:
 
     def _decide(self, query: FloatArray, positions: IntArray, *, border: float, k: int) -> tuple[IntArray, ScoreArray]:
         """Order candidates exactly. `border`: no vector outside `positions` scored more in float32."""
-        while True:
-            scores = self._exact_scores(query, positions)
-            best = np.lexsort((self._ids[positions], -scores))[:k]
-            if len(positions) == len(self) or scores[best[-1]] > border + self._slack:
-                return positions[best], scores[best]
-            # Whoever was left out may still tie with the last hit or beat it: look at more.
-            wider, found = self._faiss.search(query[np.newaxis], min(len(self), 4 * len(positions)))
-            positions, border = found[0], float(wider[0, -1])
+        found = self._best(query, positions, k=k)
+        worst = float(found[1][-1])
+        if len(positions) == len(self) or worst > border + self._slack:
+            return found
+        # Whoever was left out may still tie with the last hit or beat it: look at all that come near.
+        _, _, near = self._faiss.range_search(query[np.newaxis], worst - self._slack)
+        return self._best(query, near, k=k)
+
+    def _best(self, query: FloatArray, positions: IntArray, *, k: int) -> tuple[IntArray, ScoreArray]:
+        parts = (positions[start : start + _PART] for start in range(0, len(positions), _PART))
+        scores = np.concatenate([self._exact_scores(query, part) for part in parts])
+        best = np.lexsort((self._ids[positions], -scores))[:k]
+        return positions[best], scores[best]
 
     def _exact_scores(self, query: FloatArray, positions: IntArray) -> ScoreArray:
         # Sums along the contiguous axis, so every row is added in the same order and equal rows score the same;
         # a matrix product would depend on where the row lies.
-        rows = self._faiss.reconstruct_batch(positions).astype(np.float64)
-        scores: ScoreArray = (rows * query.astype(np.float64)).sum(axis=1)
+        products = self._faiss.reconstruct_batch(positions) * query.astype(np.float64)
+        scores: ScoreArray = products.sum(axis=1)
         return scores

@@ -62,6 +62,23 @@ def test_the_order_of_the_vectors_does_not_matter():
     np.testing.assert_array_equal(ids[found], ids[shuffled][again])
 
 
+def test_whatever_ties_there_are_the_gallery_is_looked_through_at_most_twice():
+    class Counting:
+        def __init__(self, faiss):
+            self.faiss, self.passes = faiss, 0
+
+        def __getattr__(self, name):
+            self.passes += name.endswith("search")
+            return getattr(self.faiss, name)
+
+    vectors = np.repeat(unit(np.random.default_rng(2).standard_normal((2, 8))), 5000, axis=0)
+    search = FlatSearch(np.arange(len(vectors))[::-1].copy(), [vectors], dim=8)
+    search._faiss = Counting(search._faiss)
+    [(positions, _)] = search.search(vectors[:1], k=3)
+    assert positions.tolist() == [4999, 4998, 4997]  # equal scores by id
+    assert search._faiss.passes == 2
+
+
 def test_an_empty_gallery_finds_nothing_and_nan_is_refused():
     search = FlatSearch(np.empty(0, dtype=np.int64), [], dim=4)
     [(positions, scores)] = search.search(np.ones((1, 4), dtype=np.float32), k=3)
