@@ -379,22 +379,24 @@ def _restore(run: _Run) -> dict[str, Any] | None:
         state = torch.load(path, map_location=run.fabric.device, weights_only=True)
         same_recipe = Recipe.model_validate_json(state["recipe"]) == run.recipe
         same_data = state["data"] == [images.sha256 for images in run.labelled]
-        if same_recipe and same_data:
-            return _take(run, state)
+        optimiser_state = _take(run, state) if same_recipe and same_data else None
     except Exception as error:  # torch raises many kinds for a damaged file
         raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
-    raise RecipeError(
-        what="belongs to other pictures" if same_recipe else "belongs to another recipe",
-        where=str(path),
-        fix="choose another --out, or start again with --fresh",
-    )
+    if not (same_recipe and same_data):
+        raise RecipeError(
+            what="belongs to other pictures" if same_recipe else "belongs to another recipe",
+            where=str(path),
+            fix="choose another --out, or start again with --fresh",
+        )
+    _forget_later_rows(run)
+    return optimiser_state
 
 
 def _check_sums(path: Path) -> None:
-    """torch.save writes the check sum of every tensor, but torch.load does not look at them."""
+    """torch.load ignores the check sums that torch.save writes, and leaves unread what is marked as a folder."""
     with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(damaged)
+        if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+            raise zipfile.BadZipFile
 
 
 def _take(run: _Run, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -405,26 +407,24 @@ def _take(run: _Run, state: dict[str, Any]) -> dict[str, Any] | None:
         run.anchor.vit.load_state_dict(state["anchor"])
     run.model.vit.load_state_dict(state["model"])
     run.heads.load_state_dict(state["heads"])
-    _forget_later_rows(run)
     optimiser: dict[str, Any] | None = state["optimiser"]
     return optimiser
 
 
 def _forget_later_rows(run: _Run) -> None:
-    """Leave out of the log what was done after the last save, for it will be done again."""
+    """Leave out of the log what was done after the last save, for it will be done again, and what is no row."""
     path = run.folder / _LOG
     if not path.exists():
         return
+    with _writing(path):
+        kept = [line + b"\n" for line in path.read_bytes().splitlines() if _is_kept(line, run)]
+        write_atomic(path, b"".join(kept))
+
+
+def _is_kept(line: bytes, run: _Run) -> bool:
     names = [stage.name for stage in run.recipe.stages]
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # a kill may cut the last line short
-            break
-        if (names.index(row["stage"]), row["step"]) > (run.stage, run.step):
-            break
-        kept.append(line + "\n")
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        row = json.loads(line)
+        return (names.index(row["stage"]), row["step"]) <= (run.stage, run.step)
+    except (ValueError, TypeError, KeyError, RecursionError):  # a kill may cut a line short
+        return False

@@ -158,15 +158,28 @@ def test_a_fresh_run_forgets_the_unfinished_one(data, make_recipe, tmp_path):
     assert not (tmp_path / "state.pt").exists()
 
 
-def test_a_log_line_that_a_kill_cut_short_is_dropped(data, make_recipe, tmp_path):
+@pytest.mark.parametrize(
+    "line",
+    ['{"stage": "tw', "", "{}", "[1]", '{"stage": "three", "step": 1}', '{"stage": "two", "step": null}', "\udcff"],
+)
+def test_a_log_line_that_is_no_row_is_dropped(data, make_recipe, tmp_path, line):
     recipe = make_recipe(stages=AUGMENTED_TWICE)
     train(recipe, out=tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(recipe, out=tmp_path / "parts", progress=interrupt_at("two", 3))
-    with (tmp_path / "parts" / "log.jsonl").open("a") as log:
-        log.write('{"stage": "tw')
+    log = tmp_path / "parts" / "log.jsonl"
+    first, *others = log.read_bytes().splitlines(keepends=True)
+    damaged = line.encode(errors="surrogateescape")
+    log.write_bytes(first + damaged + b"\n" + b"".join(others) + damaged)
     train(recipe, out=tmp_path / "parts")
     same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_folder_in_the_logs_place_is_not_blamed_on_the_state(interrupted, make_recipe):
+    (interrupted / "log.jsonl").unlink()
+    (interrupted / "log.jsonl").mkdir()
+    with pytest.raises(RecipeError, match=r"log\.jsonl: cannot be written \(Is a directory\); mend that"):
+        train(make_recipe(), out=interrupted)
 
 
 @pytest.fixture
@@ -199,6 +212,13 @@ def flip_one_bit_of_the_weights(path: Path) -> None:
     path.write_bytes(content)
 
 
+def mark_a_tensor_as_a_folder(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[entry + 38] ^= 0x10
+    path.write_bytes(content)
+
+
 def save_something_else(path: Path) -> None:
     torch.save({"recipe": 1}, path)
 
@@ -207,7 +227,10 @@ def save_a_pickled_object(path: Path) -> None:
     torch.save({"recipe": Path("x")}, path)
 
 
-@pytest.mark.parametrize("damage", [cut_short, flip_one_bit_of_the_weights, save_something_else, save_a_pickled_object])
+@pytest.mark.parametrize(
+    "damage",
+    [cut_short, flip_one_bit_of_the_weights, mark_a_tensor_as_a_folder, save_something_else, save_a_pickled_object],
+)
 def test_a_damaged_state_is_refused_and_never_unpickled(interrupted, make_recipe, damage):
     damage(interrupted / "state.pt")
     with pytest.raises(RecipeError, match=r"state\.pt: is damaged; start again with --fresh"):
