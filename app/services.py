@@ -24,14 +24,14 @@ DEFAULT_CHECKPOINT = "matvit-small"
 DEFAULT_INDEX = Path("photos.index")  # in the current folder, for `index` and `search` alike
 
 
-def load_encoder(source: str) -> MatViT:
-    """The elastic encoder of a bundled name, a checkpoint folder or a hub id.
+def load_encoder(source: str, *, revision: str | None = None) -> MatViT:
+    """The elastic encoder of a bundled name, a checkpoint folder or a hub id (there at its commit `revision`).
 
     Raises CheckpointError, or MissingExtraError without torch.
     """
     from matvit import MatViT
 
-    return MatViT.from_pretrained(source)
+    return MatViT.from_pretrained(source, revision=revision)
 
 
 # --- index and search ----------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def info_of(target: str) -> dict[str, Any]:
             fix="save it and index the pictures again",
         )
     return {
-        **_encoder_info(load_encoder(index.encoder_source)),
+        **_encoder_info(load_encoder(index.encoder_source, revision=index.encoder_revision)),
         "path": target,
         "items": index.items,
         "generation": index.generation,

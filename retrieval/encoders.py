@@ -23,6 +23,7 @@ def describe(encoder: ElasticEncoder) -> EncoderEntry:
     return EncoderEntry(
         name=encoder.name,
         source=encoder.source,
+        revision=encoder.revision,
         space_id=encoder.space_id,
         weights_sha256=encoder.weights_sha256,
         spec=str(spec),
@@ -42,7 +43,7 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
     from matvit import MatViT
 
     try:
-        encoder: ElasticEncoder = MatViT.from_pretrained(entry.source)
+        encoder: ElasticEncoder = MatViT.from_pretrained(entry.source, revision=entry.revision)
     except CheckpointError as error:
         raise CheckpointError(
             what=f"the encoder that built this index cannot be loaded from '{entry.source}' ({error.what})",

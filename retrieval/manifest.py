@@ -72,6 +72,7 @@ class EncoderEntry(_Model):
 
     name: str
     source: str | None
+    revision: str | None = None
     space_id: str
     weights_sha256: str | None
     spec: str

@@ -124,6 +124,7 @@ class Snapshot:
             weights_sha256=encoder.weights_sha256,
             encoder_name=encoder.name,
             encoder_source=encoder.source,
+            encoder_revision=encoder.revision,
             encoder_spec=encoder.spec,
             encoder_resolution=encoder.resolution,
             skipped=tuple(

@@ -42,6 +42,7 @@ class IndexInfo:
     weights_sha256: str | None
     encoder_name: str
     encoder_source: str | None
+    encoder_revision: str | None  # of a hub repository
     encoder_spec: str  # of the gallery
     encoder_resolution: int  # pixels
     skipped: tuple[SkippedFile, ...]

@@ -48,6 +48,7 @@ class FakeEncoder:
 class FakeElastic:
     name: str = "fake"
     source: str | None = "fake-source"
+    revision: str | None = "fake-commit"
     space_id: str = "5" * 64
     weights_sha256: str | None = "6" * 64
     embedding_dim: int = DIM

@@ -35,6 +35,7 @@ def test_an_index_of_format_1_is_read(version_1, elastic, picture):
     info = index.info()
     assert index.verify() == []
     assert (info.items, info.generation, info.encoder_source) == (5, 3, "fake-source")
+    assert info.encoder_revision is None
     assert [(file.path, file.reason) for file in info.skipped] == [(Path("/photos/bad.jpg"), "the file is empty")]
     hits = Retriever.open(version_1, encoder=elastic).search(picture(33), encoder="XL", k=2)
     assert (hits[0].id, hits[0].path, round(hits[0].score, 5)) == (3, Path("/photos/3.png"), 1.0)

@@ -150,8 +150,8 @@ def test_a_foreign_encoder_is_accepted_by_space_and_refused_by_name(index, elast
 def test_the_encoder_that_built_the_index_is_found(index, elastic, picture, monkeypatch):
     class Loader:
         @staticmethod
-        def from_pretrained(source):
-            assert source == "fake-source"
+        def from_pretrained(source, *, revision):
+            assert (source, revision) == ("fake-source", "fake-commit")
             return elastic
 
     monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
@@ -161,7 +161,7 @@ def test_the_encoder_that_built_the_index_is_found(index, elastic, picture, monk
 def test_an_encoder_that_cannot_be_found_is_named(index, elastic, picture, monkeypatch, tmp_path, photos):
     class Loader:
         @staticmethod
-        def from_pretrained(source):
+        def from_pretrained(source, *, revision):
             raise CheckpointError(what="no such folder", where=source, fix="look")
 
     monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
@@ -199,7 +199,7 @@ def test_an_index_replaced_while_its_encoder_is_loaded_never_answers_from_the_wr
 ):
     class Loader:
         @staticmethod
-        def from_pretrained(source):
+        def from_pretrained(source, *, revision):
             shutil.rmtree(index.path)
             Index.build(photos, encoder=elastic.in_another_space(), path=index.path)
             reloading = threading.Thread(target=reload)
@@ -229,7 +229,7 @@ def test_a_search_that_began_before_a_reload_is_refused_the_other_spaces_encoder
 
     class Loader:
         @staticmethod
-        def from_pretrained(source):
+        def from_pretrained(source, *, revision):
             return other
 
     monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
