@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -308,16 +310,33 @@ def run_demo(*, progress: Progress = silent) -> tuple[Path, DemoTable]:
 
 def _demo_index(encoder: MatViT, progress: Progress) -> Path:
     from matvit_data import demo_folder
-    from retrieval import EncoderMismatchError, Index, IndexFormatError
+    from retrieval import EncoderMismatchError, Index, IndexFormatError, IndexLockedError
+    from retrieval.files import writing
 
     photos = demo_folder() / "images"
     # The folder counts too: two installations that share a cache must not find each other's pictures.
     installation = hashlib.sha256(os.fsencode(photos)).hexdigest()
     path = cache_folder() / f"demo-{encoder.space_id:.8}-{installation:.8}.index"
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".demo-", dir=path.parent))
     try:
-        index = Index.open(path) if path.exists() else Index.create(path, encoder=encoder)
-        index.ingest(photos, encoder=encoder, delete=True, progress=progress)
-    except (IndexFormatError, EncoderMismatchError):
-        shutil.rmtree(path)  # it is a cache
-        Index.build(photos, encoder=encoder, path=path, progress=progress)
+        if path.exists():
+            try:
+                Index.open(path).ingest(photos, encoder=encoder, delete=True, progress=progress)
+            except IndexLockedError:
+                pass  # it is whole, and another demo brings it up to date
+            except (IndexFormatError, EncoderMismatchError):
+                with suppress(FileNotFoundError):  # another demo was faster
+                    path.rename(aside / "damaged")
+        if not path.exists():
+            # Built aside and renamed: two demos may do the work twice, but neither meets half an index.
+            Index.build(photos, encoder=encoder, path=aside / "new", progress=progress)
+            try:
+                (aside / "new").rename(path)
+            except OSError:
+                if not is_index(path):  # or else another demo was faster
+                    raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return path
