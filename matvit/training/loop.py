@@ -166,9 +166,11 @@ def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) 
         if run.step % _LOG_STEPS == 0 or run.step == stage.steps:
             _log(run, stage, loss.item(), optimiser.param_groups[-2]["lr"])  # the encoder's last layer
         if now - saved > _SAVE_SECONDS:
+            _refuse_non_finite(run, stage, optimiser)
             run.seconds, began = run.seconds + now - began, now
             _save(run, optimiser)
             saved = time.monotonic()
+    _refuse_non_finite(run, stage, optimiser)
     run.seconds += time.monotonic() - began
     run.stage, run.step = run.stage + 1, 0
     _save(run, None)
@@ -319,11 +321,7 @@ def _wanted(stage: Stage, need: str) -> bool:
 
 def _log(run: _Run, stage: Stage, loss: float, learning_rate: float) -> None:
     if not math.isfinite(loss):
-        raise RecipeError(
-            what=f"the loss is {loss} at step {run.step}",
-            where=f"stage '{stage.name}'",
-            fix="lower its learning_rate and start again with --fresh",
-        )
+        raise _diverged(run, stage, f"the loss is {loss}")
     row = {"stage": stage.name, "step": run.step, "loss": loss, "learning_rate": learning_rate, "time": time.time()}
     path = run.folder / _LOG
     with _writing(path), path.open("a") as file:
@@ -333,6 +331,22 @@ def _log(run: _Run, stage: Stage, loss: float, learning_rate: float) -> None:
             stage=f"train {stage.name}", done=run.step, total=stage.steps, unit="steps", note=f"loss {loss:.3f}"
         )
     )
+
+
+def _diverged(run: _Run, stage: Stage, what: str) -> RecipeError:
+    return RecipeError(
+        what=f"{what} at step {run.step}",
+        where=f"stage '{stage.name}'",
+        fix="lower its learning_rate and start again with --fresh",
+    )
+
+
+def _refuse_non_finite(run: _Run, stage: Stage, optimiser: torch.optim.Optimizer) -> None:
+    """A loss is looked at now and then, and before its step: the weights may be NaN or infinite all the same."""
+    moments = [tensor for state in optimiser.state.values() for tensor in state.values()]
+    tensors = [*run.model.vit.state_dict().values(), *run.heads.state_dict().values(), *moments]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise _diverged(run, stage, "its weights or their moments are not finite")
 
 
 def _save(run: _Run, optimiser: torch.optim.Optimizer | None) -> None:

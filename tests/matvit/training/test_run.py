@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from matvit.errors import RecipeError
+from matvit.training import loop
 from matvit.training.heads import Heads
 from matvit.training.loop import train
 from matvit.training.recipe import TeacherRecipe
@@ -80,6 +81,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, make_recipe, tmp_path):
     stage = {"name": "full", "steps": 40, "learning_rate": 1e30, "full": {"classification": 1}}
     with pytest.raises(RecipeError, match="lower its learning_rate"):
         train(make_recipe(stages=[stage], optimiser={"warmup": 0.0}), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("poisoned", ["weight", "moment"])
+@pytest.mark.parametrize(("steps", "save_seconds"), [(3, 60.0), (9, 0.0)])
+def test_what_is_not_finite_is_never_saved_though_the_loss_is(
+    data, make_recipe, tmp_path, monkeypatch, poisoned, steps, save_seconds
+):
+    step = loop._step
+
+    def poison_the_third(run, stage, optimiser, batch):
+        loss = step(run, stage, optimiser, batch)
+        if run.step == 2:
+            weight = run.model.vit.pos_embed
+            (weight if poisoned == "weight" else optimiser.state[weight]["exp_avg_sq"]).data[0, 0, 0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(loop, "_step", poison_the_third)
+    monkeypatch.setattr(loop, "_SAVE_SECONDS", save_seconds)
+    stage = {"name": "full", "steps": steps, "learning_rate": 1e-3, "full": {"classification": 1}}
+    with pytest.raises(RecipeError, match="its weights or their moments are not finite at step 3; lower"):
+        train(make_recipe(stages=[stage]), out=tmp_path / "run")
+    saved = tmp_path / "run" / "state.pt"
+    assert not saved.exists() or torch.load(saved, weights_only=True)["step"] == 2
 
 
 def test_training_json_holds_what_made_the_encoder_and_nothing_of_the_machine(data, make_recipe, teacher, tmp_path):
