@@ -21,6 +21,7 @@ class Heads(nn.Module):
         super().__init__()
         self.classes = nn.ModuleList(CosineClassifier(dim, count) for count in classes)
         if teacher is not None:
+            # Whole for two widths: timm draws its start weights before ours, and other draws would be another run.
             model = load_teacher(teacher)
             self.teacher_classes = CosineClassifier(dim, model.num_classes)
             width = model.head_hidden_size  # of the pooled features; `num_features` is before the head's own layers

@@ -57,10 +57,16 @@ class _Run:
     skipped: list[list[Skipped]]
     folder: Path
     progress: Progress
+    mean: Tensor  # (3, 1, 1) on the device, as `std`
+    std: Tensor
     anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
     stage: int = 0
     step: int = 0
     seconds: float = 0.0  # spent in optimisation, over all starts
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1] as the encoder takes them."""
+        return (images - self.mean) / self.std
 
 
 def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress = silent) -> MatViT:
@@ -113,6 +119,10 @@ def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, prog
     ]
     sets = [TrainingSet(images=part[0], batch=one.batch) for part, one in zip(decoded, recipe.data, strict=True)]
     heads = Heads(model.embedding_dim, [one.images.num_classes for one in sets], recipe.teacher)
+    mean, std = (
+        torch.tensor(value, device=fabric.device).view(3, 1, 1)
+        for value in (model.preprocessing.mean, model.preprocessing.std)
+    )
     return _Run(
         recipe=recipe,
         fabric=fabric,
@@ -123,6 +133,8 @@ def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, prog
         skipped=[bad for _, _, bad in decoded],
         folder=out,
         progress=progress,
+        mean=mean,
+        std=std,
     )
 
 
@@ -201,7 +213,7 @@ def _begin_stage(run: _Run, stage: Stage) -> None:
             with_teacher=False,
             key=(run.recipe.seed, run.stage, -1),
         )
-        images = _normalise(run.model, batch.images)
+        images = run.normalise(batch.images)
         order_by_importance(run.model, images)
         if run.recipe.encoder.depth_axis:
             _open_axes(run.model, run.recipe, keep_order=find_keep_order(run.model, images))
@@ -239,7 +251,7 @@ def _step(run: _Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batc
     anchors = None
     if run.anchor is not None and _wanted(stage, "need_anchor"):
         with torch.no_grad(), run.fabric.autocast():
-            anchors = run.anchor(_normalise(run.model, batch.at(shape.image_size))).float()
+            anchors = run.anchor(run.normalise(batch.at(shape.image_size))).float()
     full = SubmodelSpec.of(shape, shape.ffn_widths, image_size=_full_resolution(run, stage))
     plan: list[tuple[SubmodelSpec, Losses]] = [(full, stage.full)]
     if stage.submodels is not None:
@@ -256,7 +268,7 @@ def _step(run: _Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batc
     total = torch.zeros((), device=run.fabric.device)
     for spec, weights in plan:  # one backward pass each keeps memory at one submodel's
         with run.fabric.autocast():
-            embeddings = run.model(_normalise(run.model, batch.at(spec.image_size)), spec)
+            embeddings = run.model(run.normalise(batch.at(spec.image_size)), spec)
         loss = _loss(run.heads, weights, embeddings.float(), batch, anchors)
         run.fabric.backward(loss)
         total += loss.detach()
@@ -307,12 +319,6 @@ def _optimiser(run: _Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLR
         t_in_epochs=False,
     )
     return optimiser, schedule
-
-
-def _normalise(model: MatViT, images: Tensor) -> Tensor:
-    mean = torch.tensor(model.preprocessing.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(model.preprocessing.std, device=images.device).view(3, 1, 1)
-    return (images - mean) / std
 
 
 def _wanted(stage: Stage, need: str) -> bool:
