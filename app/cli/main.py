@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from matvit.errors import MatVitError, MissingExtraError
 from matvit_app.cli import app as app_command
@@ -28,16 +29,35 @@ cli = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cli.command("demo")(demo.demo)
-cli.command("index")(index.index)
-cli.command("search")(search.search)
-cli.command("info")(info.info)
-cli.command("train")(train.train)
-cli.command("extract")(extract.extract)
-cli.command("eval")(evaluate.evaluate)
-cli.command("app")(app_command.app)
-cli.command("doctor")(doctor.doctor)
-cli.command("verify")(verify.verify)
+
+
+class _Command(TyperCommand):
+    """Refuses an empty argument: as a path it would silently mean the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        parameter: Any  # click's, wherever this version of typer keeps it
+        for parameter in self.get_params(ctx):
+            value = given.get(parameter.name)
+            if "" in (value if isinstance(value, list | tuple) else [value]):
+                raise typer.BadParameter("it is empty", ctx=ctx, param=parameter)
+        return super().parse_args(ctx, args)
+
+
+_COMMANDS: Mapping[str, Callable[..., None]] = {
+    "demo": demo.demo,
+    "index": index.index,
+    "search": search.search,
+    "info": info.info,
+    "train": train.train,
+    "extract": extract.extract,
+    "eval": evaluate.evaluate,
+    "app": app_command.app,
+    "doctor": doctor.doctor,
+    "verify": verify.verify,
+}
+for _name, _command in _COMMANDS.items():
+    cli.command(_name, cls=_Command)(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -58,7 +58,7 @@ def test_search_with_a_folder(run, index, photos):
 
 
 @pytest.mark.parametrize(
-    "spec", ["Q", "", "5S", "1S.2XL", "0S.2XL", "S-r84", "S-h1", "XL-d1", "2w129", "2w0", "S,M", "S S"]
+    "spec", ["Q", "5S", "1S.2XL", "0S.2XL", "S-r84", "S-h1", "XL-d1", "2w129", "2w0", "S,M", "S S"]
 )
 def test_search_with_a_spec_that_the_encoder_lacks(run, index, picture, spec):
     refused(run("search", picture, "--index", index, "--encoder", spec), "encoder spec", "use S, M, L, XL")
@@ -187,7 +187,7 @@ def test_eval_of_classes_that_are_not_there(run, checkpoint, photos):
 
 
 @pytest.mark.parametrize("option", ["--queries", "--galleries"])
-@pytest.mark.parametrize("specs", ["S,Q", ",", ""])
+@pytest.mark.parametrize("specs", ["S,Q", ","])
 def test_eval_with_a_wrong_spec(run, checkpoint, photos, option, specs):
     refused(run("eval", photos, "--encoder", checkpoint, option, specs), "spec")
 
@@ -225,6 +225,37 @@ def test_app_on_an_index_that_is_none(run, photos):
 )
 def test_usage_errors_name_the_argument_and_the_help(run, arguments, words):
     refused(run(*arguments), *words, "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["index", ""], "IMAGES"),
+        (["index", "{photos}", ""], "IMAGES"),
+        (["index", "{photos}", "--index", ""], "--index"),
+        (["index", "{photos}", "--index="], "--index"),
+        (["index", "{photos}", "--encoder", ""], "--encoder"),
+        (["search", ""], "IMAGES"),
+        (["search", "{photos}/cats/0.png", "--index", ""], "--index"),
+        (["search", "{photos}/cats/0.png", "--encoder", ""], "--encoder"),
+        (["info", ""], "INDEX"),
+        (["train", "", "--out", "run"], "RECIPE"),
+        (["train", "matvit-small", "--out", ""], "--out"),
+        (["extract", "", "--spec", "S", "--out", "s.safetensors"], "checkpoint"),
+        (["extract", "matvit-small", "--spec", "S", "--out", ""], "--out"),
+        (["eval", ""], "dataset"),
+        (["eval", "{photos}", "--gallery", ""], "--gallery"),
+        (["eval", "{photos}", "--queries", ""], "--queries"),
+        (["app", ""], "index"),
+        (["app", "--host", ""], "--host"),
+        (["demo", "--host", ""], "--host"),
+        (["verify", ""], "INDEX"),
+    ],
+)
+def test_an_empty_argument_is_not_the_current_folder(run, photos, tmp_path, monkeypatch, arguments, name):
+    monkeypatch.chdir(tmp_path)
+    refused(run(*(argument.format(photos=photos) for argument in arguments)), name, "it is empty", "--help")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _free_port():
