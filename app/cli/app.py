@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -93,11 +94,14 @@ def check_can_serve(*, host: str, port: int) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        no_address = isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL
         raise MatVitError(
-            what=f"the page cannot listen there ({error.strerror})",
+            what=f"the page cannot listen there ({getattr(error, 'strerror', None) or error})",
             where=f"{host}:{port}",
-            fix=f"give another port, for example --port {port % 65535 + 1}",
+            fix=f"give an address of this machine, for example --host {HOST}"
+            if no_address
+            else f"give another port, for example --port {port % 65535 + 1}",
         ) from error
 
 

@@ -209,6 +209,13 @@ def test_app_on_a_port_that_is_taken(run):
         refused(run("app", "--port", port, "--no-browser"), f"127.0.0.1:{port}", "--port")
 
 
+# Not a name, too long for one, and an address of documentation, which no machine has (RFC 5737).
+@pytest.mark.parametrize("host", ["not a host", "x" * 300, "192.0.2.1"])
+@pytest.mark.parametrize("command", ["app", "demo"])
+def test_app_at_an_address_that_is_not_this_machines(run, command, host):
+    refused(run(command, "--host", host, "--no-browser"), f"{host}:8501", "address of this machine", "--host 127.0.0.1")
+
+
 def test_app_on_an_index_that_is_none(run, photos):
     refused(run("app", photos, "--port", _free_port(), "--no-browser"), photos, "no index")
 
