@@ -20,8 +20,10 @@ import timm
 import torch
 
 from matvit import MatViT
+from matvit.preprocess import FloatArray
+from matvit.torch_encoder import TorchEncoder
 
-SPECS = ("S", "M", "L", "XL", "6S.6XL")
+SPECS = ("S", "M", "L", "XL", "6S.6XL", "XL-r112", "XL-r84", "M-d10-r84", "XL-d10-r56")
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -38,16 +40,21 @@ def peak_gflops(size: int = 1024, rounds: int = 20) -> float:
     return 2 * size**3 / statistics.median(times) / 1e6
 
 
+def encoding(encoder: TorchEncoder, pixels: FloatArray) -> Callable[[], object]:
+    """A call that encodes one picture at the resolution of the encoder's spec."""
+    size = encoder.spec.image_size
+    own = np.ascontiguousarray(pixels[..., :size, :size])
+    return lambda: encoder.encode(own)
+
+
 def measure(rounds: int, threads: int) -> dict[str, Any]:
     """Interleaved medians of encoding one picture, after a warm-up, and their ratios to XL."""
     torch.set_num_threads(threads)
     model = MatViT.from_pretrained("matvit-small")
-    pixels = np.random.default_rng(0).standard_normal((1, 3, 112, 112), dtype=np.float32)
-    encoders = {spec: model.encoder(spec) for spec in SPECS}
-    calls: dict[str, Callable[[], object]] = {
-        spec: (lambda encoder=encoder: encoder.encode(pixels)) for spec, encoder in encoders.items()
-    }
-    plain = timm.create_model("vit_small_patch14_dinov2", img_size=112, num_classes=0).eval()
+    native = model.shape.image_size
+    pixels = np.random.default_rng(0).standard_normal((1, 3, native, native), dtype=np.float32)
+    calls = {spec: encoding(model.encoder(spec), pixels) for spec in SPECS}
+    plain = timm.create_model("vit_small_patch14_dinov2", img_size=native, num_classes=0).eval()
     picture = torch.from_numpy(pixels)
 
     @torch.inference_mode()

@@ -41,7 +41,8 @@ def model_card(model: MatViT) -> str:
 
 def _license(model: MatViT) -> str:
     """Only whoever trained the weights can say it."""
-    return f"license: {model.record['license']}\n" if "license" in model.record else ""
+    named = model.record.get("license")
+    return f"license: {named}\n" if named else ""
 
 
 def _pareto_table(model: MatViT) -> list[str]:

@@ -111,8 +111,8 @@ def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, prog
     _open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
     _check_specs(model, recipe)
     if recipe.compile and fabric.device.type == "cuda":
-        # All blocks of one width share one compiled graph.
-        model.block_forward = torch.compile(run_block, dynamic=False)
+        # Dynamic: one graph serves all widths and resolutions.
+        model.block_forward = torch.compile(run_block, dynamic=True)
     decoded = [
         to_device(images, resolution=one.resolution, device=fabric.device, progress=progress)
         for images, one in zip(labelled, recipe.data, strict=True)

@@ -150,6 +150,7 @@ class Recipe(_Strict):
     validation: ValidationRecipe | None = None
     optimiser: OptimiserRecipe = OptimiserRecipe()
     stages: tuple[Stage, ...] = Field(min_length=1)
+    license: str | None = None  # of the weights, for the model card: an identifier such as apache-2.0
     credits: tuple[str, ...] = ()  # for the model card
     notes: tuple[str, ...] = ()  # for the model card
 

@@ -124,6 +124,7 @@ def _record(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {name: _version(name) for name in ("matvit-retrieval", "torch", "timm", "lightning-fabric")},
         "commit": _commit(),
+        "license": recipe.license,
         "credits": list(recipe.credits),
         "notes": list(recipe.notes),
     }
