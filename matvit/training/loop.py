@@ -32,6 +32,7 @@ from matvit.training import losses
 from matvit.training.batches import Batch, TrainingSet, draw_batch
 from matvit.training.data import Skipped, to_device
 from matvit.training.heads import Heads
+from matvit.training.processes import average_gradients, check_equal, mean_of, send_to_all, start_fabric
 from matvit.training.recipe import Losses, Recipe, Stage
 from matvit.training.record import check_validation, finish
 from matvit.training.sampling import ladder_spec, resolution_of_step, specs_of_step
@@ -76,24 +77,29 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
     same call continues it, to the same weights; `resume` False starts again. Pictures that cannot be
     read are left out and listed in the checkpoint's training.json.
 
+    With `devices` above 1, Fabric starts this program again for each further device; only the first
+    process returns, the others end here.
+
     Raises RecipeError, DatasetError, SpecError and BackboneError for what cannot be carried out, RecipeError
     and CheckpointError when the disk refuses; what was saved before is then kept.
     """
+    fabric = start_fabric(recipe)
+    if not fabric.is_global_zero:
+        progress = silent
     torch.manual_seed(recipe.seed)  # start values of the heads; every step seeds itself
     labelled = [read_dataset(data_folder() / one.path, classes=one.classes, exclude=one.exclude) for one in recipe.data]
     if recipe.validation is not None:
         check_validation(recipe.validation)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (_STATE, _LOG):
-        for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
-            left.unlink()
-        if not resume:
-            (out / name).unlink(missing_ok=True)
-    run = _prepare(recipe, labelled, out, progress)
+    if fabric.is_global_zero:
+        _tidy(out, resume=resume)
+    fabric.barrier()
+    run = _prepare(recipe, fabric, labelled, out, progress)
     optimiser_state = _restore(run)
     while run.stage < len(recipe.stages):
         _run_stage(run, recipe.stages[run.stage], optimiser_state)
         optimiser_state = None
+    if not fabric.is_global_zero:
+        raise SystemExit(0)
     return finish(
         run.model,
         recipe,
@@ -105,8 +111,16 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
     )
 
 
-def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> _Run:
-    fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
+def _tidy(out: Path, *, resume: bool) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (_STATE, _LOG):
+        for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
+            left.unlink()
+        if not resume or not (out / _STATE).exists():  # the log of a run that was killed before its first save
+            (out / name).unlink(missing_ok=True)
+
+
+def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> _Run:
     model = start_encoder(recipe).to(fabric.device)
     _open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
     _check_specs(model, recipe)
@@ -117,7 +131,10 @@ def _prepare(recipe: Recipe, labelled: Sequence[LabelledImages], out: Path, prog
         to_device(images, resolution=one.resolution, device=fabric.device, progress=progress)
         for images, one in zip(labelled, recipe.data, strict=True)
     ]
-    sets = [TrainingSet(images=part[0], batch=one.batch) for part, one in zip(decoded, recipe.data, strict=True)]
+    sets = [
+        TrainingSet(images=part[0], batch=one.batch // recipe.devices)
+        for part, one in zip(decoded, recipe.data, strict=True)
+    ]
     heads = Heads(model.embedding_dim, [one.images.num_classes for one in sets], recipe.teacher)
     mean, std = (
         torch.tensor(value, device=fabric.device).view(3, 1, 1)
@@ -170,22 +187,31 @@ def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) 
             augmentation=stage.augmentation,
             image_size=_drawn_at(run, stage),
             with_teacher=with_teacher,
-            key=(run.recipe.seed, run.stage, run.step),
+            key=(run.recipe.seed, run.stage, run.step, *_own_share(run.fabric)),
         )
         loss = _step(run, stage, optimiser, batch)
         run.step += 1
         now = time.monotonic()
         if run.step % _LOG_STEPS == 0 or run.step == stage.steps:
-            _log(run, stage, loss.item(), optimiser.param_groups[-2]["lr"])  # the encoder's last layer
-        if now - saved > _SAVE_SECONDS:
+            mean = mean_of(run.fabric, loss).item()  # so that all processes see a bad one
+            _log(run, stage, mean, optimiser.param_groups[-2]["lr"])  # the encoder's last layer
+        if now - saved > _SAVE_SECONDS and run.fabric.is_global_zero:
             _refuse_non_finite(run, stage, optimiser)
             run.seconds, began = run.seconds + now - began, now
             _save(run, optimiser)
             saved = time.monotonic()
     _refuse_non_finite(run, stage, optimiser)
+    check_equal(run.fabric, run.model.vit)
     run.seconds += time.monotonic() - began
     run.stage, run.step = run.stage + 1, 0
-    _save(run, None)
+    if run.fabric.is_global_zero:
+        _save(run, None)
+    run.fabric.barrier()
+
+
+def _own_share(fabric: Fabric) -> tuple[int, ...]:
+    """What tells the draws of one process from another's; nothing in the first, whatever their number."""
+    return () if fabric.is_global_zero else (fabric.global_rank,)
 
 
 def _drawn_at(run: _Run, stage: Stage) -> int:
@@ -216,7 +242,9 @@ def _begin_stage(run: _Run, stage: Stage) -> None:
         images = run.normalise(batch.images)
         order_by_importance(run.model, images)
         if run.recipe.encoder.depth_axis:
-            _open_axes(run.model, run.recipe, keep_order=find_keep_order(run.model, images))
+            keep_order = run.fabric.broadcast(find_keep_order(run.model, images))
+            _open_axes(run.model, run.recipe, keep_order=keep_order)
+        send_to_all(run.fabric, run.model.vit)  # near ties may have been ordered otherwise on another device
 
 
 def _ask_teacher(run: _Run) -> None:
@@ -273,6 +301,7 @@ def _step(run: _Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batc
         run.fabric.backward(loss)
         total += loss.detach()
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    average_gradients(run.fabric, parameters)
     nn.utils.clip_grad_norm_(parameters, run.recipe.optimiser.clip_norm)
     optimiser.step()
     return total
@@ -329,6 +358,8 @@ def _log(run: _Run, stage: Stage, loss: float, learning_rate: float) -> None:
     if not math.isfinite(loss):
         raise _diverged(run, stage, f"the loss is {loss}")
     row = {"stage": stage.name, "step": run.step, "loss": loss, "learning_rate": learning_rate, "time": time.time()}
+    if not run.fabric.is_global_zero:
+        return
     path = run.folder / _LOG
     with _writing(path), path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -392,7 +423,6 @@ def _restore(run: _Run) -> dict[str, Any] | None:
     """Continue from the folder's state, if there is one; returns the optimiser's part."""
     path = run.folder / _STATE
     if not path.exists():
-        (run.folder / _LOG).unlink(missing_ok=True)  # of a run that was killed before its first save
         return None
     try:
         _check_sums(path)
@@ -408,7 +438,8 @@ def _restore(run: _Run) -> dict[str, Any] | None:
             where=str(path),
             fix="choose another --out, or start again with --fresh",
         )
-    _forget_later_rows(run)
+    if run.fabric.is_global_zero:
+        _forget_later_rows(run)
     return optimiser_state
 
 

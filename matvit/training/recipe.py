@@ -142,6 +142,7 @@ class Recipe(_Strict):
     name: str = Field(pattern=r"^[\w.-]+$")
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    devices: PositiveInt = 1  # GPUs, or processes on a CPU; each takes its share of every batch
     compile: bool = False  # torch.compile the blocks (CUDA)
     storage: Literal["float32", "int8"] = "int8"
     encoder: EncoderRecipe
@@ -159,6 +160,9 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("two stages have the same name")
+        for one in self.data:
+            if one.batch % self.devices:
+                raise ValueError(f"a batch of {one.batch} from '{one.path}' cannot be shared by {self.devices} devices")
         for index, stage in enumerate(self.stages):
             losses = [stage.full, *([stage.submodels] if stage.submodels else [])]
             if not all(loss.train_something for loss in losses):
