@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import math
 import random
 import time
-import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from matvit.datasets import LabelledImages, data_folder, read_dataset
-from matvit.durable import TEMPORARY, write_atomic
 from matvit.errors import RecipeError
 from matvit.importance import find_keep_order, order_by_importance
 from matvit.model import AxesConfig, MatViT, run_block
@@ -30,44 +26,19 @@ from matvit.progress import Progress, ProgressEvent, silent
 from matvit.spec import SubmodelSpec
 from matvit.training import losses
 from matvit.training.batches import Batch, TrainingSet, draw_batch
-from matvit.training.data import Skipped, to_device
+from matvit.training.data import to_device
 from matvit.training.heads import Heads
 from matvit.training.processes import average_gradients, check_equal, mean_of, send_to_all, start_fabric
 from matvit.training.recipe import Losses, Recipe, Stage
 from matvit.training.record import check_validation, finish
 from matvit.training.sampling import ladder_spec, resolution_of_step, specs_of_step
 from matvit.training.start import load_teacher, start_encoder
+from matvit.training.state import LOG, Run, restore, save, tidy, writing
 from matvit.training.teacher import teach
 
-_STATE, _LOG = "state.pt", "log.jsonl"
 _SAVE_SECONDS = 60.0  # how much work a kill may cost
 _LOG_STEPS = 50
 _ORDER_PICTURES = 512  # that the importance of hidden units is measured on
-
-
-@dataclass(kw_only=True)
-class _Run:
-    """Everything that a run holds while it is under way."""
-
-    recipe: Recipe
-    fabric: Fabric
-    model: MatViT
-    heads: Heads
-    sets: list[TrainingSet]
-    labelled: list[LabelledImages]  # the readable pictures, for the record
-    skipped: list[list[Skipped]]
-    folder: Path
-    progress: Progress
-    mean: Tensor  # (3, 1, 1) on the device, as `std`
-    std: Tensor
-    anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
-    stage: int = 0
-    step: int = 0
-    seconds: float = 0.0  # spent in optimisation, over all starts
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1] as the encoder takes them."""
-        return (images - self.mean) / self.std
 
 
 def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress = silent) -> MatViT:
@@ -91,10 +62,10 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
     if recipe.validation is not None:
         check_validation(recipe.validation)
     if fabric.is_global_zero:
-        _tidy(out, resume=resume)
+        tidy(out, resume=resume)
     fabric.barrier()
     run = _prepare(recipe, fabric, labelled, out, progress)
-    optimiser_state = _restore(run)
+    optimiser_state = restore(run)
     while run.stage < len(recipe.stages):
         _run_stage(run, recipe.stages[run.stage], optimiser_state)
         optimiser_state = None
@@ -111,16 +82,7 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
     )
 
 
-def _tidy(out: Path, *, resume: bool) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (_STATE, _LOG):
-        for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
-            left.unlink()
-        if not resume or not (out / _STATE).exists():  # the log of a run that was killed before its first save
-            (out / name).unlink(missing_ok=True)
-
-
-def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> _Run:
+def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> Run:
     model = start_encoder(recipe).to(fabric.device)
     _open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
     _check_specs(model, recipe)
@@ -140,7 +102,7 @@ def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages],
         torch.tensor(value, device=fabric.device).view(3, 1, 1)
         for value in (model.preprocessing.mean, model.preprocessing.std)
     )
-    return _Run(
+    return Run(
         recipe=recipe,
         fabric=fabric,
         model=model,
@@ -170,7 +132,7 @@ def _check_specs(model: MatViT, recipe: Recipe) -> None:
             model.shape.spec(f"XL-r{pixels}")
 
 
-def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
+def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
     if run.step == 0:
         _begin_stage(run, stage)
     with_teacher = _wanted(stage, "need_teacher")
@@ -198,14 +160,14 @@ def _run_stage(run: _Run, stage: Stage, optimiser_state: dict[str, Any] | None) 
         if now - saved > _SAVE_SECONDS and run.fabric.is_global_zero:
             _refuse_non_finite(run, stage, optimiser)
             run.seconds, began = run.seconds + now - began, now
-            _save(run, optimiser)
+            save(run, optimiser)
             saved = time.monotonic()
     _refuse_non_finite(run, stage, optimiser)
     check_equal(run.fabric, run.model.vit)
     run.seconds += time.monotonic() - began
     run.stage, run.step = run.stage + 1, 0
     if run.fabric.is_global_zero:
-        _save(run, None)
+        save(run, None)
     run.fabric.barrier()
 
 
@@ -214,19 +176,19 @@ def _own_share(fabric: Fabric) -> tuple[int, ...]:
     return () if fabric.is_global_zero else (fabric.global_rank,)
 
 
-def _drawn_at(run: _Run, stage: Stage) -> int:
+def _drawn_at(run: Run, stage: Stage) -> int:
     """The resolution that a step's pictures are cut at: the largest that it needs."""
     if stage.submodels is not None or _wanted(stage, "need_anchor"):
         return max(run.model.config.image_size, *stage.resolutions, 0)
     return _full_resolution(run, stage)
 
 
-def _full_resolution(run: _Run, stage: Stage) -> int:
+def _full_resolution(run: Run, stage: Stage) -> int:
     native = run.model.config.image_size
     return resolution_of_step(stage.resolutions, native=native, seed=run.recipe.seed, step=run.step)
 
 
-def _begin_stage(run: _Run, stage: Stage) -> None:
+def _begin_stage(run: Run, stage: Stage) -> None:
     """Freeze what the stage aligns to, and order hidden units and blocks before submodels are first trained."""
     if _wanted(stage, "need_anchor"):
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
@@ -247,7 +209,7 @@ def _begin_stage(run: _Run, stage: Stage) -> None:
         send_to_all(run.fabric, run.model.vit)  # near ties may have been ordered otherwise on another device
 
 
-def _ask_teacher(run: _Run) -> None:
+def _ask_teacher(run: Run) -> None:
     """Crops are drawn as the first stage that asks says: a resumed later stage sees the same ones."""
     recipe = run.recipe.teacher
     augmentation = next(one.augmentation for one in run.recipe.stages if _wanted(one, "need_teacher"))
@@ -273,7 +235,7 @@ def _ask_teacher(run: _Run) -> None:
     run.heads.feature_mean.copy_(torch.stack(features).sum(dim=0) / sum(one.batch for one in run.sets))
 
 
-def _step(run: _Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch) -> Tensor:
+def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch) -> Tensor:
     """One optimisation step over the full encoder and the step's submodels; the summed loss, detached."""
     shape = run.model.shape
     anchors = None
@@ -329,7 +291,7 @@ def _loss(heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, ancho
     return torch.stack(terms).sum()
 
 
-def _optimiser(run: _Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
+def _optimiser(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
     recipe = run.recipe.optimiser
     groups = param_groups_layer_decay(
         run.model.vit,
@@ -354,14 +316,14 @@ def _wanted(stage: Stage, need: str) -> bool:
     return any(getattr(weights, need) for weights in (stage.full, stage.submodels) if weights is not None)
 
 
-def _log(run: _Run, stage: Stage, loss: float, learning_rate: float) -> None:
+def _log(run: Run, stage: Stage, loss: float, learning_rate: float) -> None:
     if not math.isfinite(loss):
         raise _diverged(run, stage, f"the loss is {loss}")
     row = {"stage": stage.name, "step": run.step, "loss": loss, "learning_rate": learning_rate, "time": time.time()}
     if not run.fabric.is_global_zero:
         return
-    path = run.folder / _LOG
-    with _writing(path), path.open("a") as file:
+    path = run.folder / LOG
+    with writing(path), path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     run.progress(
         ProgressEvent(
@@ -370,7 +332,7 @@ def _log(run: _Run, stage: Stage, loss: float, learning_rate: float) -> None:
     )
 
 
-def _diverged(run: _Run, stage: Stage, what: str) -> RecipeError:
+def _diverged(run: Run, stage: Stage, what: str) -> RecipeError:
     return RecipeError(
         what=f"{what} at step {run.step}",
         where=f"stage '{stage.name}'",
@@ -378,104 +340,9 @@ def _diverged(run: _Run, stage: Stage, what: str) -> RecipeError:
     )
 
 
-def _refuse_non_finite(run: _Run, stage: Stage, optimiser: torch.optim.Optimizer) -> None:
+def _refuse_non_finite(run: Run, stage: Stage, optimiser: torch.optim.Optimizer) -> None:
     """A loss is looked at now and then, and before its step: the weights may be NaN or infinite all the same."""
     moments = [tensor for state in optimiser.state.values() for tensor in state.values()]
     tensors = [*run.model.vit.state_dict().values(), *run.heads.state_dict().values(), *moments]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise _diverged(run, stage, "its weights or their moments are not finite")
-
-
-def _save(run: _Run, optimiser: torch.optim.Optimizer | None) -> None:
-    """Keep the run, atomically. `optimiser` None: between stages."""
-    state = {
-        "recipe": run.recipe.model_dump_json(),
-        "data": [images.sha256 for images in run.labelled],
-        "stage": run.stage,
-        "step": run.step,
-        "seconds": run.seconds,
-        "axes": run.model.axes.model_dump(),
-        "model": run.model.vit.state_dict(),
-        "heads": run.heads.state_dict(),
-        "anchor": None if run.anchor is None else run.anchor.vit.state_dict(),
-        "optimiser": None if optimiser is None else optimiser.state_dict(),
-    }
-    content = io.BytesIO()  # torch.save hides the errors of a file
-    torch.save(state, content)
-    path = run.folder / _STATE
-    with _writing(path):
-        write_atomic(path, content.getvalue())
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RecipeError(
-            what=f"cannot be written ({error.strerror})",
-            where=str(path),
-            fix="mend that, and the same command goes on from the last save",
-        ) from error
-
-
-def _restore(run: _Run) -> dict[str, Any] | None:
-    """Continue from the folder's state, if there is one; returns the optimiser's part."""
-    path = run.folder / _STATE
-    if not path.exists():
-        return None
-    try:
-        _check_sums(path)
-        state = torch.load(path, map_location=run.fabric.device, weights_only=True)
-        same_recipe = Recipe.model_validate_json(state["recipe"]) == run.recipe
-        same_data = state["data"] == [images.sha256 for images in run.labelled]
-        optimiser_state = _take(run, state) if same_recipe and same_data else None
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
-    if not (same_recipe and same_data):
-        raise RecipeError(
-            what="belongs to other pictures" if same_recipe else "belongs to another recipe",
-            where=str(path),
-            fix="choose another --out, or start again with --fresh",
-        )
-    if run.fabric.is_global_zero:
-        _forget_later_rows(run)
-    return optimiser_state
-
-
-def _check_sums(path: Path) -> None:
-    """torch.load ignores the check sums that torch.save writes, and leaves unread what is marked as a folder."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
-            raise zipfile.BadZipFile
-
-
-def _take(run: _Run, state: dict[str, Any]) -> dict[str, Any] | None:
-    run.stage, run.step, run.seconds = state["stage"], state["step"], state["seconds"]
-    run.model.open_axes(AxesConfig.model_validate(state["axes"]))
-    if state["anchor"] is not None:
-        run.anchor = copy.deepcopy(run.model).requires_grad_(False)
-        run.anchor.vit.load_state_dict(state["anchor"])
-    run.model.vit.load_state_dict(state["model"])
-    run.heads.load_state_dict(state["heads"])
-    optimiser: dict[str, Any] | None = state["optimiser"]
-    return optimiser
-
-
-def _forget_later_rows(run: _Run) -> None:
-    """Leave out of the log what was done after the last save, for it will be done again, and what is no row."""
-    path = run.folder / _LOG
-    if not path.exists():
-        return
-    with _writing(path):
-        kept = [line + b"\n" for line in path.read_bytes().splitlines() if _is_kept(line, run)]
-        write_atomic(path, b"".join(kept))
-
-
-def _is_kept(line: bytes, run: _Run) -> bool:
-    names = [stage.name for stage in run.recipe.stages]
-    try:
-        row = json.loads(line)
-        return (names.index(row["stage"]), row["step"]) <= (run.stage, run.step)
-    except (ValueError, TypeError, KeyError, RecursionError):  # a kill may cut a line short
-        return False

@@ -109,13 +109,13 @@ def small_disk(monkeypatch):
     """From a run's second save on, the system refuses files above 1 kB."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = loop._save
+    save = loop.save
 
     def save_then_limit(*arguments):
         save(*arguments)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
 
-    monkeypatch.setattr(loop, "_save", save_then_limit)
+    monkeypatch.setattr(loop, "save", save_then_limit)
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -1,0 +1,160 @@
+"""A run under way: what it holds, how it is kept on disk, and how it goes on from there."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from matvit.datasets import LabelledImages
+from matvit.durable import TEMPORARY, write_atomic
+from matvit.errors import RecipeError
+from matvit.model import AxesConfig, MatViT
+from matvit.progress import Progress
+from matvit.training.batches import TrainingSet
+from matvit.training.data import Skipped
+from matvit.training.heads import Heads
+from matvit.training.recipe import Recipe
+
+_STATE, LOG = "state.pt", "log.jsonl"
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that a run holds while it is under way."""
+
+    recipe: Recipe
+    fabric: Fabric
+    model: MatViT
+    heads: Heads
+    sets: list[TrainingSet]
+    labelled: list[LabelledImages]  # the readable pictures, for the record
+    skipped: list[list[Skipped]]
+    folder: Path
+    progress: Progress
+    mean: Tensor  # (3, 1, 1) on the device, as `std`
+    std: Tensor
+    anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0  # spent in optimisation, over all starts
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1] as the encoder takes them."""
+        return (images - self.mean) / self.std
+
+
+def tidy(out: Path, *, resume: bool) -> None:
+    """Make the run's folder, and remove what a killed run left half written; without `resume`, all of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (_STATE, LOG):
+        for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
+            left.unlink()
+        if not resume or not (out / _STATE).exists():  # the log of a run that was killed before its first save
+            (out / name).unlink(missing_ok=True)
+
+
+def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
+    """Keep the run, atomically. `optimiser` None: between stages."""
+    state = {
+        "recipe": run.recipe.model_dump_json(),
+        "data": [images.sha256 for images in run.labelled],
+        "stage": run.stage,
+        "step": run.step,
+        "seconds": run.seconds,
+        "axes": run.model.axes.model_dump(),
+        "model": run.model.vit.state_dict(),
+        "heads": run.heads.state_dict(),
+        "anchor": None if run.anchor is None else run.anchor.vit.state_dict(),
+        "optimiser": None if optimiser is None else optimiser.state_dict(),
+    }
+    content = io.BytesIO()  # torch.save hides the errors of a file
+    torch.save(state, content)
+    path = run.folder / _STATE
+    with writing(path):
+        write_atomic(path, content.getvalue())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that refuses to write `path` is told as RecipeError."""
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(
+            what=f"cannot be written ({error.strerror})",
+            where=str(path),
+            fix="mend that, and the same command goes on from the last save",
+        ) from error
+
+
+def restore(run: Run) -> dict[str, Any] | None:
+    """Continue from the folder's state, if there is one; returns the optimiser's part."""
+    path = run.folder / _STATE
+    if not path.exists():
+        return None
+    try:
+        _check_sums(path)
+        state = torch.load(path, map_location=run.fabric.device, weights_only=True)
+        same_recipe = Recipe.model_validate_json(state["recipe"]) == run.recipe
+        same_data = state["data"] == [images.sha256 for images in run.labelled]
+        optimiser_state = _take(run, state) if same_recipe and same_data else None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
+    if not (same_recipe and same_data):
+        raise RecipeError(
+            what="belongs to other pictures" if same_recipe else "belongs to another recipe",
+            where=str(path),
+            fix="choose another --out, or start again with --fresh",
+        )
+    if run.fabric.is_global_zero:
+        _forget_later_rows(run)
+    return optimiser_state
+
+
+def _check_sums(path: Path) -> None:
+    """torch.load ignores the check sums that torch.save writes, and leaves unread what is marked as a folder."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+            raise zipfile.BadZipFile
+
+
+def _take(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
+    run.stage, run.step, run.seconds = state["stage"], state["step"], state["seconds"]
+    run.model.open_axes(AxesConfig.model_validate(state["axes"]))
+    if state["anchor"] is not None:
+        run.anchor = copy.deepcopy(run.model).requires_grad_(False)
+        run.anchor.vit.load_state_dict(state["anchor"])
+    run.model.vit.load_state_dict(state["model"])
+    run.heads.load_state_dict(state["heads"])
+    optimiser: dict[str, Any] | None = state["optimiser"]
+    return optimiser
+
+
+def _forget_later_rows(run: Run) -> None:
+    """Leave out of the log what was done after the last save, for it will be done again, and what is no row."""
+    path = run.folder / LOG
+    if not path.exists():
+        return
+    with writing(path):
+        kept = [line + b"\n" for line in path.read_bytes().splitlines() if _is_kept(line, run)]
+        write_atomic(path, b"".join(kept))
+
+
+def _is_kept(line: bytes, run: Run) -> bool:
+    names = [stage.name for stage in run.recipe.stages]
+    try:
+        row = json.loads(line)
+        return (names.index(row["stage"]), row["step"]) <= (run.stage, run.step)
+    except (ValueError, TypeError, KeyError, RecursionError):  # a kill may cut a line short
+        return False
