@@ -25,7 +25,9 @@ from retrieval.manifest import (
     SEGMENTS,
     Manifest,
     is_index,
+    manifest_name,
     publish_manifest,
+    read_pointer,
     remove_unpublished,
 )
 from retrieval.snapshot import Snapshot
@@ -191,11 +193,21 @@ def _discard_empty(folder: Path, *, keep_folder: bool) -> None:
 
 def _check_free(folder: Path) -> None:
     if is_index(folder):
+        read_pointer(folder)  # raises when CURRENT is lost: what it named may be mended
         raise IndexExistsError(
-            what="already holds an index", where=str(folder), fix="open it, or choose another folder"
+            what="already holds an index",
+            where=str(folder),
+            fix=f"bring it up to date with Index.open({os.fspath(folder)!r}).ingest(images), or choose another folder",
         )
     if folder.exists() and not folder.is_dir():
         raise IndexExistsError(what="is a file", where=str(folder), fix="choose another name for the index")
-    ours = {GENERATIONS, SEGMENTS, DELETIONS, LOCK}  # a creation that was killed left no more than these
-    if folder.is_dir() and any(p.name not in ours and not p.name.startswith(TEMPORARY) for p in folder.iterdir()):
+    # A creation that was killed left no more than these.
+    ours = {
+        "": {GENERATIONS, SEGMENTS, DELETIONS, LOCK},
+        GENERATIONS: {manifest_name(1)},
+        SEGMENTS: set(),
+        DELETIONS: set(),
+    }
+    found = [(part, path) for part in ours if (folder / part).is_dir() for path in (folder / part).iterdir()]
+    if any(path.name not in ours[part] and not path.name.startswith(TEMPORARY) for part, path in found):
         raise IndexExistsError(what="holds other files", where=str(folder), fix="choose a new or empty folder")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,17 +105,26 @@ class Pointer:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether `folder` looks like an index, damaged or not."""
-    return (folder / CURRENT).is_file() and (folder / GENERATIONS).is_dir()
+    """Whether `folder` looks like an index, damaged or not, also one that lost its CURRENT.
+
+    What a killed creation leaves is none, nor is a folder that may not be looked into.
+    """
+    # os.path, since Path.is_file raises where a folder may not be entered.
+    if not os.path.isdir(folder / GENERATIONS):  # noqa: PTH112
+        return False
+    if os.path.isfile(folder / CURRENT):  # noqa: PTH113
+        return True
+    try:
+        manifests = {path.name for path in (folder / GENERATIONS).glob("[0-9]*.json")}
+        return bool(manifests - {manifest_name(1)}) or any((folder / SEGMENTS).glob(f"*/{ITEMS}"))
+    except OSError:
+        return False
 
 
 def read_pointer(folder: Path) -> Pointer:
     """Read CURRENT. Raises IndexFormatError when `folder` is no index or CURRENT is damaged."""
     if not is_index(folder):
-        what = (
-            "holds no index" if folder.is_dir() else "is a file, not an index" if folder.exists() else "no such index"
-        )
-        raise IndexFormatError(what=what, where=str(folder), fix="make one with: matvit index PICTURES --index FOLDER")
+        raise _no_index(folder)
     path = folder / CURRENT
     with reading(path):
         line = path.read_bytes()
@@ -122,6 +132,21 @@ def read_pointer(folder: Path) -> Pointer:
     if match is None:
         raise damaged(path, "does not name a generation and its sha256")
     return Pointer(name=match[1].decode("ascii"), sha256=match[2].decode("ascii"))
+
+
+def _no_index(folder: Path) -> IndexFormatError:
+    fix = "make one with: matvit index PICTURES --index FOLDER"
+    try:
+        (folder / CURRENT).stat()
+    except NotADirectoryError:
+        what = "is a file, not an index"
+    except FileNotFoundError:
+        what = "holds no index" if folder.is_dir() else "no such index"
+    except OSError as error:
+        what, fix = f"cannot be read ({error.strerror})", "check the disk and the folder's permissions"
+    else:
+        what = "holds no index"
+    return IndexFormatError(what=what, where=str(folder), fix=fix)
 
 
 def read_current(folder: Path, read: Callable[[Pointer], T]) -> T:

@@ -319,6 +319,36 @@ def test_an_index_is_not_created_over_anything(tmp_path, index, elastic, photos)
             Index.create(path, encoder=elastic)
 
 
+def test_an_index_without_its_current_is_damaged_and_never_written_over(tmp_path, index, elastic, photos):
+    (index.path / "CURRENT").unlink()
+    before = sorted(index.path.rglob("*"))
+    for attempt in (
+        lambda: Index.create(index.path, encoder=elastic),
+        lambda: Index.build(photos, encoder=elastic, path=index.path),
+        lambda: Index.open(index.path),
+        lambda: Retriever.open(index.path),
+    ):
+        with pytest.raises(IndexFormatError, match=r"CURRENT: a file of the index is missing"):
+            attempt()
+    assert len(index.verify()) == 1
+    assert sorted(index.path.rglob("*")) == before
+
+
+def test_the_folders_of_an_index_with_other_files_in_them_are_not_taken_for_a_killed_creation(tmp_path, elastic):
+    for part in ("generations", "segments", "deletions"):
+        (tmp_path / part / "generations").mkdir(parents=True)
+        (tmp_path / part / part).mkdir(exist_ok=True)
+        (tmp_path / part / part / "mine.txt").touch()
+        with pytest.raises(IndexExistsError, match="holds other files"):
+            Index.create(tmp_path / part, encoder=elastic)
+
+
+def test_an_index_that_already_exists_names_the_call_that_updates_it(index, photos, elastic):
+    with pytest.raises(IndexExistsError) as caught:
+        Index.build(photos, encoder=elastic, path=index.path)
+    assert f"Index.open('{index.path}').ingest(images)" in str(caught.value)
+
+
 def test_nothing_is_created_when_there_are_no_pictures(tmp_path, elastic):
     with pytest.raises(IngestError, match="no such file or folder"):
         Index.build(tmp_path / "none", encoder=elastic, path=tmp_path / "i")

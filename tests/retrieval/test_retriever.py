@@ -112,7 +112,15 @@ def test_bad_input_is_one_sentence(retriever, picture, arguments, kind, sentence
 
 def test_no_index_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    for name, what in (("none", "no such index"), (".", "holds no index"), ("file", "is a file, not an index")):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")  # may not be looked into, not even by root
+    (tmp_path / "half" / "generations").mkdir(parents=True)
+    for name, what in (
+        ("none", "no such index"),
+        (".", "holds no index"),
+        ("half", "holds no index"),
+        ("file", "is a file, not an index"),
+        ("loop", r"loop: cannot be read \(Too many levels of symbolic links\); check"),
+    ):
         with pytest.raises(IndexFormatError, match=what):
             Retriever.open(tmp_path / name)
 
