@@ -6,47 +6,46 @@ Streamlit runs this file as a script, anew at every click; `matvit app INDEX` na
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
+from PIL import Image
 
 from matvit import MatViT, MatVitError
 from matvit.errors import ImageError, SpecError
 from matvit.preprocess import ImageSource
-from matvit.spec import Granularity, SubmodelSpec
+from matvit.spec import SubmodelSpec
 from matvit_app import services
+from matvit_app.pareto import EncoderChoice, encoder_choices
 from matvit_app.ui.comparison import DEPTH, Comparison, compare
+from matvit_app.ui.examples import Example, examples
 from matvit_app.ui.latency import STEPS, latency_chart
-from matvit_app.ui.pictures import Tile, grid, thumbnail
-from matvit_data import DemoPhoto, demo_folder, demo_photos
+from matvit_app.ui.pictures import STYLE, Tile, figure, plain, readable, thumbnail
+from matvit_data import DemoPhoto, demo_photos
 from retrieval import Retriever
 from retrieval.manifest import read_pointer
 from retrieval.types import Hit
 
-EXAMPLES = (
-    ("Umbrella", "caltech-101/umbrella/photo-1.webp"),
-    ("Pineapple", "grocery-store/Pineapple/photo-1.webp"),
-    ("Juice", "grocery-store/Juice-God-Morgon-Orange-Juice/photo-1.webp"),
-    ("Banana", "grocery-store/Banana/photo-1.webp"),
-    ("Panda", "caltech-101/panda/photo-1.webp"),
-    ("Sunflower", "caltech-101/sunflower/photo-1.webp"),
-    ("Starfish", "caltech-101/starfish/photo-1.webp"),
-    ("Schooner", "caltech-101/schooner/photo-1.webp"),
-    ("Pepper", "grocery-store/Pepper-Red-Bell-Pepper/photo-1.webp"),
-    ("Lobster", "caltech-101/lobster/photo-1.webp"),
-    ("Laptop", "caltech-101/laptop/photo-1.webp"),
-    ("Shoes", "clothing-small/shoes/photo-1.webp"),
-)
 UPLOADS = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"]
-UPLOADED = -1  # in place of an example's number
+
+# Streamlit's own hash of a path fails on bytes that are no text.
+_PATHS: dict[str | type[Any], Callable[[Any], Any]] = {type(Path()): os.fsencode}
 
 _STYLE = """<style>
 .stMainBlockContainer { max-width: 1240px; padding-top: 3.2rem; padding-bottom: 3rem; }
+.st-key-examples { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px; }
+@media (max-width: 640px) { .st-key-examples { grid-template-columns: repeat(4, 1fr); gap: 10px; } }
 [class*="st-key-example-"] button { padding: 0.1rem 0.2rem; min-height: 2rem; }
+[class*="st-key-example-"] button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 [class*="st-key-example-"] img { border-radius: 8px; }
 .st-key-query img { border-radius: 10px; }
 [class*="st-key-example-"] [data-testid="stElementToolbar"] { display: none; }
+.st-key-hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); gap: 14px; }
+[class*="st-key-hit-"] button { padding: 0.1rem 0.2rem; min-height: 1.9rem; }
+[class*="st-key-hit-"] button p { font-size: 0.8rem; }
 </style>"""
 
 
@@ -56,7 +55,7 @@ class Query:
 
     image: ImageSource
     name: str
-    file: Path | None  # an example's: it must not find itself
+    file: Path | None  # a picture of the index: it must not find itself
 
 
 # --- caches --------------------------------------------------------------------------------------
@@ -67,14 +66,19 @@ def _demo_index() -> Path:
     return services.demo_index()
 
 
-@st.cache_resource(show_spinner="Opening the index ...", max_entries=2)
+@st.cache_resource(show_spinner="Opening the index ...", max_entries=2, hash_funcs=_PATHS)
 def _open(path: Path, generation: str) -> tuple[Retriever, MatViT]:  # noqa: ARG001 (a newer generation is opened anew)
     """The index and its encoder, warmed up, so that nobody's first search waits for the libraries."""
     retriever = Retriever.open(path)
     encoder = retriever.encoder
     assert isinstance(encoder, MatViT)  # the only elastic encoder that an index names
-    retriever.search(demo_folder() / "images" / EXAMPLES[0][1], encoder="XL", k=1)
+    retriever.search(Image.new("RGB", (256, 256)), encoder="XL", k=1)
     return retriever, encoder
+
+
+@st.cache_data(show_spinner=False, max_entries=2, hash_funcs=_PATHS)
+def _examples(path: Path, generation: str) -> list[Example]:  # noqa: ARG001 (a newer generation is sampled anew)
+    return examples(path)
 
 
 @st.cache_data(show_spinner=False)
@@ -82,7 +86,7 @@ def _demo_by_file() -> dict[Path, DemoPhoto]:
     return {photo.file: photo for photo in demo_photos()}
 
 
-@st.cache_data(show_spinner=False, max_entries=2000)
+@st.cache_data(show_spinner=False, max_entries=2000, hash_funcs=_PATHS)
 def _thumbnail(path: Path, changed_ns: int) -> bytes:  # noqa: ARG001 (a changed file is read anew)
     return thumbnail(path)
 
@@ -97,67 +101,80 @@ def _thumbnail_of(path: Path) -> bytes | None:
 # --- what the person chooses ---------------------------------------------------------------------
 
 
-def _choose_picture() -> Query | None:
+def _choose_picture(offered: list[Example]) -> Query | None:
     st.subheader("1 · Choose a picture")
-    strip = st.container(horizontal=True, gap="small")
-    chosen = st.session_state.setdefault("picture", 0)
-    for number, (name, file) in enumerate(EXAMPLES):
-        with strip.container(key=f"example-{number}", width=88, gap="small"):
-            if image := _thumbnail_of(demo_folder() / "images" / file):
-                st.image(image, width="stretch")
+    # Files may have gone since they were indexed.
+    shown = [(example, image) for example in offered if (image := _thumbnail_of(example.path))]
+    upload = st.session_state.get("upload")
+    chosen: Path | None = st.session_state.get("picture")
+    if chosen is None and upload is None and shown:
+        chosen = shown[0][0].path
+    strip = st.container(key="examples")
+    for number, (example, image) in enumerate(shown):
+        with strip.container(key=f"example-{number}", gap="xsmall"):
+            st.image(image, width="stretch")
             st.button(
-                name,
+                plain(example.label),
                 key=f"pick-{number}",
-                type="primary" if number == chosen else "secondary",
+                type="primary" if example.path == chosen else "secondary",
                 width="stretch",
                 on_click=_pick,
-                args=(number,),
+                args=(example.path,),
             )
-    upload = st.file_uploader("Or search with your own picture", type=UPLOADS, key="upload", on_change=_uploaded)
-    if chosen == UPLOADED and upload is not None:
-        return _read_upload(upload.name, upload.getvalue())
-    name, file = EXAMPLES[max(chosen, 0)]
-    path = demo_folder() / "images" / file
-    return Query(image=path, name=name, file=path)
+    if not shown:
+        st.info("The pictures of this index are not where they were indexed. Search with a picture of your own.")
+    st.file_uploader("Or search with your own picture", type=UPLOADS, key="upload", on_change=_pick, args=(None,))
+    if chosen is not None:
+        names = {example.path: example.name for example in offered}
+        return Query(image=chosen, name=names.get(chosen) or _name(chosen), file=chosen)
+    return None if upload is None else _read_upload(upload.name, upload.getvalue())
 
 
-def _pick(number: int) -> None:
-    st.session_state["picture"] = number
+def _pick(path: Path | None) -> None:
+    """Search with a picture of the index; None: with the uploaded one, or the first when that was taken away."""
+    st.session_state["picture"] = path
 
 
-def _uploaded() -> None:
-    st.session_state["picture"] = 0 if st.session_state["upload"] is None else UPLOADED
+def _name(path: Path) -> str:
+    demo = _demo_by_file().get(path)
+    return f"{path.parent.name}/{path.name}" if demo is None else _class_name(demo)
+
+
+def _class_name(photo: DemoPhoto) -> str:
+    return photo.class_name.replace("-", " ").replace("_", " ").capitalize()
 
 
 def _read_upload(name: str, content: bytes) -> Query | None:
     try:
         thumbnail(content)
     except ImageError as error:
-        st.error(f"{name}: {error.what}; {error.fix}")
+        st.error(readable(f"{name}: {error.what}; {error.fix}"))
         return None
     return Query(image=content, name=name, file=None)
 
 
 def _choose_encoder(encoder: MatViT) -> tuple[SubmodelSpec | None, int]:
     st.subheader("2 · Choose an encoder")
-    share = {name.value: encoder.flops(name.value) / encoder.flops() for name in Granularity}
-    named = st.segmented_control(
-        "Encoder, and its share of the full one's computing",
-        list(share),
-        default="S",
-        format_func=lambda name: f"{name} · {share[name]:.0%}",
+    choices = {choice.spec: choice for choice in encoder_choices(encoder)}
+    named = st.selectbox(
+        "Encoder, and its share of XL's FLOPs",
+        list(choices),
+        format_func=lambda name: _label(choices[name]),
         key="encoder",
     )
+    if any(choice.recall is not None for choice in choices.values()):
+        st.caption("Recall: first hits of the right class when the encoder was validated, not on this index.")
     k = st.slider("Pictures to find", min_value=5, max_value=30, value=DEPTH, step=5, key="k")
     with st.expander("Advanced: any submodel"):
         typed = st.text_input(
             "Submodel spec",
             key="spec",
             placeholder="6S.6XL",
-            help="Runs over the blocks, for example 6S.6XL; empty: the encoder chosen above.",
+            help="Runs over the blocks, for example 6S.6XL, or further cuts of an encoder that has them, "
+            "for example M-d10-r84; empty: the encoder chosen above.",
         )
         try:
-            spec = encoder.shape.spec(typed.strip() or named or "S")
+            spec = encoder.shape.spec(typed.strip() or named)
             encoder.extract(spec)  # a spec may be well formed and still be beyond this encoder
         except SpecError as error:
             st.error(str(error))
@@ -165,6 +182,11 @@ def _choose_encoder(encoder: MatViT) -> tuple[SubmodelSpec | None, int]:
         if typed.strip():
             st.caption(f"{spec} searches: {encoder.flops(spec) / encoder.flops():.0%} of the full encoder's computing.")
     return spec, k
+
+
+def _label(choice: EncoderChoice) -> str:
+    recall = "" if choice.recall is None else f" · recall {choice.recall:.1%}"
+    return f"{choice.spec} · {choice.relative_flops:.0%}{recall}"
 
 
 # --- what was found ------------------------------------------------------------------------------
@@ -175,19 +197,14 @@ def _show(comparison: Comparison, query: Query, *, share: float) -> None:
     with picture, st.container(key="query"):
         st.subheader("Query")
         st.image(thumbnail(query.image), width=240)
-        st.caption(query.name)
+        st.text(readable(query.name))
     with found:
         st.subheader("Found")
         _show_numbers(comparison, share=share)
         demo = _demo_by_file()
-        st.html(
-            grid(
-                [
-                    _tile(hit, demo.get(hit.path), rank=rank, strange=hit.id in comparison.strange)
-                    for rank, hit in enumerate(comparison.hits, start=1)  # its own may count the query itself
-                ]
-            )
-        )
+        with st.container(key="hits"):
+            for rank, hit in enumerate(comparison.hits, start=1):  # its own may count the query itself
+                _show_hit(hit, demo.get(hit.path), rank=rank, strange=hit.id in comparison.strange)
         _show_latency(comparison)
         _show_credits([demo[hit.path] for hit in comparison.hits if hit.path in demo])
 
@@ -204,12 +221,26 @@ def _show_numbers(comparison: Comparison, *, share: float) -> None:
     computing.metric("Computing, share of XL", f"{share:.0%}", border=True)
 
 
-def _tile(hit: Hit, photo: DemoPhoto | None, *, rank: int, strange: bool) -> Tile:
-    if photo is None:
-        name, title = f"{hit.path.parent.name}/{hit.path.name}", str(hit.path)
-    else:
-        name, title = photo.class_name.replace("-", " ").replace("_", " ").capitalize(), photo.caption
-    return Tile(rank=rank, score=hit.score, name=name, title=title, image=_thumbnail_of(hit.path), strange=strange)
+def _show_hit(hit: Hit, photo: DemoPhoto | None, *, rank: int, strange: bool) -> None:
+    tile = Tile(
+        rank=rank,
+        score=hit.score,
+        name=_name(hit.path),
+        title=str(hit.path) if photo is None else photo.caption,
+        image=_thumbnail_of(hit.path),
+        strange=strange,
+    )
+    with st.container(key=f"hit-{rank}", gap=None):
+        st.html(figure(tile))
+        st.button(
+            "Search with this",
+            key=f"with-{rank}",
+            type="tertiary",
+            width="stretch",
+            disabled=tile.image is None,
+            on_click=_pick,
+            args=(hit.path,),
+        )
 
 
 def _show_latency(comparison: Comparison) -> None:
@@ -230,26 +261,27 @@ def _show_credits(photos: list[DemoPhoto]) -> None:
 
 def _page() -> None:
     st.set_page_config(page_title="MatViT Retrieval", page_icon=":material/image_search:", layout="wide")
-    st.html(_STYLE)
+    st.html(_STYLE + STYLE)
     st.title("MatViT Retrieval")
     st.markdown("One index, built once by the full encoder; search it with a smaller one, and see what that saves.")
     try:
         named = os.environ.get("MATVIT_INDEX")
         path = Path(named) if named else _demo_index()
-        retriever, encoder = _open(path, read_pointer(path).sha256)
+        generation = read_pointer(path).sha256
+        retriever, encoder = _open(path, generation)
         left, right = st.columns([1.75, 1], gap="large")
         with left:
-            query = _choose_picture()
+            query = _choose_picture(_examples(path, generation))
         with right:
             spec, k = _choose_encoder(encoder)
-            st.caption(f"Index: {path.name}, {len(retriever):,} pictures")
+            st.caption(f"Index: {plain(path.name)}, {len(retriever):,} pictures")
         if query is None or spec is None:
             return
         st.divider()
         comparison = compare(retriever, query.image, encoder=spec, k=k, leave_out=query.file)
         _show(comparison, query, share=encoder.flops(spec) / encoder.flops())
     except MatVitError as error:
-        st.error(str(error))
+        st.error(readable(str(error)))
 
 
 _page()

@@ -1,10 +1,10 @@
-"""Pictures on the page: square thumbnails, and the grid of hits as one piece of HTML."""
+"""Pictures on the page: square thumbnails, the HTML of a hit, and names that are shown as they are."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from html import escape
 
@@ -13,8 +13,7 @@ from matvit.preprocess import ImageSource, open_image, resize_centre_square
 THUMBNAIL = 240  # pixels a side
 
 # Theme-neutral: every colour is mixed from the text's own, so that light and dark both have contrast.
-_STYLE = """<style>
-.matvit-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px; }
+STYLE = """<style>
 .matvit-hit { border: 1px solid color-mix(in srgb, currentColor 18%, transparent); border-radius: 10px;
   overflow: hidden; margin: 0; min-width: 0; position: relative; }
 .matvit-hit img, .matvit-gone { display: flex; width: 100%; aspect-ratio: 1; object-fit: cover; margin: 0;
@@ -52,13 +51,9 @@ def thumbnail(source: ImageSource) -> bytes:
     return out.getvalue()
 
 
-def grid(tiles: Sequence[Tile]) -> str:
-    """The tiles as HTML: as many columns as fit, every text escaped."""
-    return f'{_STYLE}<div class="matvit-grid">{"".join(_figure(tile) for tile in tiles)}</div>'
-
-
-def _figure(tile: Tile) -> str:
-    name, title = escape(_text(tile.name)), escape(_text(tile.title))
+def figure(tile: Tile) -> str:
+    """The tile as HTML, every text escaped; it needs STYLE."""
+    name, title = escape(readable(tile.name)), escape(readable(tile.title))
     if tile.image is None:
         picture = '<div class="matvit-gone">picture<br>not there</div>'
     else:
@@ -72,6 +67,11 @@ def _figure(tile: Tile) -> str:
     )
 
 
-def _text(name: str) -> str:
+def readable(name: str) -> str:
     """A file name may hold bytes that are no text, which a browser cannot be sent."""
     return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def plain(name: str) -> str:
+    """`name` as Markdown that shows it letter by letter."""
+    return re.sub(r"([\\`*_{}\[\]()#+!$:<>~|&-])", r"\\\1", readable(name))

@@ -11,8 +11,12 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
@@ -47,20 +51,29 @@ def _ready(url: str, server: subprocess.Popen[bytes]) -> str:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
-def test_a_person_picks_an_example_and_an_encoder_and_sees_what_they_get(url):
+def test_a_person_picks_a_picture_and_an_encoder_and_goes_on_from_a_hit(url):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as chrome:
         page = chrome.new_page(viewport={"width": 400, "height": 900})
         page.goto(url)
-        expect = playwright.expect
-        expect(page.locator(".matvit-hit img")).to_have_count(8, timeout=40_000)
-        page.get_by_role("button", name="Panda").click()
-        expect(page.locator(".st-key-query")).to_contain_text("Panda", timeout=20_000)
-        page.get_by_role("radio", name=re.compile("^XL")).click()
+        expect, query = playwright.expect, page.locator(".st-key-query")
+        expect(page.locator(".matvit-hit img")).to_have_count(7, timeout=40_000)
+        page.get_by_role("button", name="3", exact=True).last.click()  # dogs/3.png
+        expect(query).to_contain_text("3", timeout=20_000)
+        _choose_encoder(page, "XL")
         expect(page.get_by_text("Time with XL")).to_be_visible(timeout=20_000)
-        page.get_by_role("radio", name=re.compile("^S")).click()
+        _choose_encoder(page, "S")
         expect(page.get_by_text("Time with S")).to_be_visible(timeout=20_000)
-        expect(page.get_by_text(re.compile(r"^\d+ of 8$"))).to_be_visible()
-        expect(page.locator(".matvit-hit")).to_have_count(8)
+        expect(page.get_by_text(re.compile(r"^\d+ of 7$"))).to_be_visible()
+        first = page.locator(".matvit-name").first.inner_text()
+        page.get_by_role("button", name="Search with this").first.click()
+        expect(query).to_contain_text(Path(first).stem, timeout=20_000)
+        expect(page.locator(".matvit-name", has_text=first)).to_have_count(0, timeout=20_000)  # not itself
+        expect(page.locator(".matvit-hit")).to_have_count(7)
         # Nothing sticks out at the side of a telephone's screen.
         assert page.evaluate("document.querySelector('.stMain').scrollWidth <= window.innerWidth")
+
+
+def _choose_encoder(page: Page, name: str) -> None:
+    page.locator(".st-key-encoder").get_by_role("combobox").click()
+    page.get_by_role("option", name=re.compile(f"^{name} ")).click()

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from matvit import MatViT
+from matvit.model import AxesConfig
 from matvit_app import services
+from matvit_app.ui.examples import Example, evenly
+from matvit_app.ui.pictures import plain
+from matvit_data import demo_folder
 
 pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
@@ -33,7 +43,16 @@ def run(page: AppTest) -> AppTest:
 
 
 def grid_of(page: AppTest) -> str:
-    return next((part.proto.body for part in page.get("html") if "<figure" in part.proto.body), "")
+    return "".join(part.proto.body for part in page.get("html") if "<figure" in part.proto.body)
+
+
+def names_of(page: AppTest) -> list[str]:
+    """What the query is called; other texts are not on the page."""
+    return [text.value for text in page.text]
+
+
+def offered_by(page: AppTest) -> list[str]:
+    return [button.label for button in page.button if button.key.startswith("pick-")]
 
 
 def picture(size: int = 40) -> bytes:
@@ -45,9 +64,9 @@ def picture(size: int = 40) -> bytes:
 def test_an_example_is_answered_with_hits_agreement_and_both_times(open_page, index):
     page = open_page(index)
     assert not page.error
-    assert grid_of(page).count("<figure") == 8  # all pictures of the index
+    assert grid_of(page).count("<figure") == 7  # all pictures of the index but the query
     agreement, time, share = page.metric
-    assert agreement.value == "8 of 8"
+    assert agreement.value == "7 of 7"
     assert time.value.endswith(" ms")
     assert "XL: " in time.label
     assert share.value != "100%"
@@ -55,9 +74,9 @@ def test_an_example_is_answered_with_hits_agreement_and_both_times(open_page, in
 
 def test_the_full_encoder_agrees_with_itself(open_page, index):
     page = open_page(index)
-    page.button_group(key="encoder").set_value("XL")
+    page.selectbox(key="encoder").set_value("XL")
     run(page)
-    assert [metric.value for metric in page.metric][::2] == ["8 of 8", "100%"]
+    assert [metric.value for metric in page.metric][::2] == ["7 of 7", "100%"]
 
 
 def test_fewer_pictures_can_be_asked_for(open_page, index):
@@ -66,10 +85,80 @@ def test_fewer_pictures_can_be_asked_for(open_page, index):
     assert grid_of(run(page)).count("<figure") == 5
 
 
-def test_another_example_can_be_picked(open_page, index):
+def test_pictures_of_the_opened_index_are_offered_and_none_finds_itself(open_page, index):
     page = open_page(index)
-    page.button(key="pick-4").click()
-    assert "Panda" in [caption.value for caption in run(page).caption]
+    assert offered_by(page) == ["0", "1", "2", "3"] * 2
+    assert names_of(page) == ["0"]
+    page.button(key="pick-5").click()
+    run(page)
+    assert names_of(page) == ["1"]
+    assert "cats/1.png" in grid_of(page)
+    assert "dogs/1.png" not in grid_of(page)
+
+
+def test_a_hit_can_be_the_next_query(open_page, index):
+    page = open_page(index)
+    first = re.search(r'matvit-name">([^<]+)<', grid_of(page))[1]
+    page.button(key="with-1").click()
+    shown = grid_of(run(page))
+    assert names_of(page) == [first.split("/")[1].removesuffix(".png")]
+    assert first not in shown
+    assert shown.count("<figure") == 7
+
+
+def test_picking_a_picture_puts_an_upload_aside(open_page, index):
+    page = open_page(index)
+    page.file_uploader(key="upload").set_value([("mine.png", picture(), "image/png")])
+    run(page)
+    page.button(key="pick-2").click()
+    assert names_of(run(page)) == ["2"]
+
+
+def test_the_demo_offers_its_own_choice(open_page, checkpoint, tmp_path):
+    services.ingest([demo_folder() / "images"], path=tmp_path / "demo.index", checkpoint=str(checkpoint))
+    page = open_page(tmp_path / "demo.index")
+    assert offered_by(page)[:2] == ["Umbrella", "Pineapple"]
+    assert len(offered_by(page)) == 12
+    page.button(key="with-1").click()
+    assert ".webp" not in names_of(run(page))[0]  # a photograph of the demo is called by its class
+
+
+def test_without_a_measured_table_the_four_encoders_are_offered_with_their_cost_alone(open_page, index):
+    page = open_page(index)
+    labels = page.selectbox(key="encoder").options
+    assert [label.split(" · ")[0] for label in labels] == ["S", "M", "L", "XL"]
+    assert labels[-1] == "XL · 100%"
+    assert not any("validated" in caption.value for caption in page.caption)
+
+
+def test_a_measured_table_adds_its_best_rows_and_says_where_recall_is_from(open_page, photos, checkpoint, tmp_path):
+    encoder = MatViT.from_pretrained(checkpoint)
+    encoder.open_axes(AxesConfig(keep_order=(0, 1), image_size_step=14))
+    named = {"S": 0.5, "M": 0.6, "L": 0.7, "XL": 0.8, "XL-r14": 0.75}
+    encoder.pareto = tuple(
+        {
+            "name": spec,
+            "spec": spec,
+            "flops": encoder.flops(spec),
+            "params": encoder.num_params(spec),
+            "relative_flops": encoder.flops(spec) / encoder.flops(),
+            "quality": {"recall@1": recall},
+        }
+        for spec, recall in named.items()
+    )
+    encoder.save_pretrained(tmp_path / "measured")
+    services.ingest([photos], path=tmp_path / "own.index", checkpoint=str(tmp_path / "measured"))
+    page = open_page(tmp_path / "own.index")
+    box = page.selectbox(key="encoder")
+    assert [label.split(" · ")[::2] for label in box.options[-2:]] == [
+        ["XL", "recall 80.0%"],
+        ["XL-r14", "recall 75.0%"],
+    ]
+    assert any("not on this index" in caption.value for caption in page.caption)
+    box.set_value("XL-r14")
+    run(page)
+    assert not page.error
+    assert any("XL-r14" in metric.label for metric in page.metric)
 
 
 def test_any_spec_may_be_typed(open_page, index):
@@ -93,7 +182,7 @@ def test_an_uploaded_picture_is_searched_with(open_page, index):
     page = open_page(index)
     page.file_uploader(key="upload").set_value([("mine.png", picture(), "image/png")])
     run(page)
-    assert "mine.png" in [caption.value for caption in page.caption]
+    assert names_of(page) == ["mine.png"]
     assert grid_of(page)
 
 
@@ -122,24 +211,38 @@ def test_an_index_whose_encoder_was_replaced_is_refused(open_page, own, other_ch
 def test_a_hit_whose_file_has_gone_keeps_its_place(open_page, own):
     (own.photos / "cats" / "0.png").unlink()
     page = open_page(own.index)
-    assert grid_of(page).count("<figure") == 8
+    assert offered_by(page) == ["1", "2", "3", "0", "1", "2", "3"]  # nobody can search with it
+    assert grid_of(page).count("<figure") == 7
     assert grid_of(page).count("not there") == 1
+    assert [button.disabled for button in page.button if button.key.startswith("with-")].count(True) == 1
 
 
+def test_an_index_whose_pictures_were_moved_says_so(open_page, own):
+    own.photos.rename(own.photos.with_name("elsewhere"))
+    page = open_page(own.index)
+    assert not offered_by(page)
+    assert "not where they were indexed" in page.info[0].value
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are bytes on POSIX only")
 def test_a_file_name_is_no_markup(open_page, own):
-    odd = own.photos / "cats" / "<script>&.png"
-    (own.photos / "cats" / "0.png").rename(odd)
+    odd = [b"<script>&.png", b"*_[a](b)$x$ :smile:.png", b"\xff.png", b"\x1b[31m.png"]
+    for number, name in enumerate(odd):
+        (own.photos / "cats" / f"{number}.png").rename(own.photos / "cats" / os.fsdecode(name))
     services.ingest([own.photos], path=own.index, delete=True)
-    shown = grid_of(open_page(own.index))
-    assert "&lt;script&gt;&amp;.png" in shown
-    assert "<script>" not in shown
+    page = open_page(own.index)
+    for number in range(4):
+        page.button(key=f"pick-{number}").click()
+        assert grid_of(run(page)).count("<figure") == 7
+        assert "<script>" not in grid_of(page)
 
 
 def test_a_newer_generation_is_shown_at_the_next_click(open_page, own):
     page = open_page(own.index)
     (own.photos / "new.png").write_bytes(picture())
     services.ingest([own.photos], path=own.index)
-    assert grid_of(run(page)).count("<figure") == 9
+    assert grid_of(run(page)).count("<figure") == 8
+    assert "new" in offered_by(page)
 
 
 class Own:
@@ -155,3 +258,23 @@ class Own:
 @pytest.fixture
 def own(tmp_path, photos, checkpoint):
     return Own(tmp_path, photos, checkpoint)
+
+
+@given(st.integers(0, 60), st.integers(1, 15))
+def test_a_sample_is_spread_evenly(size, count):
+    paths = [Path(str(number)) for number in range(size)]
+    sample = [int(path.name) for path in evenly(paths, count)]
+    assert len(sample) == min(size, count)
+    steps = {after - before for before, after in itertools.pairwise(sample)}
+    assert not steps or (min(steps) >= 1 and max(steps) - min(steps) <= 1)
+
+
+def test_of_a_long_name_the_end_is_shown():
+    assert [Example(path=Path(), name=name).label for name in ("Pineapple", "IMG_20240131_1234")] == [
+        "Pineapple",
+        "…0131_1234",
+    ]
+
+
+def test_a_name_in_markdown_is_shown_letter_by_letter():
+    assert plain("a_b *c* $d$ :e: [f](g)") == r"a\_b \*c\* \$d\$ \:e\: \[f\]\(g\)"

@@ -1,0 +1,62 @@
+"""The pictures that the page offers to search with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matvit_data import demo_folder
+from retrieval.items import OK
+from retrieval.manifest import read_current
+from retrieval.snapshot import Snapshot
+
+COUNT = 12
+_LABEL = 10  # characters that fit under a small picture
+_DEMO = (
+    ("Umbrella", "caltech-101/umbrella/photo-1.webp"),
+    ("Pineapple", "grocery-store/Pineapple/photo-1.webp"),
+    ("Juice", "grocery-store/Juice-God-Morgon-Orange-Juice/photo-1.webp"),
+    ("Banana", "grocery-store/Banana/photo-1.webp"),
+    ("Panda", "caltech-101/panda/photo-1.webp"),
+    ("Sunflower", "caltech-101/sunflower/photo-1.webp"),
+    ("Starfish", "caltech-101/starfish/photo-1.webp"),
+    ("Schooner", "caltech-101/schooner/photo-1.webp"),
+    ("Pepper", "grocery-store/Pepper-Red-Bell-Pepper/photo-1.webp"),
+    ("Lobster", "caltech-101/lobster/photo-1.webp"),
+    ("Laptop", "caltech-101/laptop/photo-1.webp"),
+    ("Shoes", "clothing-small/shoes/photo-1.webp"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A picture of the index to search with."""
+
+    path: Path
+    name: str
+
+    @property
+    def label(self) -> str:
+        """The name, or the end of a long one: names of one camera begin alike."""
+        return self.name if len(self.name) <= _LABEL else f"…{self.name[1 - _LABEL :]}"
+
+
+def examples(index: Path) -> list[Example]:
+    """The demo's own choice for the demo's index, a sample of its pictures for any other. Raises IndexFormatError."""
+    paths = read_current(index, lambda _: _pictures(Snapshot.open(index)))
+    offered = [Example(path=demo_folder() / "images" / file, name=name) for name, file in _DEMO]
+    if {example.path for example in offered} <= set(paths):
+        return offered
+    return [Example(path=path, name=path.stem) for path in evenly(paths, COUNT)]
+
+
+def evenly(paths: Sequence[Path], count: int) -> list[Path]:
+    """`count` of the paths, or all if they are fewer, in order and at even distances."""
+    count = min(count, len(paths))
+    return [paths[(2 * number + 1) * len(paths) // (2 * count)] for number in range(count)]
+
+
+def _pictures(snapshot: Snapshot) -> list[Path]:
+    """Every picture that can be found, sorted: neighbours lie in one folder."""
+    return sorted(snapshot.full_path(item.place) for _, item in snapshot.live_items() if item.status == OK)
