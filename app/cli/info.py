@@ -9,6 +9,8 @@ import typer
 from matvit_app import services
 from matvit_app.cli.output import JsonFlag, write_json, write_line, write_table
 
+_SOURCE = "measured on its validation pictures when the encoder was trained (see its training.json), not on yours."
+
 
 def info(
     target: Annotated[
@@ -52,7 +54,8 @@ def _show(found: dict[str, Any]) -> None:
         ]
         for submodel in found["submodels"]
     ]
-    write_table(["submodel", "share", "FLOPs", "parameters", *measures], rows)
+    caption = f"{', '.join(measures)}: {_SOURCE}" if measures else ""
+    write_table(["submodel", "share", "FLOPs", "parameters", *measures], rows, caption=caption)
 
 
 def _measure(value: object) -> str:

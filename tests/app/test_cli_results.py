@@ -135,6 +135,19 @@ def test_info_of_an_index_tells_of_both(run, index, checkpoint):
     assert "8 pictures" in run("info", index).out
 
 
+def test_info_says_that_the_quality_was_not_measured_on_the_pictures_of_the_index(run, checkpoint, photos, tmp_path):
+    assert "not on yours" not in run("info", checkpoint).out  # its table is empty
+    shutil.copytree(checkpoint, tmp_path / "measured")
+    row = {"name": "S", "spec": "S", "flops": 1, "params": 1, "relative_flops": 0.5, "quality": {"recall@1": 0.75}}
+    (tmp_path / "measured" / "pareto.json").write_text(json.dumps([row]))
+    index = tmp_path / "own.index"
+    assert run("index", photos, "--index", index, "--encoder", tmp_path / "measured").code == 0
+    shown = run("info", index).out
+    assert "0.750" in shown
+    assert "recall@1: measured on its validation pictures" in shown
+    assert "not on yours" in shown
+
+
 def test_verify_whole_things(run, index, checkpoint):
     for target, kind in ((index, "index"), (checkpoint, "checkpoint")):
         found = run("verify", target, "--json")
