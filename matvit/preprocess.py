@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit: larger ones are refused before decoding, as bombs
+_TILE = 1024  # pixels a side: pictures that need arithmetic are converted in such pieces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,20 +157,42 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    convert: Callable[[Image.Image], Image.Image]
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and wider: convert() would clip to white
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        scaled = np.clip(values * (255.0 / _white(image.mode, values)), 0, 255)
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")  # transparent product pictures are meant on white
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")  # a copy, so that closing the file or changing the source cannot reach it
+        convert = partial(_scaled, white=_white(image))
+    elif "A" in image.getbands() or "transparency" in image.info:
+        convert = _on_white
+    else:
+        return image.convert("RGB")  # a copy, so that closing the file or changing the source cannot reach it
+    rgb = Image.new("RGB", image.size)
+    for box in _tiles(image):  # the whole picture in float64, or several times in RGBA, takes gigabytes
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
 
 
-def _white(mode: str, values: npt.NDArray[np.float64]) -> float:
+def _tiles(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    for top in range(0, image.height, _TILE):
+        for left in range(0, image.width, _TILE):
+            yield left, top, min(left + _TILE, image.width), min(top + _TILE, image.height)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")  # transparent product pictures are meant on white
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _scaled(image: Image.Image, *, white: float) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    scaled = np.clip(values * (255.0 / white), 0, 255)
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+
+def _white(image: Image.Image) -> float:
     """The value that means white: known for 16-bit files, the next usual one for 32-bit and float files."""
-    peak = float(values.max())
-    if mode == "F" and peak <= 1:
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    peak = max(float(np.nan_to_num(np.asarray(image.crop(box), dtype=np.float64)).max()) for box in _tiles(image))
+    if image.mode == "F" and peak <= 1:
         return 1.0
-    return 255.0 if peak <= 255 and not mode.startswith("I;16") else 65535.0
+    return 255.0 if peak <= 255 else 65535.0

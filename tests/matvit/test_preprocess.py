@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
+import textwrap
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from matvit import preprocess
 from matvit.errors import ImageError
 from matvit.preprocess import MAX_PIXELS, Preprocessing, open_image
 
@@ -241,6 +245,42 @@ def test_transparent_pixels_become_white_in_every_mode() -> None:
     assert open_image(encode(palette, "PNG")).getpixel((0, 0)) == (255, 0, 0)
     half = open_image(Image.new("RGBA", (4, 4), (0, 0, 0, 128))).getpixel((0, 0))
     assert half == (127, 127, 127)
+
+
+@pytest.mark.parametrize("kind", ["I;16", "F", "RGBA"])
+def test_pictures_are_converted_in_pieces_without_seams(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (70, 90)).astype(np.uint16)
+    images = {
+        "I;16": Image.fromarray(values),
+        "F": Image.fromarray(values.astype(np.float32)),
+        "RGBA": Image.frombytes("RGBA", (45, 70), values.tobytes()),
+    }
+    whole = open_image(images[kind])
+    monkeypatch.setattr(preprocess, "_TILE", 16)
+    np.testing.assert_array_equal(np.asarray(open_image(images[kind])), np.asarray(whole))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux")
+@pytest.mark.parametrize("mode", ["I;16", "RGBA"])
+def test_large_pictures_take_little_more_memory_than_their_pixels(mode: str) -> None:
+    """25 megapixels are 50 or 100 MB as decoded and 100 MB in RGB; all at once, they would take 500 MB and more."""
+    program = """
+        import io, re, sys
+        from pathlib import Path
+        from PIL import Image
+        from matvit.preprocess import open_image
+
+        def peak():  # MB
+            return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+        file = io.BytesIO()
+        Image.new(sys.argv[1], (5000, 5000)).save(file, "PNG", compress_level=1)
+        before = peak() - 25 * (2 if sys.argv[1] == "I;16" else 4)  # what making the file took
+        open_image(file.getvalue())
+        print(peak() - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), mode]
+    assert int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 300
 
 
 def test_a_batch_stacks_pictures_of_any_shape_and_may_be_empty() -> None:
