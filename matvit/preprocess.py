@@ -183,7 +183,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image, *, white: float) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=white, neginf=0.0)
     scaled = np.clip(values * (255.0 / white), 0, 255)
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
@@ -192,7 +192,13 @@ def _white(image: Image.Image) -> float:
     """The value that means white: known for 16-bit files, the next usual one for 32-bit and float files."""
     if image.mode.startswith("I;16"):
         return 65535.0
-    peak = max(float(np.nan_to_num(np.asarray(image.crop(box), dtype=np.float64)).max()) for box in _tiles(image))
+    peak = max(_peak(np.asarray(image.crop(box), dtype=np.float64)) for box in _tiles(image))
+    if peak == -np.inf:
+        raise ValueError("no pixel has a finite value")
     if image.mode == "F" and peak <= 1:
         return 1.0
     return 255.0 if peak <= 255 else 65535.0
+
+
+def _peak(values: npt.NDArray[np.float64]) -> float:
+    return float(values.max(initial=-np.inf, where=np.isfinite(values)))

@@ -223,11 +223,20 @@ def test_cmyk_is_read_as_the_colour_it_prints() -> None:
         (np.full((8, 8), 200, np.int32), "TIFF", 200),
         (np.full((8, 8), 0.5, np.float32), "TIFF", 127),
         (np.full((8, 8), 200.0, np.float32), "TIFF", 200),
-        (np.full((8, 8), np.nan, np.float32), "TIFF", 0),
     ],
 )
 def test_wide_greyscale_is_scaled_rather_than_clipped(values: np.ndarray[Any, Any], kind: str, grey: int) -> None:
     assert open_image(encode(Image.fromarray(values), kind)).getpixel((0, 0)) == (grey,) * 3
+
+
+def test_a_pixel_without_a_value_does_not_change_the_others() -> None:
+    values = np.full((8, 8), 0.5, np.float32)
+    values[0, :3] = np.nan, np.inf, -np.inf
+    opened = open_image(encode(Image.fromarray(values), "TIFF"))
+    assert [opened.getpixel((x, 0)) for x in range(4)] == [(grey,) * 3 for grey in (0, 255, 0, 127)]
+    for nothing in (np.nan, np.inf, -np.inf):
+        blank = encode(Image.fromarray(np.full((8, 8), nothing, np.float32)), "TIFF")
+        assert refusal(blank).what == "damaged picture (no pixel has a finite value)"
 
 
 def test_transparent_pixels_become_white_in_every_mode() -> None:
