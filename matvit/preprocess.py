@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +29,7 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit: larger ones are refused before decoding, as bombs
 _TILE = 1024  # pixels a side: pictures that need arithmetic are converted in such pieces
+_WARNINGS = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
             source = _encoded(source)
         if isinstance(source, Image.Image):
             return _to_rgb(_upright(_with_pixels(source)))
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        with _opened(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if draft_size:
@@ -88,6 +91,14 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
             where=where,
             fix="give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file",
         ) from error
+
+
+def _opened(source: str | os.PathLike[str] | bytes) -> Image.Image:
+    """The file with its header read, without Pillow's warning of large pictures: the caller has its own limit."""
+    # Filters of warnings are the process's: one thread at a time changes them and puts them back.
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
 def _encoded(image: JpegImageFile) -> bytes | JpegImageFile:

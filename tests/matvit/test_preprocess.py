@@ -7,8 +7,10 @@ import struct
 import subprocess
 import sys
 import textwrap
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -350,6 +352,14 @@ def test_bytes_that_are_no_picture_get_a_short_reason(content: bytes, tmp_path: 
 @pytest.mark.parametrize("sides", [(50_000, 50_000), (MAX_PIXELS // 10_000 + 1, 10_000), (2**31 - 1, 2**31 - 1)])
 def test_bombs_are_refused_by_their_header(sides: tuple[int, int]) -> None:
     assert refusal(png_of_claimed_size(*sides)).what == "has more than 178 megapixels"
+
+
+def test_a_large_picture_below_the_limit_is_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow warns above it, and refuses twice as much
+    source, filters = encode(Image.new("RGBA", (10, 6)), "PNG"), list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:  # a warning is an error in these tests
+        assert {image.size for image in pool.map(open_image, [source] * 200)} == {(10, 6)}
+    assert list(warnings.filters) == filters
 
 
 def test_the_limit_holds_where_a_program_has_lifted_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
