@@ -37,6 +37,7 @@ class ViTConfig(BaseModel):
     patch_size: PositiveInt  # pixels
     embed_dim: PositiveInt  # a multiple of num_heads
     num_heads: PositiveInt
+    head_dim: PositiveInt | None = None  # None: embed_dim / num_heads; a submodel with fewer heads keeps their width
     ffn_widths: tuple[PositiveInt, ...]  # hidden units of each block
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-6
@@ -55,11 +56,17 @@ class ViTConfig(BaseModel):
     pool: Literal["token", "avg", "avgmax", "max"] = "token"
     pool_include_prefix: bool = False
 
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
     @model_validator(mode="after")
     def _fits_together(self) -> ViTConfig:
         if not self.ffn_widths:
             raise ValueError("there are no blocks")
-        if self.image_size % self.patch_size or self.embed_dim % self.num_heads:
+        uneven = self.head_dim is None and self.embed_dim % self.num_heads
+        if self.image_size % self.patch_size or uneven:
             raise ValueError("image_size or embed_dim is not a multiple of patch_size or num_heads")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pooling 'token' needs a class token")
@@ -111,7 +118,7 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
         global_pool=config.pool,
         embed_dim=config.embed_dim,
         depth=len(config.ffn_widths),
-        num_heads=config.num_heads,
+        num_heads=1 if config.head_dim else config.num_heads,  # timm's class has no head_dim: replaced below
         mlp_ratio=1.0,  # every FFN is replaced below: timm has one ratio for all blocks
         qkv_bias=config.qkv_bias,
         qk_norm=config.qk_norm,
@@ -133,6 +140,17 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
     if not config.patch_bias:
         vit.patch_embed.proj.bias = None
     for block, width in zip(vit.blocks, config.ffn_widths, strict=True):
+        if config.head_dim is not None:
+            block.attn = Attention(
+                config.embed_dim,
+                config.num_heads,
+                attn_head_dim=config.head_dim,
+                qkv_bias=config.qkv_bias,
+                qk_norm=config.qk_norm,
+                proj_bias=config.proj_bias,
+                norm_layer=partial(LayerNorm, eps=config.norm_eps),
+                device="meta",
+            )
         block.mlp = Mlp(
             config.embed_dim, width, act_layer=ACTIVATIONS[config.activation], bias=config.proj_bias, device="meta"
         )
@@ -150,6 +168,7 @@ def _describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
     kinds = [
         {
             "num_heads": block.attn.num_heads,
+            "head_dim": _unusual_head_dim(block.attn),
             "activation": _activation_name(block.mlp.act),
             "qkv_bias": block.attn.qkv.bias is not None,
             "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
@@ -174,12 +193,17 @@ def _check_block(block: Any, index: int) -> None:
     extras = (getattr(attn, "norm", None), getattr(attn, "gate", None))
     if type(attn) is not Attention or not all(extra is None or type(extra) is nn.Identity for extra in extras):
         raise _refusal(f"{where} has attention of another kind ({type(attn).__name__})")
-    if attn.num_heads * attn.head_dim != attn.qkv.in_features:
-        raise _refusal(f"{where} has {attn.num_heads} attention heads of another size than usual")
+    if 3 * attn.num_heads * attn.head_dim != attn.qkv.out_features:
+        raise _refusal(f"{where} has {attn.num_heads} attention heads of another size than its projection")
     if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
         raise _refusal(f"{where} has a feed-forward of another kind ({type(mlp).__name__})")
     if not isinstance(mlp.fc1, nn.Linear) or not isinstance(block.norm1, nn.LayerNorm):
         raise _refusal(f"{where} does not use Linear layers and LayerNorm")
+
+
+def _unusual_head_dim(attn: Attention) -> int | None:
+    usual = attn.num_heads * attn.head_dim == attn.qkv.in_features
+    return None if usual else attn.head_dim
 
 
 def _activation_name(activation: nn.Module) -> Activation:

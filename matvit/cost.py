@@ -11,7 +11,7 @@ def flops(config: ViTConfig, spec: SubmodelSpec) -> int:
     patches = (spec.image_size // config.patch_size) ** 2
     tokens = patches + config.reg_tokens + int(config.class_token)
     dim = config.embed_dim
-    attention_dim = dim // config.num_heads * spec.heads
+    attention_dim = config.head_width * spec.heads
     macs = patches * 3 * config.patch_size**2 * dim
     for block in spec.kept_blocks:
         macs += tokens * dim * 3 * attention_dim  # query, key, value
@@ -34,7 +34,7 @@ def num_params(config: ViTConfig, spec: SubmodelSpec) -> int:
 
 def _block_params(config: ViTConfig, spec: SubmodelSpec, block: int) -> int:
     dim, width = config.embed_dim, spec.widths[block]
-    head_dim = dim // config.num_heads
+    head_dim = config.head_width
     attention_dim = head_dim * spec.heads
     attention = 3 * attention_dim * (dim + config.qkv_bias) + dim * (attention_dim + config.proj_bias)
     attention += 4 * head_dim * config.qk_norm

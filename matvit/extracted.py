@@ -119,6 +119,7 @@ def _timm_arguments(config: backbone.ViTConfig) -> dict[str, Any] | None:
         and int(config.embed_dim * ratio) == width
         and config.norm_eps == 1e-6  # timm's default; another one would need a Python object
         and config.patch_bias
+        and config.head_dim is None
     )
     if not expressible:
         return None

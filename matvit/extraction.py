@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from matvit import positions
+from matvit.heads import cut_heads, linear
 from matvit.spec import SubmodelSpec
 
 if TYPE_CHECKING:
@@ -26,8 +27,10 @@ def extract(model: MatViT, spec: SubmodelSpec) -> VisionTransformer:
     kept = [model.vit.blocks[index] for index in spec.kept_blocks]
     for block, index in zip(kept, spec.kept_blocks, strict=True):
         width = spec.widths[index]
-        memo[id(block.mlp.fc1)] = _narrow(block.mlp.fc1, rows=width)
-        memo[id(block.mlp.fc2)] = _narrow(block.mlp.fc2, columns=width)
+        memo[id(block.attn)] = cut_heads(block.attn, spec.heads)
+        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        memo[id(fc1)] = linear(fc1.weight[:width], None if fc1.bias is None else fc1.bias[:width])
+        memo[id(fc2)] = linear(fc2.weight[:, :width], fc2.bias)
     memo[id(model.vit.blocks)] = nn.Sequential(*(copy.deepcopy(block, memo) for block in kept))
     vit: VisionTransformer = copy.deepcopy(model.vit, memo)
     _set_resolution(vit, model, spec.image_size)
@@ -41,12 +44,3 @@ def _set_resolution(vit: VisionTransformer, model: MatViT, image_size: int) -> N
     if vit.pos_embed is not None:
         table = positions.table(vit, model.config, image_size // model.config.patch_size).detach()
         vit.pos_embed = nn.Parameter(table.clone(), requires_grad=vit.pos_embed.requires_grad)
-
-
-def _narrow(linear: nn.Linear, *, rows: int | None = None, columns: int | None = None) -> nn.Linear:
-    weight = linear.weight.detach()[:rows, :columns].clone()
-    narrow = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
-    narrow.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    if linear.bias is not None:
-        narrow.bias = nn.Parameter(linear.bias.detach()[:rows].clone(), requires_grad=linear.bias.requires_grad)
-    return narrow

@@ -1,4 +1,4 @@
-"""Importance ordering: the hidden units and blocks that a small submodel keeps are the ones that matter most."""
+"""Importance ordering: the hidden units, heads and blocks that a small submodel keeps matter most."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention, LayerScale
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,24 +15,49 @@ if TYPE_CHECKING:
 
 
 def order_by_importance(model: MatViT, images: torch.Tensor) -> None:
-    """Reorder every FFN's hidden units in place, the most important first; the full encoder is unchanged.
+    """Reorder every block's hidden units, and its heads if they are an axis, in place, the most important first.
 
-    Importance of a unit: root mean square of its activation on `images` (B, 3, H, W), times the norm
-    of its outgoing weights, layer scale included. Rounding apart, XL's function stays the same.
+    Importance of a channel: root mean square of its activation on `images` (B, 3, R, R), times the norm
+    of its outgoing weights, layer scale included; of a head: over its channels, squared and added.
+    Rounding apart, the full encoder's function stays the same.
     """
-    squares = _mean_square_activations(model, images)
     with torch.no_grad():
+        squares = _mean_squares(model, images, [block.mlp.fc2 for block in model.vit.blocks])
         for block, square in zip(model.vit.blocks, squares, strict=True):
-            outgoing = block.mlp.fc2.weight
-            if isinstance(block.ls2, nn.Identity):
-                norm = outgoing.norm(dim=0)
-            else:
-                norm = (outgoing * block.ls2.gamma[:, None]).norm(dim=0)
-            order = torch.argsort(square.sqrt() * norm, descending=True, stable=True)
-            block.mlp.fc1.weight.copy_(block.mlp.fc1.weight[order])
-            if block.mlp.fc1.bias is not None:
-                block.mlp.fc1.bias.copy_(block.mlp.fc1.bias[order])
-            outgoing.copy_(outgoing[:, order])
+            importance = square.sqrt() * _outgoing_norm(block.mlp.fc2, block.ls2)
+            _permute(block.mlp.fc1, block.mlp.fc2, torch.argsort(importance, descending=True, stable=True))
+        if not model.axes.heads:
+            return
+        squares = _mean_squares(model, images, [block.attn.proj for block in model.vit.blocks])
+        for block, square in zip(model.vit.blocks, squares, strict=True):
+            importance = square * _outgoing_norm(block.attn.proj, block.ls1).square()
+            by_head = importance.view(block.attn.num_heads, block.attn.head_dim).sum(dim=1)
+            _permute_heads(block.attn, torch.argsort(by_head, descending=True, stable=True))
+
+
+def _outgoing_norm(outgoing: nn.Linear, layer_scale: nn.Module) -> torch.Tensor:
+    scaled = outgoing.weight
+    if isinstance(layer_scale, LayerScale):
+        scaled = scaled * layer_scale.gamma[:, None]
+    norm: torch.Tensor = torch.linalg.vector_norm(scaled, dim=0)
+    return norm
+
+
+def _permute(incoming: nn.Linear, outgoing: nn.Linear, order: torch.Tensor) -> None:
+    incoming.weight.copy_(incoming.weight[order])
+    if incoming.bias is not None:
+        incoming.bias.copy_(incoming.bias[order])
+    outgoing.weight.copy_(outgoing.weight[:, order])
+
+
+def _permute_heads(attention: Attention, order: torch.Tensor) -> None:
+    width, count = attention.head_dim, attention.num_heads
+    channels = torch.arange(count * width, device=order.device).view(count, width)[order].flatten()
+    stacked = torch.cat([part * count * width + channels for part in range(3)])  # query, key, value
+    attention.qkv.weight.copy_(attention.qkv.weight[stacked])
+    if attention.qkv.bias is not None:
+        attention.qkv.bias.copy_(attention.qkv.bias[stacked])
+    attention.proj.weight.copy_(attention.proj.weight[:, channels])
 
 
 @torch.no_grad()
@@ -47,7 +73,9 @@ def find_keep_order(model: MatViT, images: torch.Tensor, *, batch_size: int = 25
 
     def agreement_without(block: int) -> float:
         widths = {one: model.shape.ffn_widths[one] for one in kept if one != block}
-        found = torch.cat([model.through(part, widths) for part in torch.split(images, batch_size)])
+        found = torch.cat(
+            [model.through(part, widths, heads=model.shape.num_heads) for part in torch.split(images, batch_size)]
+        )
         return F.cosine_similarity(F.normalize(found, dim=-1) - mean, wanted - mean, dim=-1).mean().item()
 
     while len(kept) > 1:
@@ -58,17 +86,20 @@ def find_keep_order(model: MatViT, images: torch.Tensor, *, batch_size: int = 25
 
 
 @torch.no_grad()
-def _mean_square_activations(model: MatViT, images: torch.Tensor, batch_size: int = 128) -> list[torch.Tensor]:
-    totals: list[torch.Tensor] = [torch.zeros((), device=images.device)] * len(model.vit.blocks)
+def _mean_squares(
+    model: MatViT, images: torch.Tensor, layers: list[nn.Linear], batch_size: int = 128
+) -> list[torch.Tensor]:
+    """The summed squares of each layer's inputs, by channel."""
+    totals: list[torch.Tensor] = [torch.zeros((), device=images.device)] * len(layers)
 
     def hook(index: int) -> RemovableHandle:
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            totals[index] = totals[index] + inputs[0].float().square().sum(dim=(0, 1))  # (F,)
+            totals[index] = totals[index] + inputs[0].float().square().sum(dim=(0, 1))
 
-        handle: RemovableHandle = model.vit.blocks[index].mlp.fc2.register_forward_pre_hook(add)
+        handle: RemovableHandle = layers[index].register_forward_pre_hook(add)
         return handle
 
-    handles = [hook(index) for index in range(len(model.vit.blocks))]
+    handles = [hook(index) for index in range(len(layers))]
     try:
         for batch in torch.split(images, batch_size):
             model.vit(batch)

@@ -1,4 +1,4 @@
-"""MatViT: a timm ViT with nested feed-forward layers, blocks and resolutions: smaller encoders are slices of it.
+"""MatViT: a timm ViT with nested feed-forward layers, heads, blocks and resolutions: smaller encoders are slices of it.
 
 Letters in shape comments: B batch, C channels, H W pixels, N tokens, D embedding, F FFN width.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from matvit import backbone, cost, identity, positions
 from matvit.errors import BackboneError, SpecError
+from matvit.heads import nested_attention
 from matvit.preprocess import Preprocessing
 from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.torch_encoder import TorchEncoder
@@ -44,9 +45,9 @@ def nested_ffn(mlp: Mlp, tokens: Tensor, width: int) -> Tensor:
     return output
 
 
-def run_block(block: Block, tokens: Tensor, width: int) -> Tensor:
-    """timm's pre-norm block with its FFN cut to `width` hidden units: (B, N, D) -> (B, N, D)."""
-    tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+def run_block(block: Block, tokens: Tensor, width: int, heads: int) -> Tensor:
+    """timm's pre-norm block, cut to `width` hidden units and `heads` attention heads: (B, N, D) -> (B, N, D)."""
+    tokens = tokens + block.drop_path1(block.ls1(nested_attention(block.attn, block.norm1(tokens), heads)))
     output: Tensor = tokens + block.drop_path2(block.ls2(nested_ffn(block.mlp, block.norm2(tokens), width)))
     return output
 
@@ -86,7 +87,7 @@ class MatViT(nn.Module):
         self.weights_sha256: str | None = None
         self.pareto: tuple[dict[str, Any], ...] = ()  # rows of pareto.json
         self.record: dict[str, Any] = {}  # training.json: recipe, data, seed, code version, metrics
-        self.block_forward: Callable[[Block, Tensor, int], Tensor] = run_block  # training compiles it
+        self.block_forward: Callable[[Block, Tensor, int, int], Tensor] = run_block  # training compiles it
         self.open_axes(axes or AxesConfig())
         self.eval()
 
@@ -151,21 +152,21 @@ class MatViT(nn.Module):
 
     def features(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
         """The embedding before it is scaled to unit length: (B, 3, R, R) -> (B, D)."""
-        spec = self._cut(spec)
+        spec = self.shape.spec(spec)
         if images.shape[-2:] != (spec.image_size, spec.image_size):
             raise SpecError(
                 what=f"spec '{spec}' takes pictures of {spec.image_size} px, not {tuple(images.shape[-2:])}",
                 where="images",
                 fix=f"resize them to {spec.image_size} px, or use `encoder(spec)`, which takes any picture",
             )
-        return self.through(images, {index: spec.widths[index] for index in spec.kept_blocks})
+        return self.through(images, {index: spec.widths[index] for index in spec.kept_blocks}, heads=spec.heads)
 
-    def through(self, images: Tensor, widths: Mapping[int, int]) -> Tensor:
-        """`features` of these blocks alone, in this order, each with so many hidden units."""
+    def through(self, images: Tensor, widths: Mapping[int, int], *, heads: int) -> Tensor:
+        """`features` of these blocks alone, in this order, each with so many hidden units, and `heads` heads."""
         vit = self.vit
         tokens = vit.norm_pre(positions.embed(vit, self.config, images))  # (B, N, D)
         for index, width in widths.items():
-            tokens = self.block_forward(vit.blocks[index], tokens, width)
+            tokens = self.block_forward(vit.blocks[index], tokens, width, heads)
         embedding: Tensor = vit.forward_head(vit.norm(tokens), pre_logits=True)
         return embedding
 
@@ -176,7 +177,7 @@ class MatViT(nn.Module):
         """
         from matvit.extraction import extract
 
-        return extract(self, self._cut(spec))
+        return extract(self, self.shape.spec(spec))
 
     def encoder(self, spec: str | SubmodelSpec | None = None) -> TorchEncoder:
         """The extracted submodel with preprocessing, on this module's device: what `retrieval` takes."""
@@ -188,17 +189,6 @@ class MatViT(nn.Module):
             embedding_dim=self.embedding_dim,
             preprocessing=self.preprocessing,
         )
-
-    def _cut(self, spec: str | SubmodelSpec | None) -> SubmodelSpec:
-        """The spec, if this version can compute it: the grammar is ahead of the model."""
-        spec = self.shape.spec(spec)
-        if spec.heads != self.config.num_heads:
-            raise SpecError(
-                what=f"spec '{spec}' cuts attention heads, which this version cannot",
-                where="encoder spec",
-                fix="leave -h out",
-            )
-        return spec
 
     def flops(self, spec: str | SubmodelSpec | None = None) -> int:
         """Floating-point operations for one picture (2 x multiply-adds, attention products included)."""

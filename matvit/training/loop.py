@@ -120,7 +120,8 @@ def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages],
 def _open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:
     start = recipe.encoder
     step = model.config.patch_size if start.resolution_axis else 0
-    model.open_axes(AxesConfig(keep_order=keep_order if start.depth_axis else (), image_size_step=step))
+    kept = keep_order if start.depth_axis else ()
+    model.open_axes(AxesConfig(heads=start.head_axis, keep_order=kept, image_size_step=step))
 
 
 def _check_specs(model: MatViT, recipe: Recipe) -> None:

@@ -23,6 +23,7 @@ class EncoderRecipe(_Strict):
     weights: Path | None = None  # safetensors, relative to the working folder; None: random
     pretrained: bool = False  # timm's own weights, from the hub
     image_size: PositiveInt  # pixels, the native resolution
+    head_axis: bool = False  # the encoder can be cut to the most important heads of each block
     depth_axis: bool = False  # the encoder can be cut to its most important blocks
     resolution_axis: bool = False  # and be given smaller or larger pictures
 

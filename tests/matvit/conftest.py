@@ -48,7 +48,7 @@ def vit(request: pytest.FixtureRequest) -> VisionTransformer:
 def model(vit: VisionTransformer) -> MatViT:
     """The elastic encoder of `vit`, cut along every axis; shared, so tests leave it as it is."""
     model = MatViT.from_timm(vit)
-    model.open_axes(AxesConfig(keep_order=(3, 0, 1, 2), image_size_step=8))
+    model.open_axes(AxesConfig(heads=True, keep_order=(3, 0, 1, 2), image_size_step=8))
     return model
 
 

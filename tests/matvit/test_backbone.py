@@ -92,7 +92,7 @@ def _set(path: str, value: object) -> Callable[[VisionTransformer], None]:
         (_set("blocks.1.mlp.act", nn.ReLU()), "differ in more than FFN width"),
         (_set("blocks.1.attn.num_heads", 2), "heads of another size"),
         (_set("blocks.1.attn", Attention(32, num_heads=2, qkv_bias=True)), "differ in more than FFN width"),
-        (_set("blocks.1.attn", Attention(32, num_heads=4, attn_head_dim=4)), "heads of another size"),
+        (_set("blocks.1.attn", Attention(32, num_heads=4, attn_head_dim=4, qkv_bias=True)), "differ in more"),
         (_set("blocks.1.attn", Attention(32, num_heads=4, gated=True)), "attention of another kind"),
         (_set("blocks.1.attn.norm", nn.LayerNorm(32)), "attention of another kind"),
         (_set("norm.eps", 1e-3), "differ in more than FFN width"),

@@ -25,11 +25,11 @@ WIDTHS = st.tuples(*[st.integers(1, 128)] * 4)
 
 
 @settings(max_examples=8, deadline=None)
-@given(widths=WIDTHS, depth=st.integers(1, 4), resolution=st.sampled_from([8, 24, 32, 40]))
+@given(widths=WIDTHS, heads=st.integers(1, 4), depth=st.integers(1, 4), resolution=st.sampled_from([8, 24, 32, 40]))
 def test_flops_and_parameters_equal_the_real_counts(
-    model: MatViT, widths: tuple[int, ...], depth: int, resolution: int
+    model: MatViT, widths: tuple[int, ...], heads: int, depth: int, resolution: int
 ) -> None:
-    spec = SubmodelSpec.of(model.shape, widths, depth=depth, image_size=resolution)
+    spec = SubmodelSpec.of(model.shape, widths, heads=heads, depth=depth, image_size=resolution)
     small = model.extract(spec)
     # A fused attention kernel would go uncounted.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

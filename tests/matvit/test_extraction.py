@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from matvit import MatViT, SubmodelSpec
+from matvit import MatViT, SubmodelSpec, backbone
 
+HEADS = st.integers(1, 4)
 DEPTHS = st.integers(1, 4)
 RESOLUTIONS = st.sampled_from([8, 16, 24, 32, 40])
 WIDTHS = st.tuples(*[st.integers(1, 128)] * 4) | st.sampled_from([16, 32, 64, 128]).map(lambda width: (width,) * 4)
@@ -26,11 +27,11 @@ def _equal(model: MatViT, spec: SubmodelSpec, images: Tensor, atol: float) -> No
 
 
 @settings(max_examples=8, deadline=None)
-@given(widths=WIDTHS, depth=DEPTHS, resolution=RESOLUTIONS)
+@given(widths=WIDTHS, heads=HEADS, depth=DEPTHS, resolution=RESOLUTIONS)
 def test_extracted_encoder_equals_nested_forward(
-    model: MatViT, widths: tuple[int, ...], depth: int, resolution: int
+    model: MatViT, widths: tuple[int, ...], heads: int, depth: int, resolution: int
 ) -> None:
-    spec = SubmodelSpec.of(model.shape, widths, depth=depth, image_size=resolution)
+    spec = SubmodelSpec.of(model.shape, widths, heads=heads, depth=depth, image_size=resolution)
     images = torch.randn(2, 3, resolution, resolution)
     _equal(model, spec, images, 1e-5)
     _equal(copy.deepcopy(model).double(), spec, images.double(), 1e-12)
@@ -57,6 +58,16 @@ def test_extracted_module_is_plain_timm_and_really_smaller(model: MatViT) -> Non
         assert block.mlp.fc2.weight.untyped_storage().nbytes() == block.mlp.fc2.weight.numel() * 4  # no view of XL
     small.reset_classifier(5)
     assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_an_encoder_of_fewer_heads_is_described_and_built_again(model: MatViT, images: Tensor) -> None:
+    small = model.extract("M-h3")
+    assert [block.attn.num_heads for block in small.blocks] == [3] * 4
+    assert small.blocks[0].attn.qkv.weight.shape == (3 * 3 * 8, 32)
+    config = backbone.describe(small)
+    assert (config.num_heads, config.head_dim) == (3, 8)
+    again = backbone.build(config, small.state_dict())
+    torch.testing.assert_close(again(images), small(images), rtol=0, atol=0)
 
 
 def test_dropped_blocks_leave_and_the_others_keep_their_order(model: MatViT) -> None:

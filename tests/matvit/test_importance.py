@@ -20,14 +20,14 @@ def test_ordering_keeps_the_full_encoder(model: MatViT, images: Tensor) -> None:
         torch.testing.assert_close(ordered(images.to(dtype)), before, rtol=0, atol=atol)
 
 
-def test_ordering_permutes_units_and_nothing_else(model: MatViT, images: Tensor) -> None:
+def test_ordering_permutes_units_and_heads_and_nothing_else(model: MatViT, images: Tensor) -> None:
     ordered = copy.deepcopy(model)
     order_by_importance(ordered, images)
     for name, tensor in ordered.vit.state_dict().items():
         before = model.vit.state_dict()[name]
-        if ".mlp.fc1." in name:
+        if ".mlp.fc1." in name or ".attn.qkv." in name:
             assert sorted(tensor.tolist()) == sorted(before.tolist())
-        elif name.endswith("fc2.weight"):
+        elif name.endswith(("fc2.weight", "attn.proj.weight")):
             assert sorted(tensor.T.tolist()) == sorted(before.T.tolist())
         else:
             assert torch.equal(tensor, before)
@@ -79,3 +79,21 @@ def test_blocks_that_do_nothing_are_the_first_to_go(tiny: MatViT, images: Tensor
     before = tiny(images)
     tiny.open_axes(AxesConfig(keep_order=order))
     torch.testing.assert_close(tiny(images, "XL-d2"), before, rtol=0, atol=1e-5)
+
+
+def test_ordering_heads_keeps_the_full_encoder_and_puts_the_useful_ones_first(model: MatViT, images: Tensor) -> None:
+    ordered = copy.deepcopy(model)  # cut along every axis
+    with torch.no_grad():
+        for block in ordered.vit.blocks:
+            by_head = block.attn.proj.weight.view(32, 4, 8)
+            by_head[:, [0, 2]] = 0
+    before = ordered(images)
+    order_by_importance(ordered, images)
+    torch.testing.assert_close(ordered(images), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ordered(images, "XL-h2"), before, rtol=0, atol=1e-5)
+
+
+def test_heads_stay_where_they_are_when_they_are_no_axis(tiny: MatViT, images: Tensor) -> None:
+    before = tiny.vit.blocks[0].attn.qkv.weight.clone()
+    order_by_importance(tiny, images)
+    torch.testing.assert_close(tiny.vit.blocks[0].attn.qkv.weight, before, rtol=0, atol=0)
