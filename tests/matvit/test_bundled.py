@@ -56,5 +56,5 @@ def test_the_documented_recall_is_the_recorded_one(encoder):
     for row in encoder.pareto:
         documented = re.search(rf"^\| {row['name']} \| [\d.]+ \| ([\d.]+) \|", page, re.MULTILINE)
         assert documented is not None
-        # One query of 1,026 may fall on the other side of a tie on another device.
-        assert float(documented[1]) == pytest.approx(100 * row["quality"]["recall@1"], abs=0.15)
+        # Recorded on a GPU, documented from a CPU: two queries of 1,026 may fall on the other side of a tie.
+        assert float(documented[1]) == pytest.approx(100 * row["quality"]["recall@1"], abs=0.25)
