@@ -28,6 +28,7 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit: larger ones are refused before decoding, as bombs
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _TILE = 1024  # pixels a side: pictures that need arithmetic are converted in such pieces
 _WARNINGS = threading.Lock()
 
@@ -87,7 +88,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
             return _to_rgb(_upright(_with_pixels(image)))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         raise ImageError(
-            what=_reason(error),
+            what=_reason(error, source),
             where=where,
             fix="give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file",
         ) from error
@@ -109,7 +110,9 @@ def _encoded(image: JpegImageFile) -> bytes | JpegImageFile:
     return image.fp.read()  # decoding seeks to where it begins
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, source: ImageSource) -> str:
+    if isinstance(error, UnidentifiedImageError) and _is_heic(source):
+        return "is a HEIC picture, which needs converting to JPEG first"
     known: dict[type[Exception], str] = {
         FileNotFoundError: "no such file",
         IsADirectoryError: "is a folder, not a picture",
@@ -121,6 +124,21 @@ def _reason(error: Exception) -> str:
         if isinstance(error, kind):
             return reason
     return f"damaged picture ({str(error) or type(error).__name__})"
+
+
+def _is_heic(source: ImageSource) -> bool:
+    """Whether a picture that Pillow cannot open is named or begins as a HEIC file does."""
+    if isinstance(source, Image.Image):
+        return False
+    if not isinstance(source, bytes):
+        if os.fspath(source).lower().endswith((".heic", ".heif")):
+            return True
+        try:
+            with open(source, "rb") as file:  # noqa: PTH123 (a text is a path, too)
+                source = file.read(12)
+        except OSError:
+            return False
+    return source[4:8] == b"ftyp" and source[8:12] in _HEIC_BRANDS
 
 
 def resize_centre_square(image: Image.Image, size: int) -> Image.Image:

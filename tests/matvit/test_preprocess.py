@@ -375,6 +375,17 @@ def test_missing_files_folders_and_formats_off_the_list_are_named(tmp_path: Path
     assert refusal(encode(Image.new("RGB", (4, 4)), "PDF")).what == "not a picture in a supported format"
 
 
+def test_a_heic_picture_is_said_to_need_converting(tmp_path: Path) -> None:
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # how an iPhone's photograph begins
+    misnamed, cut = tmp_path / "photo.jpg", tmp_path / "photo.HEIC"
+    misnamed.write_bytes(heic)
+    cut.write_bytes(heic[:6])
+    for source in (heic, misnamed, str(misnamed), cut, str(cut)):
+        assert refusal(source).what == "is a HEIC picture, which needs converting to JPEG first"
+    cut.write_bytes(encode(scene(9, 9), "JPEG"))
+    assert PLAIN(cut, size=28).shape == (3, 28, 28)  # the content decides
+
+
 def test_a_pil_image_without_pixels_is_refused() -> None:
     assert refusal(Image.new("RGB", (0, 5))).what == "damaged picture (no pixels)"
 
