@@ -32,7 +32,9 @@ T = TypeVar("T")
 
 LabelArray = npt.NDArray[np.int64]
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,10 @@ def read_dataset(location: str | Path, *, classes: str | None = None, exclude: S
     Raises DatasetError for a missing or empty data set, for one that is in no known layout, and for
     classes that it does not have; MissingExtraError when parquet cannot be read here.
     """
-    files = _parquet_files(str(location))
+    try:
+        files = _parquet_files(str(location))
+    except OSError as error:  # in a folder that may not be read, or no file name at all
+        raise _error(location, f"cannot be looked up ({error.strerror})", "check the path") from error
     rows = _read_tree(Path(location)) if files is None else _read_parquet(files, str(location))
     selected = _select_classes(rows.class_names, classes, exclude, str(location))
     keep = np.flatnonzero(np.isin(rows.labels, selected))
@@ -320,9 +325,9 @@ def _select_classes(
 
 def _parse_classes(text: str, count: int, location: str) -> Sequence[int]:
     numbers: Sequence[int] = ()
-    if match := re.fullmatch(r"(\d*):(\d*)", text.strip()):
-        numbers = range(int(match[1] or 0), int(match[2] or count))
-    elif re.fullmatch(r"\d+(\s*,\s*\d+)*", text.strip()):
+    if match := re.fullmatch(r"(\d{,9}):(\d{,9})", text.strip()):
+        numbers = range(int(match[1] or 0), min(int(match[2] or count), count + 1))
+    elif re.fullmatch(r"\d{1,9}(\s*,\s*\d{1,9})*", text.strip()):
         numbers = [int(number) for number in text.split(",")]
     if not numbers or max(numbers) >= count:
         raise _error(

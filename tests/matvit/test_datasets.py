@@ -89,6 +89,25 @@ def test_a_class_folder_that_cannot_be_read_is_refused_rather_than_left_out(
         read_dataset(tmp_path)
 
 
+def test_a_location_that_cannot_be_looked_up_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DatasetError, match=r"cannot be looked up \(File name too long\); check the path"):
+        read_dataset("x" * 5000)
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(DatasetError, match=r"locked/data: cannot be looked up \(Permission denied\)"):
+        read_dataset("locked/data")
+
+
+def test_every_usual_suffix_of_a_picture_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    for name in ("a.jpg", "b.JPEG", "c.jfif", "d.jpe", "e.mpo", "f.png"):
+        (tmp_path / "dog" / name).write_bytes(encoded(0))
+    assert len(read_dataset(tmp_path)) == 6
+
+
 def test_parquet_gives_encoded_bytes_and_the_schemas_class_names(tmp_path: Path) -> None:
     data = read_dataset(write_parquet(tmp_path / "food.parquet", [3, 0, 3]))
     assert len(data) == 3
@@ -172,7 +191,10 @@ def test_classes_are_chosen_by_index_of_the_sorted_names(tmp_path: Path, classes
     assert data.name == f"{tmp_path / 'a.parquet'} [{classes}]"
 
 
-@pytest.mark.parametrize("classes", ["", "4", "2:5", "3:3", "9:", "a", "1-2", "-1", "0:4:2", "1,,2"])
+@pytest.mark.parametrize(
+    "classes",
+    ["", "4", "2:5", "3:3", "9:", "a", "1-2", "-1", "0:4:2", "1,,2", "1" * 5000, "0:" + "9" * 5000, "0:999999999"],
+)
 def test_classes_that_select_nothing_or_too_much_are_refused(tmp_path: Path, classes: str) -> None:
     path = write_parquet(tmp_path / "a.parquet", [0, 1, 2, 3])
     with pytest.raises(DatasetError, match=r"give a slice such as 0:4 or a list such as 0,3"):
