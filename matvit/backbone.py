@@ -7,11 +7,11 @@ Today: `timm.models.vision_transformer.VisionTransformer` with plain blocks and 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm.layers.activations
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from timm.layers import Attention, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed, QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -25,6 +25,7 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
 }
+Size = Annotated[int, Field(ge=1, le=2**16)]  # a config from elsewhere cannot ask for more than can be built
 
 
 class ViTConfig(BaseModel):
@@ -33,12 +34,12 @@ class ViTConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: Literal["vit"] = "vit"
-    image_size: PositiveInt  # pixels, a multiple of patch_size
-    patch_size: PositiveInt  # pixels
-    embed_dim: PositiveInt  # a multiple of num_heads
-    num_heads: PositiveInt
-    head_dim: PositiveInt | None = None  # None: embed_dim / num_heads; a submodel with fewer heads keeps their width
-    ffn_widths: tuple[PositiveInt, ...]  # hidden units of each block
+    image_size: Size  # pixels, a multiple of patch_size
+    patch_size: Size  # pixels
+    embed_dim: Size  # a multiple of num_heads
+    num_heads: Size
+    head_dim: Size | None = None  # None: embed_dim / num_heads; a submodel with fewer heads keeps their width
+    ffn_widths: Annotated[tuple[Size, ...], Field(max_length=1000)]  # hidden units of each block
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-6
     qkv_bias: bool = True
@@ -46,7 +47,7 @@ class ViTConfig(BaseModel):
     proj_bias: bool = True
     layer_scale: bool = False
     class_token: bool = True
-    reg_tokens: NonNegativeInt = 0
+    reg_tokens: int = Field(default=0, ge=0, le=2**16)
     no_embed_class: bool = False
     pos_embed: Literal["learn", "none"] = "learn"
     patch_bias: bool = True

@@ -135,6 +135,10 @@ def test_weights_that_do_not_fit_are_refused(plain_vit: VisionTransformer) -> No
         {"num_heads": 0},
         {"ffn_widths": []},
         {"ffn_widths": [0]},
+        {"ffn_widths": [768] * 100_000},
+        {"image_size": 10**12},
+        {"embed_dim": 2**64},
+        {"reg_tokens": 10**12},
         {"activation": "swish"},
         {"class_token": False},
         {"norm_eps": 0},
@@ -145,6 +149,15 @@ def test_configs_that_cannot_be_built_are_refused(plain_vit: VisionTransformer, 
     raw = json.loads(backbone.describe(plain_vit).model_dump_json()) | change
     with pytest.raises(ValidationError):
         backbone.ViTConfig.model_validate(raw)
+
+
+def test_weights_that_do_not_fit_the_largest_config_are_refused_too() -> None:
+    most = 2**16
+    config = backbone.ViTConfig(
+        image_size=most, patch_size=1, embed_dim=most, num_heads=most, ffn_widths=(most,), reg_tokens=most
+    )
+    with pytest.raises(BackboneError, match="weights do not fit"):
+        backbone.build(config, {})
 
 
 def test_pretrained_weights_of_a_local_timm_checkpoint(tmp_path: Path) -> None:
