@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import uuid
 from importlib import resources
@@ -44,6 +45,7 @@ CONFIG, WEIGHTS, PARETO, TRAINING, CARD = (
     "README.md",
 )
 Storage = Literal["float32", "int8"]
+_Kind = Literal["new", "old"]
 
 
 class PreprocessingConfig(BaseModel):
@@ -92,8 +94,8 @@ class ParetoRow(BaseModel):
     spec: str
     flops: int
     params: int
-    relative_flops: float
-    quality: dict[str, float] = {}
+    relative_flops: FiniteFloat
+    quality: dict[str, FiniteFloat] = {}
 
 
 _PARETO: TypeAdapter[list[ParetoRow]] = TypeAdapter(list[ParetoRow])
@@ -121,6 +123,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
         raise CheckpointError(what=f"cannot be looked up ({error})", where=text[:200], fix="check the path") from error
     if is_folder:
         return Path(text)
+    if not exists:
+        _refuse_half_swapped(Path(text))
     if isinstance(source, str) and _HUB_ID.fullmatch(text) and not exists:
         return _download(text, revision)
     raise CheckpointError(
@@ -150,6 +154,7 @@ def load(source: str | Path, *, revision: str | None = None) -> MatViT:
     model.source, model.revision = _provenance(source, folder)
     model.weights_sha256 = config.weights.sha256
     model.pareto = tuple(_read_checked(folder / PARETO, _PARETO, missing=[]))
+    _check_specs(model, folder / PARETO)
     model.record = _read_checked(folder / TRAINING, _RECORD, missing={})
     found = model.space_id
     if found != config.space_id:
@@ -283,16 +288,29 @@ def _exchange(one: Path, other: Path) -> bool:
     return done == 0
 
 
-def _beside(target: Path, kind: Literal["new", "old"]) -> Path:
+def _beside(target: Path, kind: _Kind) -> Path:
     return target.with_name(f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}")
 
 
 def _remove_leftovers(target: Path) -> None:
     """What this save and killed earlier ones left beside `target`, now that it is whole."""
-    ours = re.compile(rf"\.{re.escape(target.name)}\.(new|old)-[0-9a-f]{{8}}")
-    for path in target.parent.iterdir():
-        if ours.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in [*_leftovers(target, "new"), *_leftovers(target, "old")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _leftovers(target: Path, kind: _Kind) -> list[Path]:
+    name = re.compile(rf"\.{re.escape(target.name)}\.{kind}-[0-9a-f]{{8}}")
+    return [path for path in target.parent.glob(".*") if name.fullmatch(path.name)]
+
+
+def _refuse_half_swapped(target: Path) -> None:
+    """A save that was killed between its two renames left the earlier checkpoint whole, under another name."""
+    if old := next(iter(_leftovers(target, "old")), None):
+        raise CheckpointError(
+            what="is missing: a save was killed, and the checkpoint before it is beside it under another name",
+            where=str(target),
+            fix=f"move it back: {shlex.join(['mv', str(old), str(target)])}",
+        )
 
 
 def _refuse_to_replace(target: Path) -> None:
@@ -358,6 +376,14 @@ def _read_checked(path: Path, kind: TypeAdapter[Any], *, missing: Any) -> Any:
     return raw
 
 
+def _check_specs(model: MatViT, path: Path) -> None:
+    for row in model.pareto:
+        try:
+            model.shape.spec(row["spec"])
+        except SpecError as error:
+            raise _damaged(path, f"row '{row['name']}': {error.what}") from error
+
+
 def _is_bundled(source: str | Path) -> bool:
     return isinstance(source, str) and source in bundled_names()  # a Path is always a folder
 
@@ -388,8 +414,9 @@ def _download(repository: str, revision: str | None) -> Path:
         files = [CONFIG, WEIGHTS, PARETO, TRAINING, CARD]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            what=f"cannot be fetched from the hub ({(str(error) or type(error).__name__).splitlines()[0]})",
+            what=f"is no folder, and cannot be fetched from the hub ({reason})",
             where=repository,
             fix="check the id, the network and HF_TOKEN, or give a local folder",
         ) from error

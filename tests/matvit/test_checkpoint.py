@@ -86,6 +86,7 @@ def test_space_id_is_what_the_format_page_says(tiny: MatViT, tmp_path: Path, sto
     """Computed from the files alone, as another program would."""
     tiny.save_pretrained(tmp_path / "tiny", storage=storage)
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    assert config["encoder"].pop("head_dim") is None  # a later field, at its default: not hashed
     stored = load_file(tmp_path / "tiny" / "model.safetensors")
     tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((".int8", ".scale"))}
     for name in {name.removesuffix(".int8") for name in stored if name.endswith(".int8")}:
@@ -266,6 +267,13 @@ def _config(*path: str, value: object) -> Callable[[Path], None]:
     return lambda folder: _edit_config(folder, change)
 
 
+PARETO_ROW = '[{"name": "S", "spec": "S", "flops": 1, "params": 1, "relative_flops": 0.5}]'
+
+
+def _pareto(**change: object) -> Callable[[Path], object]:
+    return _write("pareto.json", json.dumps([json.loads(PARETO_ROW)[0] | change]))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated weights": (_truncate, "has 1000 bytes"),
     "missing weights": (_remove("model.safetensors"), "model.safetensors: cannot be read"),
@@ -297,6 +305,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "keep order of another model": (_config("axes", "keep_order", value=[0, 7]), "keep_order"),
     "Pareto table of another shape": (_write("pareto.json", '{"S": 1}'), "pareto.json"),
     "Pareto row without flops": (_write("pareto.json", '[{"spec": "S"}]'), "pareto.json"),
+    "Pareto row of no submodel": (_pareto(spec="9Q"), r"pareto\.json: row 'S': .*9Q"),
+    "Pareto row of NaN": (_pareto(quality={"recall@1": float("nan")}), r"pareto\.json: field '0\.quality\.recall@1'"),
+    "Pareto row beyond numbers": (_write("pareto.json", PARETO_ROW.replace("0.5", "1e400")), "0.relative_flops"),
+    "endless picture": (_config("encoder", "image_size", value=10**12), "encoder.image_size"),
+    "endless blocks": (_config("encoder", "ffn_widths", value=[768] * 100_000), "encoder.ffn_widths"),
     "record of another shape": (_write("training.json", "[]"), "training.json"),
 }
 
@@ -325,6 +338,28 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     _refused("../missing", "no such checkpoint")
     _refused("a/b/c", "no such checkpoint")
     _refused("x" * 5000, "cannot be looked up")
+
+
+def test_a_save_that_was_killed_between_its_renames_is_told_with_the_way_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.chdir(folder.parent.parent)
+    relative = f"{folder.parent.name}/{folder.name}"  # which could be a hub's repository, too
+    folder.rename(folder.with_name(f".{folder.name}.old-0123abcd"))
+    for missing in (relative, folder):
+        with pytest.raises(CheckpointError, match="a save was killed") as caught:
+            MatViT.from_pretrained(missing)
+    subprocess.run(caught.value.fix.removeprefix("move it back: "), shell=True, check=True)
+    assert MatViT.from_pretrained(folder).name
+
+
+def test_a_relative_folder_that_is_missing_is_not_only_called_a_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    _refused("runs/missing", r"runs/missing: is no folder, and cannot be fetched from the hub \(no network\)")
 
 
 # Saving
@@ -565,5 +600,5 @@ def test_a_hub_repository_is_fetched_once_and_then_found_offline(folder: Path, t
     space = MatViT.from_pretrained(folder).space_id
     assert found["space_id"] == found["again"] == found["pinned"] == found["exactly"] == space
     assert set(found["fetched"]) == FILES
-    assert found["unknown"].startswith("owner/unknown: cannot be fetched from the hub")
+    assert found["unknown"].startswith("owner/unknown: is no folder, and cannot be fetched from the hub")
     assert "give a local folder" in found["unknown"]
