@@ -1,4 +1,4 @@
-"""`matvit verify`: is every byte of an index or a checkpoint what was written?"""
+"""`matvit verify`: are the vectors of an index, or the weights of a checkpoint, what was written?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ def verify(
     *,
     json: JsonFlag = False,
 ) -> None:
-    """Check every file of an index or a checkpoint against its hash.
+    """Check an index or a checkpoint against its recorded hashes.
+
+    \b
+    Checkpoint: the weights, the encoder's sizes and the preprocessing are hashed.
+    pareto.json and training.json may be missing, and are checked for their form.
+    README.md is not read.
+    Index: the newest generation and its segments; older ones are not looked at.
 
     Exit code 1 when something is wrong.
 
