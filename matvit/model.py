@@ -117,6 +117,10 @@ class MatViT(nn.Module):
 
         `model` is a timm name or a module (copied, its classifier left out). `image_size` (pixels)
         resamples the position table. Raises BackboneError for an unknown or unsupported model.
+
+        Of the model's `pretrained_cfg`, mean and std alone are taken over, not crop_pct and interpolation: pictures
+        are resized bilinearly and their whole centre square is used. For another mean and std give
+        `preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))`, from `matvit.preprocess`.
         """
         name = model.rpartition("/")[2] if isinstance(model, str) else "matvit"
         vit = _create(model, pretrained) if isinstance(model, str) else model
