@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,12 @@ loop.train(recipe, out=Path({str(tmp_path / "parts")!r}))
     same_result(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.fixture
+@contextmanager
 def small_disk(monkeypatch):
-    """From a run's second save on, the system refuses files above 1 kB."""
+    """From a run's second save on, the system refuses files above 1 kB.
+
+    No fixture: it must end with the test's body, before pytest itself writes to a file again.
+    """
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     save = loop.save
@@ -116,12 +120,15 @@ def small_disk(monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
 
     monkeypatch.setattr(loop, "save", save_then_limit)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_the_save_before(data, make_recipe, tmp_path, small_disk):
-    with pytest.raises(RecipeError, match=r"state\.pt: cannot be written \(File too large\); mend that"):
+def test_a_full_disk_is_one_sentence_and_leaves_the_save_before(data, make_recipe, tmp_path, monkeypatch):
+    refused = pytest.raises(RecipeError, match=r"state\.pt: cannot be written \(File too large\); mend that")
+    with small_disk(monkeypatch), refused:
         train(make_recipe(), out=tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "state.pt"]
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
