@@ -84,6 +84,7 @@ def ingest_json(report: IngestReport) -> dict[str, Any]:
         "indexed": report.indexed,
         "unchanged": report.unchanged,
         "deleted": report.deleted,
+        "gone": report.gone,
         "skipped": skipped,
         "images_per_second": report.images_per_second,
         "seconds": report.seconds,

@@ -185,7 +185,7 @@ def _discard_empty(folder: Path, *, keep_folder: bool) -> None:
     with suppress(MatVitError, FileNotFoundError), writer_lock(folder):
         if Snapshot.open(folder).info().items:
             return
-        (folder / CURRENT).unlink()  # first: what is left by a kill from here on is no index
+        (folder / CURRENT).unlink()  # first: what a kill from here on leaves never opens
         shutil.rmtree(folder, ignore_errors=True)
         if keep_folder:
             folder.mkdir(exist_ok=True)

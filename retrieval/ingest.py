@@ -22,7 +22,7 @@ from retrieval.errors import IngestError
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.loading import Known, Loaded, Loader, Task, os_reason
 from retrieval.snapshot import Snapshot
-from retrieval.sources import Found, Roots, is_below
+from retrieval.sources import Found, Roots, is_below, is_gone, lstat_error
 from retrieval.types import IngestReport, SkippedFile
 from retrieval.writer import Entry, GenerationWriter
 
@@ -65,8 +65,10 @@ class Ingest:
 
     def run(self, *, delete: bool) -> IngestReport:
         """Bring the index up to date with the files. What is complete is published, whatever ends the run."""
+        gone, homes = self._find_gone()
         if delete:
-            self._gone = self._find_gone()
+            self._gone = gone
+            self._skipped = [file for file in self._skipped if os.fspath(file.path) not in homes]
         try:
             self._read_and_encode()
             self._forget_gone()
@@ -83,24 +85,29 @@ class Ingest:
             indexed=self._indexed,
             unchanged=self._unchanged,
             deleted=self._deleted_count,
+            gone=0 if delete else sum(map(len, gone.values())),
             skipped=tuple(sorted(self._skipped, key=lambda file: file.path)),
             images_per_second=self._indexed / seconds if seconds > 0 else 0.0,
             seconds=seconds,
         )
 
-    def _find_gone(self) -> dict[str, list[Known]]:
-        """Items below the named folders, or at named places, whose file is gone; by their content's sha256."""
+    def _find_gone(self) -> tuple[dict[str, list[Known]], set[str]]:
+        """Items below the named folders, or at named places, whose file is gone, by their content's sha256.
+
+        And those of the named places, gone as well, that such items lay at or below.
+        """
         gone: dict[str, list[Known]] = {}
         missing = [os.fspath(file.path) for file in self._found.missing]
-        forgotten: set[str] = set()
+        left: set[str] = set()
         for known in self._known.values():
-            path = os.fspath(self._snapshot.full_path(known.item.place))
+            path = self._snapshot.file_name(known.item.place)
+            if path in self._found.files:
+                continue
             homes = [place for place in missing if path == place or is_below(path, [place])]
-            if (homes or is_below(path, self._found.scopes)) and not os.path.lexists(path):
+            if (homes or is_below(path, self._found.scopes)) and is_gone(lstat_error(path)):
                 gone.setdefault(known.item.content_sha256, []).append(known)
-                forgotten.update(homes)
-        self._skipped = [file for file in self._skipped if os.fspath(file.path) not in forgotten]
-        return gone
+                left.update(homes)
+        return gone, left
 
     def _forget_gone(self) -> None:
         for known in chain.from_iterable(self._gone.values()):  # those that were not found elsewhere
@@ -243,14 +250,14 @@ class Ingest:
         if not force and now - self._reported_at < _PROGRESS_SECONDS:
             return
         self._reported_at = now
-        rate = self._indexed / max(now - self._started, 1e-9)
+        rate = f"{self._indexed / max(now - self._started, 1e-9):.0f}/s, " if self._indexed else ""
         self._progress(
             ProgressEvent(
                 stage="index",
                 done=self._done,
                 total=len(self._found.files),
                 unit="pictures",
-                note=f"{rate:.0f}/s, {len(self._skipped)} skipped",
+                note=f"{rate}{len(self._skipped)} skipped",
             )
         )
 

@@ -101,8 +101,12 @@ class Snapshot:
 
     def full_path(self, place: Place) -> Path:
         """The absolute path of an item's file."""
+        return Path(self.file_name(place))
+
+    def file_name(self, place: Place) -> str:
+        """The same as text: a Path for each of many items would take long."""
         root, path = place
-        return Path(self.manifest.roots[root], os.fsdecode(path))
+        return os.path.join(self.manifest.roots[root], os.fsdecode(path))  # noqa: PTH118
 
     def live_items(self) -> Iterator[tuple[OpenSegment, Item]]:
         """Every item that counts, skipped files included, with its segment."""

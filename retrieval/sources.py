@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matvit.datasets import PICTURE_SUFFIXES
+from matvit.walk import walk_files
 from retrieval.errors import IngestError
+from retrieval.loading import os_reason
 from retrieval.manifest import is_index
 from retrieval.types import SkippedFile
 
@@ -30,6 +32,50 @@ class Found:
     scopes: list[str] = field(default_factory=list)  # folders that were looked through
     skipped: list[SkippedFile] = field(default_factory=list)  # folders that cannot be read
     missing: list[SkippedFile] = field(default_factory=list)  # named, but not there
+    _real: dict[str, str] = field(default_factory=dict)  # folder -> its real path
+    _seen: set[str] = field(default_factory=set)  # real paths of folders that were walked, and of files
+
+    def add_file(self, path: str) -> None:
+        """Take a file, once: also if links lead to its folder by several names."""
+        folder, name = os.path.split(path)
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        if self._is_new(os.path.join(self._real[folder], name)):
+            self.files[path] = None
+
+    def add_folder(self, folder: str) -> None:
+        """Take the pictures below a folder, each folder once."""
+
+        def leave_out(path: str) -> bool:
+            return is_index(Path(path)) or not self._is_new(os.path.join(os.path.realpath(path), ""))
+
+        for path in walk_files(folder, on_error=self._skip_folder, leave_out=leave_out):
+            if os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES:
+                self.add_file(path)
+
+    def folders_below(self, folder: str) -> list[str]:
+        """This folder and those below it, each once, by its own name if it has one there."""
+        folders: list[str] = []
+
+        def leave_out(path: str) -> bool:
+            if is_index(Path(path)):
+                return True
+            folders.append(path)
+            return False
+
+        walk_files(folder, on_error=self._skip_folder, leave_out=leave_out)
+        return folders
+
+    def _skip_folder(self, error: OSError) -> None:
+        reason = f"folder cannot be read ({error.strerror})"
+        folder = SkippedFile(path=Path(os.path.abspath(os.fsdecode(error.filename))), reason=reason)
+        if folder not in self.skipped:
+            self.skipped.append(folder)
+
+    def _is_new(self, real_path: str) -> bool:
+        before = len(self._seen)
+        self._seen.add(real_path)
+        return len(self._seen) > before
 
 
 def find_files(images: Images) -> Found:
@@ -45,29 +91,70 @@ def find_files(images: Images) -> Found:
     for name in named:
         _add(found, name)
     if not found.files:
-        raise _nothing(named)
+        raise _nothing(named, found.skipped)
     return found
 
 
 def _add(found: Found, name: str) -> None:
     path = os.path.abspath(name)
-    if os.path.lexists(path):
+    error = lstat_error(path)
+    if error is None:
         _add_existing(found, path)
     elif glob.has_magic(name):
-        _note_folder(found, os.path.abspath(os.path.dirname(re.split(r"[*?\[]", name, maxsplit=1)[0])))
-        for match in sorted(glob.glob(name, recursive=True)):
-            _add_existing(found, os.path.abspath(match))
+        base = os.path.abspath(os.path.dirname(re.split(r"[*?\[]", name, maxsplit=1)[0]))
+        _note_folder(found, base)
+        for match in _matches(found, name, base=base):
+            _add_existing(found, match)
     else:
-        found.missing.append(SkippedFile(path=Path(path), reason="no such file"))
+        listed = found.missing if is_gone(error) else found.skipped
+        listed.append(SkippedFile(path=Path(path), reason=os_reason(error)))
+
+
+def _matches(found: Found, pattern: str, *, base: str) -> list[str]:
+    """Absolute paths; those through links below `base` last, so that a file is known by its own name."""
+    real_base = os.path.realpath(base)
+
+    def order(path: str) -> tuple[bool, str]:
+        return os.path.realpath(path) != os.path.normpath(os.path.join(real_base, os.path.relpath(path, base))), path
+
+    return sorted(map(os.path.abspath, _glob(found, pattern)), key=order)
+
+
+def _glob(found: Found, pattern: str) -> list[str]:
+    """What the pattern matches; `**` is any folders, each once: glob's own would follow links in circles."""
+    parts = pattern.replace(os.sep, "/").split("/")
+    if "**" not in parts:
+        return glob.glob(pattern)
+    place = parts.index("**")
+    head, rest = "/".join(parts[:place]), "/".join(parts[place + 1 :])
+    bases = glob.glob(head or ("/" if place else "."))
+    folders = [folder for base in bases if os.path.isdir(base) for folder in found.folders_below(base)]
+    if not rest:
+        return folders
+    return [match for folder in folders for match in _glob(found, os.path.join(glob.escape(folder), rest))]
+
+
+def lstat_error(path: str) -> OSError | None:
+    """Why nothing can be said to be at `path`; None when something is."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error
+    return None
+
+
+def is_gone(error: OSError | None) -> bool:
+    """Whether it says that the file is not there; a folder or a disk that refuses says nothing about its files."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def _add_existing(found: Found, path: str) -> None:
     if os.path.isdir(path):
         _note_folder(found, path)
-        found.files.update(dict.fromkeys(_walk(path, found.skipped)))
+        found.add_folder(path)
     else:
         found.bases.append(os.path.dirname(path))
-        found.files[path] = None
+        found.add_file(path)
 
 
 def _note_folder(found: Found, folder: str) -> None:
@@ -75,35 +162,12 @@ def _note_folder(found: Found, folder: str) -> None:
     found.scopes.append(folder)
 
 
-def _walk(folder: str, skipped: list[SkippedFile]) -> list[str]:
-    files: list[str] = []
-    seen: set[str] = set()
-    folders: list[str] = [folder]
-    links: list[str] = []
-    while folders or links:
-        # Links come last, so that a folder inside is known by its own name, not by a link to it.
-        current = folders.pop() if folders else links.pop(0)
-        real = os.path.realpath(current)
-        if real in seen or is_index(Path(current)):
-            continue
-        seen.add(real)
-        try:
-            with os.scandir(current) as entries:
-                visible = [entry for entry in entries if not entry.name.startswith(".")]
-        except OSError as error:
-            skipped.append(SkippedFile(path=Path(current), reason=f"folder cannot be read ({error.strerror})"))
-            continue
-        for entry in sorted(visible, key=lambda entry: entry.name):
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() not in PICTURE_SUFFIXES:
-                continue
-            elif entry.is_file() or entry.is_symlink():  # a broken link is listed, and then skipped with its reason
-                files.append(entry.path)
-    return sorted(files)
-
-
-def _nothing(named: list[str]) -> IngestError:
+def _nothing(named: list[str], skipped: list[SkippedFile]) -> IngestError:
+    if skipped:
+        first_skipped = skipped[0]
+        return IngestError(
+            what=first_skipped.reason, where=os.fspath(first_skipped.path), fix="check the disk and the permissions"
+        )
     fix = "name a folder, a file or a pattern that holds pictures"
     if not named:
         return IngestError(what="no pictures were given", where="images", fix=fix)

@@ -58,10 +58,14 @@ def index(
 
 
 def _show(report: IngestReport, path: Path) -> None:
+    speed = f"{report.images_per_second:.0f} pictures/s, " if report.indexed else ""
     write_line(
         f"{path}: {report.indexed} indexed, {report.unchanged} unchanged, {report.deleted} deleted, "
-        f"{len(report.skipped)} skipped; {report.images_per_second:.0f} pictures/s, {report.seconds:.1f} s"
+        f"{len(report.skipped)} skipped; {speed}{report.seconds:.1f} s"
     )
+    if report.gone:
+        files = "1 file of the index is" if report.gone == 1 else f"{report.gone} files of the index are"
+        say(f"{files} gone; --delete forgets {'it' if report.gone == 1 else 'them'}")
     for skipped in report.skipped[:_SHOWN]:
         say(f"skipped {skipped.path}: {skipped.reason}")
     if len(report.skipped) > _SHOWN:

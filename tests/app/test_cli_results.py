@@ -33,7 +33,7 @@ def own_index(run, photos, checkpoint, tmp_path):
 def test_index_reports_what_it_did(run, photos, checkpoint, tmp_path):
     done = run("index", photos, "--index", tmp_path / "new.index", "--encoder", checkpoint, "--json")
     assert (done.code, done.err) == (0, "")
-    assert list(done.json) == ["indexed", "unchanged", "deleted", "skipped", "images_per_second", "seconds"]
+    assert list(done.json) == ["indexed", "unchanged", "deleted", "gone", "skipped", "images_per_second", "seconds"]
     assert (done.json["indexed"], done.json["unchanged"], done.json["skipped"]) == (8, 0, [])
 
 
@@ -41,9 +41,12 @@ def test_index_again_adds_and_forgets(run, own_index):
     pictures = own_index.parent / "photos"
     (pictures / "cats" / "0.png").rename(pictures / "dogs" / "new.png")
     kept = run("index", pictures, "--index", own_index, "--json").json
-    assert (kept["indexed"], kept["unchanged"], kept["deleted"]) == (1, 7, 0)
+    assert (kept["indexed"], kept["unchanged"], kept["deleted"], kept["gone"]) == (1, 7, 0, 1)
+    shown = run("index", pictures, "--index", own_index)
+    assert "1 file of the index is gone; --delete forgets it" in shown.err
+    assert "pictures/s" not in shown.out  # nothing was new
     pruned = run("index", pictures, "--index", own_index, "--delete", "--json").json
-    assert (pruned["indexed"], pruned["unchanged"], pruned["deleted"]) == (0, 8, 1)
+    assert (pruned["indexed"], pruned["unchanged"], pruned["deleted"], pruned["gone"]) == (0, 8, 1, 0)
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 0), (["--strict"], 1)])

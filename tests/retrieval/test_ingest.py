@@ -79,11 +79,14 @@ def test_a_touched_file_with_equal_content_is_unchanged_and_then_not_even_read(i
 def test_delete_forgets_only_files_that_are_gone_from_the_named_folders(index, photos, elastic, picture):
     (photos / "3.png").unlink()
     (photos / "sub" / "8.png").unlink()
-    assert counts(index.ingest(photos)) == (0, 8, 0, 0)
+    kept = index.ingest(photos)
+    assert (counts(kept), kept.gone) == ((0, 8, 0, 0), 2)
     assert index.info().items == 10  # without delete=True nothing is forgotten
+    assert index.ingest(photos / "sub").gone == 1
     assert counts(index.ingest(photos / "sub", delete=True)) == (0, 2, 1, 0)
     assert index.info().items == 9
-    assert counts(index.ingest(photos, delete=True)) == (0, 8, 1, 0)
+    pruned = index.ingest(photos, delete=True)
+    assert (counts(pruned), pruned.gone) == ((0, 8, 1, 0), 0)
     assert {hit.path.name for hit in Retriever.open(index.path, encoder=elastic).search(picture(3), k=99)} == {
         f"{n}.png" for n in (0, 1, 2, 4, 5, 6, 7, 9)
     }
@@ -305,7 +308,10 @@ def test_progress_counts_every_file_once(tmp_path, photos, elastic):
     events = []
     Index.build(photos, encoder=elastic, path=tmp_path / "i", progress=events.append)
     assert (events[-1].stage, events[-1].done, events[-1].total) == ("index", 11, 11)
-    assert events[-1].note.endswith("1 skipped")
+    assert events[-1].note.endswith("/s, 1 skipped")
+    events.clear()
+    Index.open(tmp_path / "i").ingest(photos, encoder=elastic, progress=events.append)
+    assert events[-1].note == "1 skipped"  # a speed of 0 would tell nothing
 
 
 def test_a_long_run_publishes_as_it_goes_and_shares_segments(tmp_path, photos, elastic, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -62,6 +63,69 @@ def test_nothing_to_index_is_one_sentence(images, sentence, tmp_path, monkeypatc
     with pytest.raises(IngestError) as caught:
         find_files(images)
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*.png", "*", "[s]*"])
+def test_a_pattern_names_each_file_once_whatever_links_lead_to_it(photos, pattern):
+    (photos / "again").symlink_to(photos / "sub")
+    (photos / "sub" / "up").symlink_to(photos)
+    found = names(str(photos / pattern), photos)
+    assert sorted(Path(name).name for name in found) == [f"{n}.png" for n in range(10)]
+    if pattern.startswith("**"):
+        assert {name for name in found if "/" in name} == {"sub/7.png", "sub/8.png", "sub/9.png"}
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """unreadable(path) -> what lies there, or below, answers as an unreadable disk does (also to root)."""
+
+    def refuse(place):
+        for name in ("scandir", "lstat", "stat"):
+            monkeypatch.setattr(os, name, refusing(getattr(os, name), place))
+
+    def refusing(real, place):
+        def call(path=".", *arguments, **named):
+            if not isinstance(path, int) and place in (Path(os.fsdecode(path)), *Path(os.fsdecode(path)).parents):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+            return real(path, *arguments, **named)
+
+        return call
+
+    return refuse
+
+
+def test_a_folder_that_cannot_be_read_is_listed_and_the_others_are_walked(photos, unreadable):
+    unreadable(photos / "sub")
+    found = find_files([photos, str(photos / "**")])
+    assert len(found.files) == 7
+    assert [(file.path, file.reason) for file in found.skipped] == [
+        (photos / "sub", "folder cannot be read (Permission denied)")
+    ]
+
+
+def test_what_cannot_be_looked_at_is_not_called_missing(photos, unreadable):
+    unreadable(photos / "sub")
+    found = find_files([photos / "1.png", photos / "sub" / "7.png"])
+    assert found.missing == []
+    assert [(file.path.name, file.reason) for file in found.skipped] == [("7.png", "may not be read")]
+    with pytest.raises(IngestError, match=r"sub: may not be read; check the disk"):
+        find_files(photos / "sub")
+
+
+def test_a_link_to_itself_does_not_stop_a_walk(photos):
+    (photos / "loop").symlink_to(photos / "loop")
+    (photos / "loop.png").symlink_to(photos / "loop.png")
+    assert len(names(photos, photos)) == 11  # loop.png is listed, and then skipped with its reason
+
+
+def test_delete_keeps_what_merely_cannot_be_read(photos, elastic, tmp_path, unreadable):
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    (photos / "1.png").unlink()
+    unreadable(photos / "sub")
+    report = index.ingest(photos, delete=True)
+    assert (report.deleted, index.info().items) == (1, 9)
+    assert [file.path for file in report.skipped] == [photos / "sub"]
+    assert index.ingest([photos / "0.png", photos / "sub"], delete=True).deleted == 0
 
 
 def test_a_missing_one_among_several_is_listed_not_fatal(photos):
