@@ -77,20 +77,22 @@ def test_a_pattern_names_each_file_once_whatever_links_lead_to_it(photos, patter
 
 @pytest.fixture
 def unreadable(monkeypatch):
-    """unreadable(path) -> what lies there, or below, answers as an unreadable disk does (also to root)."""
+    """unreadable(folder) -> it cannot be listed, nor what is in it be looked at; not even by root."""
 
-    def refuse(place):
+    def refuse(folder):
         for name in ("scandir", "lstat", "stat"):
-            monkeypatch.setattr(os, name, refusing(getattr(os, name), place))
+            monkeypatch.setattr(os, name, refusing(getattr(os, name), folder))
 
-    def refusing(real, place):
+    def refusing(real, folder):
         def call(path=".", *arguments, **named):
-            if not isinstance(path, int) and place in (Path(os.fsdecode(path)), *Path(os.fsdecode(path)).parents):
+            place = Path("." if isinstance(path, int) else os.fsdecode(path))
+            if folder in place.parents or (folder == place and real is scandir):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
             return real(path, *arguments, **named)
 
         return call
 
+    scandir = os.scandir
     return refuse
 
 
@@ -108,7 +110,7 @@ def test_what_cannot_be_looked_at_is_not_called_missing(photos, unreadable):
     found = find_files([photos / "1.png", photos / "sub" / "7.png"])
     assert found.missing == []
     assert [(file.path.name, file.reason) for file in found.skipped] == [("7.png", "may not be read")]
-    with pytest.raises(IngestError, match=r"sub: may not be read; check the disk"):
+    with pytest.raises(IngestError, match=r"sub: folder cannot be read \(Permission denied\); check"):
         find_files(photos / "sub")
 
 
