@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -64,6 +64,10 @@ class Item:
         return self.root, self.path
 
 
+# A path that holds NUL, begins with "/", or has ".." for a part; joined to a blob, "/" makes text of it.
+_LEADS_OUT = (
+    "instr(path, x'00') OR substr(path, 1, 1) = x'2f' OR instr(CAST('/' || path || '/' AS BLOB), CAST('/../' AS BLOB))"
+)
 _COLUMNS = ", ".join(field.name for field in fields(Item))
 
 
@@ -83,6 +87,12 @@ class ItemStore:
     """Read access to one segment's items. Its file is never written again, and open only while it is read."""
 
     path: Path
+
+    def check_places(self, roots: Container[str]) -> None:
+        """Raises IndexFormatError unless every item lies in one of `roots`, by a path that does not lead out of it."""
+        known = all(root in roots for (root,) in self._fetch("SELECT DISTINCT root FROM items"))
+        if not known or self._fetch(f"SELECT 1 FROM items WHERE {_LEADS_OUT} LIMIT 1"):  # noqa: S608
+            raise IndexFormatError(what="items lie outside the index's roots", where=str(self.path), fix=RESTORE)
 
     def row_ids(self) -> IntArray:
         """(R,) int64: the item's id of every row of the embeddings. Raises IndexFormatError unless rows are 0..R-1."""

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from matvit.durable import write_atomic
 from retrieval.errors import IndexFormatError
@@ -36,7 +36,17 @@ ITEMS: FileName = "items.sqlite"
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SegmentName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 DeletionsName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}\.i64$")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**62)]  # far from where SQLite's and numpy's integers end
+
+
+def _absolute(folder: str) -> str:
+    # Either system's: an index may be looked at on another one than it was made on.
+    if "\0" in folder or not (PurePosixPath(folder).is_absolute() or PureWindowsPath(folder).is_absolute()):
+        raise ValueError("is no absolute folder")
+    return folder
+
+
+Root = Annotated[str, AfterValidator(_absolute)]
 
 
 class _Model(BaseModel):
@@ -56,7 +66,7 @@ class SegmentEntry(_Model):
     name: SegmentName
     rows: Count  # embeddings
     items: Count  # rows plus skipped files
-    files: dict[FileName, FileEntry]
+    files: Annotated[dict[FileName, FileEntry], Field(min_length=2)]  # both
 
 
 class DeletionsEntry(_Model):
@@ -90,10 +100,17 @@ class Manifest(_Model):
     created: datetime  # UTC
     encoder: EncoderEntry
     index_type: Literal["exact"] = "exact"
-    roots: dict[str, str]  # name -> absolute folder
+    roots: dict[str, Root]  # name -> absolute folder
     segments: tuple[SegmentEntry, ...]
     deletions: dict[SegmentName, DeletionsEntry]
     next_id: Count  # ids below were given away
+
+    @model_validator(mode="after")
+    def _check_segments(self) -> Manifest:
+        names = {entry.name for entry in self.segments}
+        if len(names) < len(self.segments) or not names.issuperset(self.deletions):
+            raise ValueError("names a segment twice, or deletions of none")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,13 +189,16 @@ def read_manifest(folder: Path, pointer: Pointer) -> Manifest:
         if not isinstance(raw, dict):
             raise damaged(path, "is no JSON object")
         # Through JSON again, so that strict types still read dates.
-        return Manifest.model_validate_json(json.dumps(upgrade(raw, path=path)))
+        manifest = Manifest.model_validate_json(json.dumps(upgrade(raw, path=path)))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"]) or "segments"
         raise damaged(path, f"has a bad field '{field}' ({first['msg']})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, "is no JSON") from error
+    if manifest_name(manifest.generation) != path.name:
+        raise damaged(path, f"holds generation {manifest.generation}")
+    return manifest
 
 
 def manifest_name(generation: int) -> str:
@@ -214,8 +234,8 @@ UPGRADES: dict[int, Callable[[Json], Json]] = {}  # from this version to the nex
 
 def upgrade(raw: Json, *, path: Path) -> Json:
     """Bring an older manifest to FORMAT_VERSION. Raises IndexFormatError for a newer or unknown one."""
-    while (found := raw.get("format_version")) != FORMAT_VERSION:
-        raw = UPGRADES[found](raw) if found in UPGRADES else _refuse_format(found, path)
+    while (found := raw.get("format_version")) != FORMAT_VERSION or type(found) is not int:  # true is no version
+        raw = UPGRADES[found](raw) if type(found) is int and found in UPGRADES else _refuse_format(found, path)
     return raw
 
 

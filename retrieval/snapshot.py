@@ -145,6 +145,7 @@ def open_segment(folder: Path, manifest: Manifest, entry: SegmentEntry) -> OpenS
     for name, file in entry.files.items():
         check_file(home / name, size=file.bytes, sha256=file.sha256)
     items = ItemStore(home / ITEMS)
+    items.check_places(manifest.roots)
     row_ids = items.row_ids()
     if len(row_ids) != entry.rows:
         raise damaged(home / ITEMS, f"has {len(row_ids)} rows instead of {entry.rows}")

@@ -42,7 +42,6 @@ def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[s
         except IndexFormatError as error:
             problems.append(str(error))
         progress(ProgressEvent(stage="verify", done=done, total=total, unit="segments", note=_count(problems)))
-    problems += _manifest_problems(manifest)
     problems += [f"id {number} belongs to {times} items" for number, times in live.items() if times > 1]
     return problems
 
@@ -58,8 +57,6 @@ def _segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]
         yield f"{name}: {len(items)} items instead of {segment.entry.items}"
     if sum(item.status == OK for item in items) != segment.entry.rows:
         yield f"{name}: items and embeddings do not agree"
-    if any(item.root not in manifest.roots for item in items):
-        yield f"{name}: items lie in a root that the manifest does not name"
     if any(not 0 <= item.id < manifest.next_id for item in items):
         yield f"{name}: items have ids that were never given away"
     yield from _deletion_problems(segment, {item.id for item in items})
@@ -71,12 +68,6 @@ def _deletion_problems(segment: OpenSegment, ids: set[int]) -> Iterator[str]:
         yield f"{name}: its deletions are not sorted"
     if not ids.issuperset(segment.deleted.tolist()):
         yield f"{name}: its deletions name items that it does not have"
-
-
-def _manifest_problems(manifest: Manifest) -> Iterator[str]:
-    names = Counter(entry.name for entry in manifest.segments)
-    yield from (f"segment {name} is named {times} times" for name, times in names.items() if times > 1)
-    yield from (f"deletions of an unknown segment {name}" for name in manifest.deletions if name not in names)
 
 
 def _count(problems: list[str]) -> str:

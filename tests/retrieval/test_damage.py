@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,17 @@ def rewrite_manifest(index, change):
         (b'"index_type": "exact"', b'"index_type": "magic"', "bad field 'index_type'"),
         (b'"next_id":', b'"extra": 1, "next_id":', "bad field 'extra'"),
         (b'"name": "', b'"name": "../', "bad field 'segments.0.name'"),
+        (b'"format_version": 1', b'"format_version": [1]', r"format version \[1\], which is unknown"),
+        (b'"format_version": 1', b'"format_version": {}', "format version {}, which is unknown"),
+        (b'"format_version": 1', b'"format_version": true', "format version True, which is unknown"),
+        (b'"items.sqlite"', b'"embeddings.f32"', "bad field 'segments.0.files'"),
+        (b'"generation": 3', b'"generation": 99', "000003.json: the file holds generation 99"),
+        (b'"next_id": ', b'"next_id": 9223372036854775807', "bad field 'next_id'"),
+        (b'"photos": "', b'"photos": "..', "bad field 'roots.photos'.*no absolute folder"),
+        (b'"photos": "', b'"photos": "/\\u0000', "bad field 'roots.photos'.*no absolute folder"),
+        (b'"photos": "', b'"other": "', "items.sqlite: items lie outside the index's roots"),
         (b"{", b"[", "is no JSON"),
+        (b"{", b"[" * 200_000, "is no JSON"),
     ],
 )
 def test_a_manifest_that_is_not_ours_is_refused_by_name(index, old, new, sentence):
@@ -110,6 +122,47 @@ def test_a_manifest_that_is_not_ours_is_refused_by_name(index, old, new, sentenc
         rewrite_manifest(index, lambda data: data.replace(old, new, 1))
     with pytest.raises(IndexFormatError, match=sentence):
         Index.open(index.path)
+
+
+@pytest.mark.parametrize("part", ["segments", "deletions"])
+def test_a_manifest_names_each_segment_once_and_no_others_deletions(index, part):
+    def change(data):
+        raw = json.loads(data)
+        if part == "segments":
+            raw["segments"].append(raw["segments"][0])
+        else:
+            raw["deletions"] = {"0" * 16: next(iter(raw["deletions"].values()))}
+        return json.dumps(raw).encode()
+
+    rewrite_manifest(index, change)
+    with pytest.raises(IndexFormatError, match="names a segment twice, or deletions of none"):
+        Retriever.open(index.path)
+    assert len(index.verify()) == 1
+
+
+@pytest.mark.parametrize("path", [b"../../etc/passwd", b"..", b"a/../../b", b"a/..", b"/etc/passwd", b"a\0b"])
+def test_an_item_that_leads_out_of_its_root_is_refused(index, path):
+    name = json.loads(Path(index.path, "generations", "000003.json").read_bytes())["segments"][0]["name"]
+    items = index.path / "segments" / name / "items.sqlite"
+    before = items.read_bytes()
+    with closing(sqlite3.connect(items)) as connection, connection:
+        connection.execute("UPDATE items SET path = ? WHERE id = 1", (path,))
+    after = items.read_bytes()
+    entries = [f'"bytes": {len(data)},\n     "sha256": "{sha256_bytes(data)}"'.encode() for data in (before, after)]
+    rewrite_manifest(index, lambda data: data.replace(*entries))
+    for open_it in (Index.open, Retriever.open):
+        with pytest.raises(IndexFormatError, match="items lie outside the index's roots"):
+            open_it(index.path)
+    assert len(index.verify()) == 1
+
+
+def test_dots_in_a_name_lead_nowhere(tmp_path, elastic, picture):
+    for name in ("..a.png", "b..png", "c.."):
+        (tmp_path / name).write_bytes(picture(1))
+    index = Index.build(
+        [tmp_path / "..a.png", tmp_path / "b..png", tmp_path / "c.."], encoder=elastic, path=tmp_path / "i"
+    )
+    assert Index.open(index.path).info().items == 3
 
 
 def test_an_older_manifest_is_upgraded_step_by_step(index, monkeypatch):
