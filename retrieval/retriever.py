@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from retrieval.snapshot import Snapshot
 from retrieval.types import Hit, Hits, Latency
 
 QueryEncoder = str | SubmodelSpec | ImageEncoder
+_PICTURE = (str, os.PathLike, bytes, Image.Image)  # ImageSource, as isinstance takes it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +142,8 @@ class Retriever:
         """The `k` pictures nearest to `image` (a path, encoded bytes, or a PIL image); fewer when there are fewer.
 
         `encoder`: a granularity, a spec string, a spec, or any encoder of the index's embedding space.
-        Raises ImageError, SpecError, EncoderMismatchError, SearchError (k < 1), or what `Retriever.encoder` raises.
+        Raises ImageError, SpecError, EncoderMismatchError, SearchError (k is no integer above 0, or `image` nothing
+        that could be a picture), or what `Retriever.encoder` raises.
         """
         return self.search_many([image], encoder=encoder, k=k)[0]
 
@@ -148,15 +151,50 @@ class Retriever:
         self, images: Iterable[ImageSource], *, encoder: QueryEncoder = "XL", k: int = 10, batch_size: int = 32
     ) -> list[Hits]:
         """`search` for every one of `images`, `batch_size` of them encoded together; raises what it raises."""
-        for name, value in (("k", k), ("batch_size", batch_size)):
-            if value < 1:
-                raise SearchError(what=f"{name} is {value}", where="search", fix=f"give a {name} of 1 or more")
+        k, batch_size = _positive(k, name="k"), _positive(batch_size, name="batch_size")
+        if isinstance(images, _PICTURE):  # a text would be taken for many paths of one letter
+            raise SearchError(what="images is one picture", where="search_many", fix="give a list, or call search")
         gallery = self._gallery  # a reload by another thread does not mix generations
         ready = self._query_encoder(encoder, gallery)
         return [
             hits
             for batch in _batches(images, batch_size)
             for hits in _search_batch(batch, gallery=gallery, encoder=ready, k=k)
+        ]
+
+    def paths(self) -> dict[int, Path]:
+        """The file of every picture that can be found, by id."""
+        gallery = self._gallery
+        return {
+            int(number): gallery.snapshot.full_path(place)
+            for number, place in zip(gallery.ids, gallery.places, strict=True)
+        }
+
+    def search_items(self, ids: Iterable[int], *, k: int = 10) -> list[Hits]:
+        """`search` for pictures of the index, by id: their stored embeddings are taken, nothing is encoded.
+
+        Each finds itself, too. Raises SearchError for an id that the index does not hold, or a bad `k`.
+        """
+        k, gallery = _positive(k, name="k"), self._gallery
+        position = {int(number): row for row, number in enumerate(gallery.ids)}
+        asked = list(ids)
+        for number in asked:
+            if number not in position:
+                raise SearchError(what=f"holds no picture with id {number}", where=str(self.path), fix="see paths()")
+        start = time.perf_counter()
+        rows = np.array([position[number] for number in asked], dtype=np.int64)
+        answers = [gallery.hits(*found) for found in gallery.vectors.search(gallery.vectors.vectors(rows), k=k)]
+        each = 1000.0 * (time.perf_counter() - start) / max(1, len(asked))
+        return [
+            Hits(
+                hits=hits,
+                query=str(gallery.snapshot.full_path(gallery.places[row])),
+                spec=gallery.snapshot.manifest.encoder.spec,
+                runtime="index",
+                generation=gallery.snapshot.manifest.generation,
+                latency_ms=Latency(preprocess=0.0, encode=0.0, search=each, total=each),
+            )
+            for row, hits in zip(rows.tolist(), answers, strict=True)
         ]
 
     def _query_encoder(self, encoder: QueryEncoder, gallery: _Gallery) -> ImageEncoder:
@@ -167,9 +205,23 @@ class Retriever:
         return encoder
 
 
+def _positive(value: int, *, name: str) -> int:
+    # A bool is an int to Python; numpy's integers are none, but mean one.
+    if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 1:
+        raise SearchError(what=f"{name} is {value!r}", where="search", fix=f"give a {name} of 1 or more")
+    return index(value)
+
+
 def _batches(images: Iterable[ImageSource], size: int) -> Iterator[list[ImageSource]]:
     remaining = iter(images)
     while batch := list(islice(remaining, size)):
+        for image in batch:
+            if not isinstance(image, _PICTURE):
+                raise SearchError(
+                    what=f"a {type(image).__name__} is no picture",
+                    where="search",
+                    fix="give a path, a file's bytes, or a PIL image",
+                )
         yield batch
 
 

@@ -96,6 +96,14 @@ def test_scores_are_cosines_also_for_a_runtime_that_rounds(tmp_path, photos, ela
     ("arguments", "kind", "sentence"),
     [
         ({"k": 0}, SearchError, "search: k is 0; give a k of 1 or more"),
+        ({"k": 2.5}, SearchError, "search: k is 2.5; give"),
+        ({"k": float("nan")}, SearchError, "search: k is nan; give"),
+        ({"k": "3"}, SearchError, "search: k is '3'; give"),
+        ({"k": None}, SearchError, "search: k is None; give"),
+        ({"k": True}, SearchError, "search: k is True; give"),
+        ({"image": None}, SearchError, "search: a NoneType is no picture; give a path"),
+        ({"image": 3}, SearchError, "search: a int is no picture; give a path"),
+        ({"image": []}, SearchError, "search: a list is no picture; give a path"),
         ({"encoder": "Q"}, SpecError, "encoder spec: 'Q' is not a submodel spec; use"),
         ({"encoder": "5S"}, SpecError, "encoder spec: '5S' covers more than the encoder's 2 blocks; use"),
         ({"image": "missing.png"}, ImageError, "missing.png: no such file; give"),
@@ -108,6 +116,16 @@ def test_bad_input_is_one_sentence(retriever, picture, arguments, kind, sentence
         retriever.search(arguments.pop("image"), **arguments)
     assert str(caught.value).startswith(sentence)
     assert "\n" not in str(caught.value)
+
+
+def test_an_integer_of_numpys_is_a_k(retriever, picture):
+    assert len(retriever.search(picture(1), k=np.int64(3))) == 3
+
+
+def test_one_picture_is_not_taken_for_many(retriever, photos, picture):
+    for one in (photos / "1.png", str(photos / "1.png"), picture(1), Image.open(io.BytesIO(picture(1)))):
+        with pytest.raises(SearchError, match="images is one picture; give a list"):
+            retriever.search_many(one)
 
 
 def test_no_index_is_one_sentence(tmp_path):
