@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from matvit.errors import CheckpointError
+from matvit.errors import CheckpointError, ImageError
 from matvit.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -55,16 +55,20 @@ def ingest(
     Raises MatVitError: no pictures at all, another encoder's index, a damaged one. An index without a
     picture is not made.
     """
+    from retrieval.errors import IndexExistsError
     from retrieval.index import Index, build_index
 
     sources = list(images)
-    if is_index(path):
-        encoder = None if checkpoint is None else load_encoder(checkpoint)
-        return Index.open(path).ingest(sources, encoder=encoder, delete=delete, progress=progress)
-    _, report = build_index(
-        sources, encoder=load_encoder(checkpoint or DEFAULT_CHECKPOINT), path=path, progress=progress
-    )
-    return report
+    encoder: MatViT | None
+    if not is_index(path):
+        encoder = load_encoder(checkpoint or DEFAULT_CHECKPOINT)
+        try:
+            return build_index(sources, encoder=encoder, path=path, progress=progress)[1]
+        except IndexExistsError:
+            if not is_index(path):  # or else another process has made it meanwhile, and may be writing to it
+                raise
+    encoder = None if checkpoint is None else load_encoder(checkpoint)
+    return Index.open(path).ingest(sources, encoder=encoder, delete=delete, progress=progress)
 
 
 def search(images: Sequence[Path], *, path: Path, encoder: str, k: int) -> list[Hits]:
@@ -73,7 +77,13 @@ def search(images: Sequence[Path], *, path: Path, encoder: str, k: int) -> list[
     Raises MatVitError: a damaged index, an encoder that is gone, a wrong spec, an unreadable picture.
     """
     from retrieval import Retriever
+    from retrieval.loading import os_reason
 
+    for image in images:  # before the encoder is loaded, which takes seconds
+        try:
+            image.stat()
+        except OSError as error:
+            raise ImageError(what=os_reason(error), where=str(image), fix="name pictures that are there") from error
     return Retriever.open(path).search_many(images, encoder=encoder, k=k)
 
 

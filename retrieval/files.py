@@ -60,7 +60,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise IngestError(
             what=f"the index cannot be written ({reason})",
             where=str(folder),
-            fix="what was published before is intact: make room or mend the permissions, then run the same again",
+            fix="make room or mend the permissions, then run the same again: nothing that was published is lost",
         ) from error
 
 

@@ -8,6 +8,8 @@ import socket
 
 import pytest
 
+import retrieval.retriever
+
 
 def refused(outcome, *words):
     """One sentence that holds all `words`."""
@@ -43,6 +45,11 @@ def damaged_checkpoint(checkpoint, tmp_path):
 
 def test_search_with_a_missing_file(run, index, tmp_path):
     refused(run("search", tmp_path / "gone.jpg", "--index", index), "gone.jpg", "no such file")
+
+
+def test_search_with_a_missing_file_says_so_before_the_encoder_is_loaded(run, index, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval.retriever, "load_encoder", None)  # any use would fail
+    refused(run("search", picture, tmp_path / "gone.jpg", "--index", index), "gone.jpg: no such file; name")
 
 
 def test_search_with_a_file_that_is_no_picture(run, index, no_picture):

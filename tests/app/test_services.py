@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import threading
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 import matvit_data
 import retrieval.ingest
 from matvit_app import services
-from retrieval import Index, IngestError
+from retrieval import Index, IndexLockedError, IngestError
 from retrieval.lock import writer_lock
 from retrieval.writer import GenerationWriter
 
@@ -40,6 +41,21 @@ def test_a_disk_that_fills_up_keeps_the_index_as_far_as_it_came(checkpoint, phot
     if published:
         assert services.index_info(tmp_path / "i").items == 4
         assert services.verify(str(tmp_path / "i")).problems == ()
+
+
+def test_who_comes_second_to_a_new_index_is_told_who_writes(checkpoint, photos, tmp_path, monkeypatch):
+    def another_process_is_faster(*arguments, **named):
+        encoder = load_encoder(*arguments, **named)
+        if not services.is_index(tmp_path / "i"):
+            Index.create(tmp_path / "i", encoder=encoder)
+            holder.enter_context(writer_lock(tmp_path / "i"))
+        return encoder
+
+    load_encoder = services.load_encoder
+    monkeypatch.setattr(services, "load_encoder", another_process_is_faster)
+    with ExitStack() as holder, pytest.raises(IndexLockedError, match=f"process {os.getpid()} is writing"):
+        services.ingest([photos], path=tmp_path / "i", checkpoint=str(checkpoint))
+    assert services.ingest([photos], path=tmp_path / "i", checkpoint=str(checkpoint)).indexed == 8
 
 
 @pytest.fixture
