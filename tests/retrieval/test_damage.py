@@ -478,5 +478,5 @@ def test_a_creation_that_was_killed_can_be_repeated(tmp_path, elastic):
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, elastic):
     (tmp_path / "file").touch()
-    with pytest.raises(IngestError, match="cannot be written.*again: nothing that was published is lost"):
+    with pytest.raises(IngestError, match=r"cannot be written.*again: nothing that was published is lost"):
         Index.create(tmp_path / "file" / "i", encoder=elastic)
