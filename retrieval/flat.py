@@ -37,6 +37,13 @@ class FlatSearch:
     def __len__(self) -> int:
         return len(self._ids)
 
+    def vectors(self, positions: IntArray) -> FloatArray:
+        """(Q,) int64 positions -> (Q, D) float32."""
+        if not len(positions):
+            return np.empty((0, self._faiss.d), dtype=np.float32)
+        found: FloatArray = self._faiss.reconstruct_batch(positions)
+        return found
+
     def search(self, queries: FloatArray, *, k: int) -> list[tuple[IntArray, ScoreArray]]:
         """(Q, D) float32, finite -> per query positions (K,) int64 into `ids` and float64 scores (K,), best first.
 
