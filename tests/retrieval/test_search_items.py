@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from retrieval import Retriever
+from retrieval import Index, Retriever
 from retrieval.errors import SearchError
 
 
-def test_an_item_finds_what_its_file_finds(index, elastic):
-    retriever = Retriever.open(index.path, encoder=elastic)
+@pytest.fixture
+def retriever(tmp_path, photos, elastic):
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+    return Retriever.open(index.path, encoder=elastic)
+
+
+def test_an_item_finds_what_its_file_finds(retriever):
     paths = retriever.paths()
     assert len(paths) == len(retriever)
     by_item = retriever.search_items(paths, k=4)
@@ -20,8 +25,7 @@ def test_an_item_finds_what_its_file_finds(index, elastic):
         assert (item[0].id, item.query, item.runtime) == (number, str(paths[number]), "index")
 
 
-def test_an_item_that_is_not_there_is_refused(index, elastic):
-    retriever = Retriever.open(index.path, encoder=elastic)
+def test_an_item_that_is_not_there_is_refused(retriever):
     assert retriever.search_items([]) == []
     with pytest.raises(SearchError, match="no picture with id 10000"):
         retriever.search_items([10000])
