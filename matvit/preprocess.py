@@ -30,6 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens 
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit: larger ones are refused before decoding, as bombs
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _TILE = 1024  # pixels a side: pictures that need arithmetic are converted in such pieces
+_FIX = "give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file"
 _WARNINGS = threading.Lock()
 
 
@@ -90,7 +91,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
         raise ImageError(
             what=_reason(error, source),
             where=where,
-            fix="give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file",
+            fix=_FIX,
         ) from error
 
 
@@ -100,6 +101,20 @@ def _opened(source: str | os.PathLike[str] | bytes) -> Image.Image:
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+def header_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Width and height as a file's header says, nothing decoded; None when the header is damaged.
+
+    Raises ImageError when it is no picture in a supported format.
+    """
+    try:
+        with _opened(path) as image:
+            return image.width, image.height
+    except UnidentifiedImageError as error:
+        raise ImageError(what=_reason(error, path), where=os.fspath(path), fix=_FIX) from error
+    except Exception:  # the decoder will say what is wrong with it
+        return None
 
 
 def _encoded(image: JpegImageFile) -> bytes | JpegImageFile:

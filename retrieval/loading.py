@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError
-from matvit.preprocess import FORMATS, FloatArray
+from matvit.preprocess import FloatArray, header_size
 from retrieval.items import Item
 from retrieval.snapshot import OpenSegment
 from retrieval.types import SkippedFile
@@ -97,15 +95,11 @@ class Loader:
 def _read(task: Task, file: BufferedReader) -> tuple[Loaded, bytes]:
     """The file and, if it begins like a picture, its bytes: others, such as films, may be large."""
     status = os.fstat(file.fileno())
-    reason, data = None, b""
-    width, height = None, None
+    reason, data, size = None, b"", None
     try:
-        width, height = Image.open(file, formats=FORMATS).size  # reads the header only
-    except UnidentifiedImageError:
-        reason = "not a picture in a supported format" if status.st_size else "the file is empty"
-    except Exception:  # noqa: S110 - a damaged picture: the encoder's decoder will say how
-        pass
-    file.seek(0)
+        size = header_size(task.full_path)
+    except ImageError as error:
+        reason = error.what if status.st_size else "the file is empty"
     if reason is None:
         data = file.read()
     loaded = Loaded(
@@ -113,8 +107,8 @@ def _read(task: Task, file: BufferedReader) -> tuple[Loaded, bytes]:
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
         content_sha256=hashlib.sha256(data).hexdigest() if data else hashlib.file_digest(file, "sha256").hexdigest(),
-        width=width,
-        height=height,
+        width=size[0] if size else None,
+        height=size[1] if size else None,
         reason=reason,
     )
     return loaded, data
