@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 import typer
 
 from matvit_app.cli.main import cli
@@ -97,6 +98,7 @@ from matvit_app.cli.main import main
 sys.exit(main({arguments}))
 """
     (tmp_path / "photos.index").symlink_to(index)
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.jpg")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1

@@ -28,7 +28,9 @@ def url(index: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "import sys; from matvit_app.cli.main import main; sys.exit(main())"]
+    # A job in the background of a shell script is started with Ctrl-C ignored, and so would be this one.
+    listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listen}; from matvit_app.cli.main import main; sys.exit(main())"]
     command += ["app", str(index), "--port", str(port), "--no-browser"]
     server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     try:
