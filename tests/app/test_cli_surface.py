@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from PIL import Image
 import typer
+from PIL import Image
 
 from matvit_app.cli.main import cli
 from matvit_app.doctor import EXTRAS
