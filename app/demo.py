@@ -110,11 +110,11 @@ def _search_all(
     """Ids and labels of each query's first K hits without the query itself: two arrays (Q, K) int64."""
     ids = np.full((len(queries), K), NO_HIT, dtype=np.int64)
     classes = np.full((len(queries), K), NO_HIT, dtype=np.int64)
-    number = {path: item for item, path in retriever.paths().items()}
+    stored = {path: item for item, path in retriever.paths().items()} if spec == "XL" else {}
     for start in range(0, len(queries), _BATCH):
         batch = queries[start : start + _BATCH]
-        if spec == "XL":
-            answers = retriever.search_items([number[photo.file] for photo in batch], k=K + 1)
+        if stored:
+            answers = retriever.search_items([stored[photo.file] for photo in batch], k=K + 1)
         else:
             answers = retriever.search_many([photo.file for photo in batch], k=K + 1, encoder=spec)
         for row, (photo, hits) in enumerate(zip(batch, answers, strict=True), start=start):

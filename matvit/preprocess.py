@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from io import BufferedReader
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
         ) from error
 
 
-def _opened(source: str | os.PathLike[str] | bytes) -> Image.Image:
+def _opened(source: str | os.PathLike[str] | bytes | BufferedReader) -> Image.Image:
     """The file with its header read, without Pillow's warning of large pictures: the caller has its own limit."""
     # Filters of warnings are the process's: one thread at a time changes them and puts them back.
     with _WARNINGS, warnings.catch_warnings():
@@ -103,18 +104,20 @@ def _opened(source: str | os.PathLike[str] | bytes) -> Image.Image:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
-def header_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Width and height as a file's header says, nothing decoded; None when the header is damaged.
+def header_size(file: BufferedReader, *, path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Width and height as the header of the open `file` says, nothing decoded; None when the header is damaged.
 
-    Raises ImageError when it is no picture in a supported format.
+    Leaves the file at its beginning. Raises ImageError, naming `path`, when it is no picture in a supported format.
     """
     try:
-        with _opened(path) as image:
-            return image.width, image.height
+        image = _opened(file)
     except UnidentifiedImageError as error:
         raise ImageError(what=_reason(error, path), where=os.fspath(path), fix=_FIX) from error
     except Exception:  # the decoder will say what is wrong with it
         return None
+    finally:
+        file.seek(0)
+    return image.width, image.height
 
 
 def _encoded(image: JpegImageFile) -> bytes | JpegImageFile:

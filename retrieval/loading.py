@@ -97,7 +97,7 @@ def _read(task: Task, file: BufferedReader) -> tuple[Loaded, bytes]:
     status = os.fstat(file.fileno())
     reason, data, size = None, b"", None
     try:
-        size = header_size(task.full_path)
+        size = header_size(file, path=task.full_path)
     except ImageError as error:
         reason = error.what if status.st_size else "the file is empty"
     if reason is None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matvit_data import demo_folder
-from retrieval.items import OK
-from retrieval.manifest import read_current
-from retrieval.snapshot import Snapshot
 
 COUNT = 12
 _LABEL = 10  # characters that fit under a small picture
@@ -42,9 +39,9 @@ class Example:
         return self.name if len(self.name) <= _LABEL else f"…{self.name[1 - _LABEL :]}"
 
 
-def examples(index: Path) -> list[Example]:
-    """The demo's own choice for the demo's index, a sample of its pictures for any other. Raises IndexFormatError."""
-    paths = read_current(index, lambda _: _pictures(Snapshot.open(index)))
+def examples(pictures: Iterable[Path]) -> list[Example]:
+    """The demo's own choice where all of it is among `pictures`, the index's files; else an even sample."""
+    paths = sorted(pictures)  # neighbours lie in one folder
     offered = [Example(path=demo_folder() / "images" / file, name=name) for name, file in _DEMO]
     if {example.path for example in offered} <= set(paths):
         return offered
@@ -55,8 +52,3 @@ def evenly(paths: Sequence[Path], count: int) -> list[Path]:
     """`count` of the paths, or all if they are fewer, in order and at even distances."""
     count = min(count, len(paths))
     return [paths[(2 * number + 1) * len(paths) // (2 * count)] for number in range(count)]
-
-
-def _pictures(snapshot: Snapshot) -> list[Path]:
-    """Every picture that can be found, sorted: neighbours lie in one folder."""
-    return sorted(snapshot.full_path(item.place) for _, item in snapshot.live_items() if item.status == OK)

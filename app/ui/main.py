@@ -77,8 +77,8 @@ def _open(path: Path, generation: str) -> tuple[Retriever, MatViT]:  # noqa: ARG
 
 
 @st.cache_data(show_spinner=False, max_entries=2, hash_funcs=_PATHS)
-def _examples(path: Path, generation: str) -> list[Example]:  # noqa: ARG001 (a newer generation is sampled anew)
-    return examples(path)
+def _examples(path: Path, generation: str, _retriever: Retriever) -> list[Example]:  # noqa: ARG001 (the cache's key)
+    return examples(_retriever.paths().values())
 
 
 @st.cache_data(show_spinner=False)
@@ -271,7 +271,7 @@ def _page() -> None:
         retriever, encoder = _open(path, generation)
         left, right = st.columns([1.75, 1], gap="large")
         with left:
-            query = _choose_picture(_examples(path, generation))
+            query = _choose_picture(_examples(path, generation, retriever))
         with right:
             spec, k = _choose_encoder(encoder)
             st.caption(f"Index: {plain(path.name)}, {len(retriever):,} pictures")
