@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matvit import MatViT
     from matvit.evaluation import CrossTest
     from matvit_app.demo import DemoTable
-    from retrieval.types import Hits, IndexInfo, IngestReport
+    from retrieval.types import CompactReport, Hits, IndexInfo, IngestReport
 
 DEFAULT_CHECKPOINT = "matvit-small"
 DEFAULT_INDEX = Path("photos.index")  # in the current folder, for `index` and `search` alike
@@ -87,6 +87,13 @@ def search(images: Sequence[Path], *, path: Path, encoder: str, k: int) -> list[
     return Retriever.open(path).search_many(images, encoder=encoder, k=k)
 
 
+def compact(path: Path, *, progress: Progress = silent) -> CompactReport:
+    """See `retrieval.Index.compact`. Raises MatVitError: a damaged index, a full disk, another writer."""
+    from retrieval import Index
+
+    return Index.open(path).compact(progress=progress)
+
+
 def ingest_json(report: IngestReport) -> dict[str, Any]:
     """The form that `matvit index --json` prints."""
     skipped = [{"path": os.fspath(file.path), "reason": file.reason} for file in report.skipped]
@@ -125,7 +132,7 @@ def is_index(path: Path) -> bool:
 
 
 def index_info(path: Path) -> IndexInfo:
-    """What the index at `path` holds; every byte of it is checked. Raises IndexFormatError."""
+    """What the index at `path` holds; its embeddings are not read. Raises IndexFormatError."""
     from retrieval import Index
 
     return Index.open(path).info()

@@ -13,9 +13,10 @@ from retrieval.errors import (
 )
 from retrieval.index import Index
 from retrieval.retriever import Retriever
-from retrieval.types import Hit, Hits, IngestReport, SkippedFile
+from retrieval.types import CompactReport, Hit, Hits, IngestReport, SkippedFile
 
 __all__ = [
+    "CompactReport",
     "EmbeddingError",
     "EncoderMismatchError",
     "Hit",

@@ -64,14 +64,37 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def check_file(path: Path, *, size: int, sha256: str) -> None:
-    """Raises IndexFormatError unless the file is there with exactly this content."""
+def check_size(path: Path, *, size: int) -> None:
+    """Raises IndexFormatError unless the file is there with so many bytes."""
     with reading(path):
         found = path.stat().st_size
-        if found != size:
-            raise damaged(path, f"has {found} bytes instead of {size}")
+    if found != size:
+        raise damaged(path, f"has {found} bytes instead of {size}")
+
+
+def check_file(path: Path, *, size: int, sha256: str) -> None:
+    """Raises IndexFormatError unless the file is there with exactly this content."""
+    check_size(path, size=size)
+    with reading(path):
         if sha256_file(path) != sha256:
             raise damaged(path, "is not what was written (its sha256 differs)")
+
+
+class CheckedOnce:
+    """A file whose content is compared with its sha256 before it is first used, and not again."""
+
+    def __init__(self, path: Path, *, size: int, sha256: str) -> None:
+        """Raises IndexFormatError unless the file is there with so many bytes."""
+        check_size(path, size=size)
+        self._path, self._size, self._sha256 = path, size, sha256
+        self._checked = False
+
+    def path(self) -> Path:
+        """Where it is. Raises IndexFormatError unless it holds what was written."""
+        if not self._checked:
+            check_file(self._path, size=self._size, sha256=self._sha256)
+            self._checked = True
+        return self._path
 
 
 def damaged(path: Path, what: str) -> IndexFormatError:

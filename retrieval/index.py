@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from operator import index
 from pathlib import Path
 
 from matvit.durable import TEMPORARY
 from matvit.encoder import ElasticEncoder
 from matvit.errors import MatVitError
-from matvit.progress import Progress, silent
+from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, describe, load_encoder
 from retrieval.errors import IndexExistsError, IngestError
 from retrieval.files import writing
@@ -31,8 +33,8 @@ from retrieval.manifest import (
     remove_unpublished,
 )
 from retrieval.snapshot import Snapshot
-from retrieval.sources import Found, Images, find_files
-from retrieval.types import IndexInfo, IngestReport
+from retrieval.sources import Found, Images, find_files, is_below
+from retrieval.types import CompactReport, IndexInfo, IngestReport
 from retrieval.verify import find_problems
 from retrieval.writer import GenerationWriter
 
@@ -77,7 +79,10 @@ class Index:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Index:
-        """An existing index, every byte checked. Raises IndexFormatError."""
+        """An existing index: its items are checked against their hashes, its embeddings when they are first used.
+
+        Raises IndexFormatError.
+        """
         return cls(Snapshot.open(Path(path).absolute()), encoder=None)
 
     @classmethod
@@ -125,6 +130,43 @@ class Index:
         """
         return self._ingest(find_files(images), encoder=encoder, delete=delete, progress=progress)
 
+    def delete(self, items: Iterable[int | str | os.PathLike[str]]) -> int:
+        """Forget pictures and skipped files by id, by file, or by a folder around them; gives how many.
+
+        Durable when it returns, and at once for whoever opens the index or reloads. Files are not touched: an
+        ingest that finds one again indexes it again, with a new id.
+        Raises IngestError, and forgets nothing, when the index holds nothing of that id or path (an absolute path,
+        or one relative to the working directory), or cannot be written; IndexLockedError.
+        """
+        with self._writing() as writer:
+            deleted = items_of(self._snapshot, items)
+            count = sum(map(len, deleted.values()))
+            if count:
+                manifest = writer.manifest
+                writer.publish([], deleted=deleted, roots=manifest.roots, next_id=manifest.next_id)
+        return count
+
+    def compact(self, *, progress: Progress = silent) -> CompactReport:
+        """Drop the rows of deleted and replaced pictures, and make few large segments of many small ones.
+
+        Nothing else changes: every picture keeps its id. What is replaced is removed from the disk; readers that
+        are open have what they need in memory. A kill at any moment leaves a whole index: run it again.
+        Raises IngestError, IndexFormatError or IndexLockedError.
+        """
+        with self._writing() as writer:
+            before, total = self._snapshot, 0
+            for left in writer.compact():
+                total = max(total, left)
+                progress(ProgressEvent(stage="compact", done=total - left, total=total, unit="segments"))
+            writer.clean()
+        return CompactReport(
+            segments_before=len(before.segments),
+            segments=len(self._snapshot.segments),
+            dropped=sum(len(segment.deleted) for segment in before.segments),
+            bytes_before=before.bytes,
+            bytes=self._snapshot.bytes,
+        )
+
     def info(self) -> IndexInfo:
         """What this generation holds."""
         return self._snapshot.info()
@@ -138,21 +180,50 @@ class Index:
     ) -> IngestReport:
         entry = self._snapshot.manifest.encoder
         encoder = encoder or self._encoder or load_encoder(entry, index=self.path)
-        with writer_lock(self.path):
-            snapshot = Snapshot.open(self.path, reuse=self._snapshot)  # others may have written since
-            entry = snapshot.manifest.encoder
+        with self._writing() as writer:
+            entry, snapshot = writer.manifest.encoder, self._snapshot
             check_space(encoder, entry, index=self.path)
-            writer = GenerationWriter(self.path, snapshot.manifest)
-            writer.clean()
             run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)
-            try:
-                report = run.run(delete=delete)
-                while writer.merge_small():
-                    pass
-            finally:  # a run that fails has published what was complete
-                self._snapshot = Snapshot.open(self.path, reuse=snapshot)
+            report = run.run(delete=delete)
+            while writer.merge_small():
+                pass
         self._encoder = encoder
         return report
+
+    @contextmanager
+    def _writing(self) -> Iterator[GenerationWriter]:
+        """Hold the lock, with `self._snapshot` as the disk says: before the block, and after it, also if it fails."""
+        with writer_lock(self.path):
+            self._snapshot = Snapshot.open(self.path, reuse=self._snapshot)  # others may have written since
+            writer = GenerationWriter(self.path, self._snapshot.manifest)
+            writer.clean()
+            try:
+                yield writer
+            finally:  # a run that fails has published what was complete
+                self._snapshot = Snapshot.open(self.path, reuse=self._snapshot)
+
+
+def items_of(snapshot: Snapshot, wanted: Iterable[int | str | os.PathLike[str]]) -> dict[str, list[int]]:
+    """Ids of the wanted items that count, by segment. Raises IngestError for one that selects nothing."""
+    asked = [
+        os.path.abspath(os.fspath(item)) if isinstance(item, str | os.PathLike) else index(item)  # noqa: PTH100
+        for item in wanted
+    ]
+    named, missing = set(asked), set(asked)
+    folders = [item for item in named if isinstance(item, str)]
+    found: dict[str, list[int]] = {}
+    for segment, item in snapshot.live_items() if asked else ():
+        path = snapshot.file_name(item.place)
+        selected = named.intersection((item.id, path))
+        selected.update(folder for folder in folders if is_below(path, [folder]))
+        if selected:
+            missing -= selected
+            found.setdefault(segment.entry.name, []).append(item.id)
+    if missing:
+        first = next(item for item in asked if item in missing)
+        what = f"holds no item with id {first}" if isinstance(first, int) else f"holds no file {first!r}"
+        raise IngestError(what=what, where=str(snapshot.folder), fix="give ids and paths as a search gives them")
+    return found
 
 
 def build_index(

@@ -1,4 +1,4 @@
-"""One generation, checked against its hashes; no file of it stays open."""
+"""One generation, checked against its hashes, embeddings when they are first used; no file of it stays open."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from matvit.preprocess import FloatArray
-from retrieval.files import check_file, damaged, reading
+from retrieval.files import CheckedOnce, check_file, damaged, reading
 from retrieval.items import IntArray, Item, ItemStore, Place
 from retrieval.manifest import (
     CURRENT,
@@ -30,7 +30,10 @@ from retrieval.types import IndexInfo, SkippedFile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSegment:
-    """One checked segment of R embeddings of width D, as one generation sees it; it holds no file open."""
+    """One segment of R embeddings of width D, as one generation sees it; it holds no file open.
+
+    Its items are checked. Its embeddings are checked when they are first used: hashing them takes longer than all else.
+    """
 
     entry: SegmentEntry
     folder: Path
@@ -38,6 +41,7 @@ class OpenSegment:
     row_ids: IntArray  # (R,) int64, the item of each row
     skipped: tuple[Item, ...]  # the items without a row
     deleted: IntArray  # (X,) int64, sorted ids that no longer count
+    embeddings_file: CheckedOnce
 
     @property
     def items(self) -> ItemStore:
@@ -45,10 +49,13 @@ class OpenSegment:
         return ItemStore(self.folder / ITEMS)
 
     def embeddings(self) -> FloatArray:
-        """(R, D) float32, memory-mapped: the file is open for as long as the array lives. Raises IndexFormatError."""
+        """(R, D) float32, memory-mapped: the file is open for as long as the array lives.
+
+        Raises IndexFormatError when they are not what was written.
+        """
+        path = self.embeddings_file.path()
         if self.entry.rows == 0:  # an empty file cannot be mapped
             return np.empty((0, self.dim), dtype=np.float32)
-        path = self.folder / EMBEDDINGS
         with reading(path):
             return np.memmap(path, dtype="<f4", mode="r", shape=(self.entry.rows, self.dim))
 
@@ -64,7 +71,7 @@ class OpenSegment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A generation, checked."""
+    """A generation: manifest, items and deletions checked, embeddings by their size."""
 
     folder: Path
     pointer: Pointer
@@ -76,7 +83,7 @@ class Snapshot:
     def open(cls, folder: Path, *, reuse: Snapshot | None = None) -> Snapshot:
         """The generation that CURRENT names. Raises IndexFormatError.
 
-        Every byte is checked, except segments that `reuse`, an earlier generation, has checked already.
+        Segments that `reuse`, an earlier generation, has checked already are taken from there.
         """
         return read_current(folder, lambda pointer: cls._open(folder, pointer, reuse))
 
@@ -140,16 +147,17 @@ class Snapshot:
 
 
 def open_segment(folder: Path, manifest: Manifest, entry: SegmentEntry) -> OpenSegment:
-    """One segment of a generation, every byte checked. Raises IndexFormatError."""
+    """One segment of a generation: its items checked, its embeddings by their size. Raises IndexFormatError."""
     home, dim = folder / SEGMENTS / entry.name, manifest.encoder.embedding_dim
-    for name, file in entry.files.items():
-        check_file(home / name, size=file.bytes, sha256=file.sha256)
+    vectors, table = entry.files[EMBEDDINGS], entry.files[ITEMS]
+    embeddings_file = CheckedOnce(home / EMBEDDINGS, size=vectors.bytes, sha256=vectors.sha256)
+    check_file(home / ITEMS, size=table.bytes, sha256=table.sha256)
     items = ItemStore(home / ITEMS)
     items.check_places(manifest.roots)
     row_ids = items.row_ids()
     if len(row_ids) != entry.rows:
         raise damaged(home / ITEMS, f"has {len(row_ids)} rows instead of {entry.rows}")
-    if entry.files[EMBEDDINGS].bytes != entry.rows * dim * 4:
+    if vectors.bytes != entry.rows * dim * 4:
         raise damaged(home / EMBEDDINGS, f"does not hold {entry.rows} embeddings of width {dim}")
     return OpenSegment(
         entry=entry,
@@ -158,6 +166,7 @@ def open_segment(folder: Path, manifest: Manifest, entry: SegmentEntry) -> OpenS
         row_ids=row_ids,
         skipped=tuple(items.skipped()),
         deleted=read_deletions(folder, manifest, entry.name),
+        embeddings_file=embeddings_file,
     )
 
 

@@ -30,6 +30,17 @@ class IngestReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompactReport:
+    """What one `Index.compact` did."""
+
+    segments_before: int
+    segments: int
+    dropped: int  # items that no longer counted
+    bytes_before: int  # of all files that the generation names
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IndexInfo:
     """What one generation of an index holds."""
 

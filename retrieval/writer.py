@@ -109,9 +109,29 @@ class GenerationWriter:
         small = [segment for segment in self.manifest.segments if self._live_items(segment) < SMALL_ITEMS]
         if len(small) < MERGE_SEGMENTS:
             return False
+        self._rewrite(small)
+        return True
+
+    def compact(self) -> Iterator[int]:
+        """Make full segments of all that hold less, or items that no longer count; yields how many are left to do.
+
+        Each step is one more generation. Raises what `merge_small` raises.
+        """
+        while wasteful := self._wasteful():
+            yield len(wasteful)
+            self._rewrite(wasteful)
+
+    def _wasteful(self) -> list[SegmentEntry]:
+        manifest = self.manifest
+        found = [entry for entry in manifest.segments if entry.name in manifest.deletions or entry.items < MERGED_ITEMS]
+        alone = len(found) == 1 and found[0].items > 0 and found[0].name not in manifest.deletions
+        return [] if alone else found
+
+    def _rewrite(self, segments: Sequence[SegmentEntry]) -> None:
+        """Publish what counts of the first of `segments`, up to about MERGED_ITEMS, as one segment instead of them."""
         merged = dict[str, SegmentEntry]()
         entries: list[Entry] = []
-        for entry in small:
+        for entry in segments:
             if len(entries) < MERGED_ITEMS:
                 entries += _live_entries(open_segment(self.folder, self.manifest, entry))
                 merged[entry.name] = entry
@@ -125,7 +145,6 @@ class GenerationWriter:
                 roots=self.manifest.roots,
                 next_id=self.manifest.next_id,
             )
-        return True
 
     def _live_items(self, segment: SegmentEntry) -> int:
         deletions = self.manifest.deletions.get(segment.name)

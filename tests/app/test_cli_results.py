@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from matvit import CheckpointError, MatViT
 from matvit.extracted import read_extracted
 from matvit_app import services
+from retrieval import Index
 
 
 @pytest.fixture
@@ -308,3 +309,14 @@ def test_demo_reuses_its_index_and_mends_a_damaged_one(demo, tmp_path):
     (first / "CURRENT").write_text("damaged")
     services.demo_index()
     assert services.verify(str(first)).problems == ()
+
+
+def test_compact_drops_what_was_deleted(run, index, photos, tmp_path):
+    path = shutil.copytree(index, tmp_path / "copy.index")
+    Index.open(path).delete([photos / "cats"])
+    shown = run("compact", path, "--json")
+    assert (shown.code, shown.err) == (0, "")
+    assert (shown.json["segments"], shown.json["dropped"]) == (1, 4)
+    assert shown.json["bytes"] < shown.json["bytes_before"]
+    assert "1 segments -> 1, 0 dead items dropped" in run("compact", path).out
+    assert run("info", path, "--json").json["items"] == 4

@@ -38,6 +38,7 @@ OPTIONS = {
     "app": ["index", "--host", "--port", "--no-browser", "--json"],
     "doctor": ["--json"],
     "verify": ["target", "--json"],
+    "compact": ["path", "--json"],
 }
 
 

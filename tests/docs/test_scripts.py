@@ -76,3 +76,11 @@ def test_the_peers_of_the_search_benchmark_look_for_the_same_neighbours() -> Non
     assert set(searches) == {"ours", "faiss", "numpy"}
     for search in searches.values():
         assert search(queries).tolist() == expected.tolist()
+
+
+def test_open_index_measures_every_way_to_open() -> None:
+    done = run("benchmarks/open_index.py", "--rows", 200, "--rounds", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) == {"rows", "Index.open", "hashing the embeddings", "Retriever.open", "Index.verify"}
+    assert all(value > 0 for value in result.values())

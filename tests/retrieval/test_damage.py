@@ -33,6 +33,8 @@ from retrieval.lock import writer_lock
 from retrieval.manifest import UPGRADES, publish_manifest, read_manifest, read_pointer
 from retrieval.writer import GenerationWriter
 
+FLIPS = int(os.environ.get("MATVIT_SOAK_FLIPS", "20"))  # in each kind of file
+
 
 @pytest.fixture
 def index(tmp_path, photos, elastic):
@@ -57,19 +59,40 @@ def test_every_kind_of_file_is_there(index):
     assert {path.suffix for path in files_of(index)} == {"", ".json", ".f32", ".sqlite", ".i64"}
 
 
-def test_a_single_flipped_bit_in_any_file_is_found_when_opening(index, elastic):
+def test_a_single_flipped_bit_in_any_file_is_found_before_it_can_be_searched(index, elastic):
+    """Embeddings, which take long to hash, when they are read; everything else, and a wrong size, by any opening."""
+    random = np.random.default_rng(FLIPS)
     for path in files_of(index):
         whole = path.read_bytes()
-        for position in np.linspace(0, len(whole) - 1, num=min(40, len(whole)), dtype=int):
+        if not whole:  # of a segment without pictures
+            continue
+        for position in random.integers(0, 8 * len(whole), size=FLIPS):
             spoilt = bytearray(whole)
-            spoilt[position] ^= 1 << (position % 8)
+            spoilt[position // 8] ^= 1 << (position % 8)
             path.write_bytes(spoilt)
-            for open_it in (Index.open, lambda folder: Retriever.open(folder, encoder=elastic)):
+            with pytest.raises(IndexFormatError):
+                Retriever.open(index.path, encoder=elastic)
+            if path.suffix != ".f32":
                 with pytest.raises(IndexFormatError):
-                    open_it(index.path)
+                    Index.open(index.path)
             assert len(index.verify()) == 1, path
         path.write_bytes(whole)
     assert Index.open(index.path).verify() == []
+
+
+def test_damaged_embeddings_are_never_copied_into_a_new_segment(index, photos, elastic):
+    for path in (index.path / "segments").glob("*/embeddings.f32"):
+        data = bytearray(path.read_bytes())
+        if data:
+            data[5] ^= 4
+            path.write_bytes(data)
+    for picture in photos.rglob("*.png"):
+        os.utime(picture, ns=(1, 1))
+    for copies in (Index.compact, lambda index: index.ingest(photos, encoder=elastic)):
+        opened = Index.open(index.path)
+        with pytest.raises(IndexFormatError, match=r"embeddings\.f32: .*sha256 differs"):
+            copies(opened)
+        assert Index.open(index.path).generation == index.generation
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 1)])

@@ -1,0 +1,122 @@
+"""What is deleted stays deleted, and compaction changes nothing but the space that an index takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import retrieval.writer
+from retrieval import Index, IngestError, Retriever
+
+
+@pytest.fixture
+def index(tmp_path, photos, elastic):
+    return Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+
+
+def found(index, elastic, picture):
+    """Every picture's id, path and score, as a fresh reader finds them."""
+    return Retriever.open(index.path, encoder=elastic).search(picture(1), k=99).hits
+
+
+def test_pictures_are_deleted_by_id_by_file_and_by_folder(index, photos, elastic, picture, monkeypatch):
+    monkeypatch.chdir(photos)
+    before = {hit.path.name: hit.id for hit in found(index, elastic, picture)}
+    assert index.delete([np.int64(before["1.png"]), photos / "2.png", "sub", photos / "sub" / "7.png"]) == 5
+    for reader in (index, Index.open(index.path)):
+        assert reader.info().items == 5
+    after = {hit.path.name: hit.id for hit in found(index, elastic, picture)}
+    assert after == {name: before[name] for name in ("0.png", "3.png", "4.png", "5.png", "6.png")}
+    assert index.verify() == []
+
+
+def test_a_file_that_is_still_there_comes_back_with_a_new_id(index, photos, elastic, picture):
+    [old] = [hit.id for hit in found(index, elastic, picture) if hit.path.name == "1.png"]
+    index.delete([old])
+    assert index.ingest(photos).indexed == 1
+    [new] = [hit.id for hit in found(index, elastic, picture) if hit.path.name == "1.png"]
+    assert new > max(9, old)
+
+
+@pytest.mark.parametrize("unknown", [77, "no.png", Path("/photos")])
+def test_nothing_is_deleted_when_one_of_them_is_not_there(index, photos, unknown):
+    with pytest.raises(IngestError, match=f"holds no (item with id|file) .*{unknown}"):
+        index.delete([0, photos / "2.png", unknown])
+    assert (index.info().items, index.generation) == (10, Index.open(index.path).generation)
+    assert index.delete([]) == 0
+
+
+def test_compacting_drops_dead_rows_and_merges_segments_and_nothing_else(index, photos, elastic, picture):
+    (photos / "bad.png").touch()
+    for seed in range(300, 304):
+        (photos / f"{seed}.png").write_bytes(picture(seed))
+        index.ingest(photos / f"{seed}.png")
+    index.ingest(photos)
+    index.delete([3, photos / "sub"])
+    expected = found(index, elastic, picture)
+    stale = Retriever.open(index.path, encoder=elastic)
+    report = index.compact()
+    assert (report.segments, report.dropped) == (1, 4)
+    assert report.segments_before >= 5
+    assert report.bytes < report.bytes_before
+    assert found(index, elastic, picture) == expected == stale.search(picture(1), k=99).hits
+    assert [file.path.name for file in index.info().skipped] == ["bad.png"]
+    assert index.verify() == []
+    assert sum(path.is_file() for path in index.path.rglob("*")) == 5  # CURRENT, manifest, lock, segment's two
+    generation = index.generation
+    assert index.compact().dropped == 0
+    assert index.generation == generation  # there was nothing to do
+    assert index.ingest(photos).unchanged == 10
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 100])
+def test_compacting_writes_segments_of_bounded_size(index, photos, elastic, picture, monkeypatch, rows):
+    for seed in range(300, 305):
+        (photos / f"{seed}.png").write_bytes(picture(seed))
+        index.ingest(photos / f"{seed}.png")
+    index.delete([0, 1])
+    expected = found(index, elastic, picture)
+    monkeypatch.setattr(retrieval.writer, "MERGED_ITEMS", rows)
+    index.compact()
+    assert found(index, elastic, picture) == expected
+    assert index.verify() == []
+    generation = index.generation
+    index.compact()
+    assert index.generation == generation
+
+
+def test_an_index_that_lost_every_picture_compacts_to_nothing(index, photos):
+    index.delete([photos])
+    assert index.compact().segments == 0
+    assert (index.info().items, index.verify()) == (0, [])
+    assert index.ingest(photos).indexed == 10
+
+
+def test_a_compaction_that_fails_at_any_step_loses_nothing(index, photos, elastic, picture, monkeypatch):
+    index.delete([0])
+    expected = found(index, elastic, picture)
+    real = os.fsync
+    for at in range(30):
+        calls = []
+
+        def call(descriptor, at=at, calls=calls):
+            calls.append(descriptor)
+            if len(calls) - 1 == at:
+                raise OSError(28, "No space left on device")
+            real(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", call)
+            try:
+                Index.open(index.path).compact()
+            except IngestError:
+                pass
+            else:
+                break
+        assert found(index, elastic, picture) == expected
+        assert index.verify() == []
+    assert at >= 4
+    assert len(Index.open(index.path)._snapshot.manifest.segments) == 1
