@@ -1,8 +1,9 @@
-"""Exact search: faiss finds candidates in float32, float64 decides. The only module that imports faiss."""
+"""Exact search: float32 finds candidates, float64 decides."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import faiss
 import numpy as np
@@ -13,73 +14,163 @@ from retrieval.items import IntArray
 
 ScoreArray = npt.NDArray[np.float64]
 
-_MARGIN = 16  # candidates beyond k in the first round
-_PART = 1024  # candidates that float64 decides on together: they stay in the processor's cache
+_FEW = 6  # queries that faiss compares one by one as quickly as the memory gives vectors; more make a matrix product
+_MARGIN = 16  # candidates beyond k that faiss is asked for
+_MOST = 1000  # of which faiss's heap is quick
+_BLOCK = 1024  # vectors compared at a time: their scores stay in the processor's cache
+_PART = 1024  # candidates that float64 decides on together: they stay there, too
 
 
 class FlatSearch:
     """The k best of N vectors by inner product, every one compared; equal scores are ordered by id.
 
     An answer depends on the vectors and the query alone: not on the order of the vectors, nor on
-    the other queries of a batch (faiss alone promises neither).
+    the other queries of a batch (float32 alone promises neither).
     """
 
     def __init__(self, ids: IntArray, vectors: Iterable[FloatArray], *, dim: int) -> None:
         """`ids` is (N,) int64; `vectors` are (N_i, D) float32 parts with N rows in all, about unit length."""
         self._ids = ids
-        self._faiss = faiss.IndexFlatIP(dim)
+        self._vectors: FloatArray = np.empty((len(ids), dim), dtype=np.float32)
+        filled = 0
         for part in vectors:
-            self._faiss.add(np.ascontiguousarray(part, dtype=np.float32))
-        assert self._faiss.ntotal == len(ids)
-        # A float32 inner product of unit vectors of width D is off by at most D * 2^-24; twice that, to be sure.
-        self._slack = dim * 2.0**-23
+            self._vectors[filled : filled + len(part)] = part
+            filled += len(part)
+        assert filled == len(ids)
+        self._slack = float32_slack(dim)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def vectors(self, positions: IntArray) -> FloatArray:
         """(Q,) int64 positions -> (Q, D) float32."""
-        if not len(positions):
-            return np.empty((0, self._faiss.d), dtype=np.float32)
-        found: FloatArray = self._faiss.reconstruct_batch(positions)
-        return found
+        return self._vectors[positions]
 
     def search(self, queries: FloatArray, *, k: int) -> list[tuple[IntArray, ScoreArray]]:
         """(Q, D) float32, finite -> per query positions (K,) int64 into `ids` and float64 scores (K,), best first.
 
         K = min(k, N).
         """
-        if not np.isfinite(queries).all():  # faiss would answer with anything
-            raise ValueError("queries must be finite")
+        check_finite(queries)
         k = min(k, len(self))
         if k == 0:
             empty = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
             return [empty for _ in queries]
-        scores, positions = self._faiss.search(queries, min(len(self), k + _MARGIN))
-        return [
-            self._decide(query, found, border=float(approximate[-1]), k=k)
-            for query, found, approximate in zip(queries, positions, scores, strict=True)
-        ]
+        few = len(queries) <= _FEW and k + _MARGIN <= _MOST
+        rows, positions = self._few(queries, k=k) if few else _sweep(queries, self._vectors, k=k, slack=self._slack)
+        return best_of(queries, self._vectors, rows, positions, ids=self._ids, k=k)
 
-    def _decide(self, query: FloatArray, positions: IntArray, *, border: float, k: int) -> tuple[IntArray, ScoreArray]:
-        """Order candidates exactly. `border`: no vector outside `positions` scored more in float32."""
-        found = self._best(query, positions, k=k)
-        worst = float(found[1][-1])
-        if len(positions) == len(self) or worst > border + self._slack:
-            return found
-        # Whoever was left out may still tie with the last hit or beat it: look at all that come near.
-        _, _, near = self._faiss.range_search(query[np.newaxis], worst - self._slack)
-        return self._best(query, near, k=k)
+    def _few(self, queries: FloatArray, *, k: int) -> tuple[IntArray, IntArray]:
+        """What `_sweep` finds, quicker for a few queries."""
+        wanted = min(len(self), k + _MARGIN)
+        scores, found = faiss.knn(queries, self._vectors, wanted, metric=faiss.METRIC_INNER_PRODUCT)  # (Q, wanted)
+        floors = _below(scores[:, k - 1], self._slack)
+        unsure = np.flatnonzero(scores[:, -1] >= floors) if wanted < len(self) else ()
+        rows, columns = np.nonzero(scores >= floors[:, np.newaxis])
+        positions = found[rows, columns]
+        for row in unsure:  # whoever was left out may still tie with the last hit: look at all that come near
+            near = np.flatnonzero(self._vectors @ queries[row] >= floors[row])
+            others = rows != row
+            rows = np.concatenate([rows[others], np.full(len(near), row)])
+            positions = np.concatenate([positions[others], near])
+        return rows, positions
 
-    def _best(self, query: FloatArray, positions: IntArray, *, k: int) -> tuple[IntArray, ScoreArray]:
-        parts = (positions[start : start + _PART] for start in range(0, len(positions), _PART))
-        scores = np.concatenate([self._exact_scores(query, part) for part in parts])
-        best = np.lexsort((self._ids[positions], -scores))[:k]
-        return positions[best], scores[best]
 
-    def _exact_scores(self, query: FloatArray, positions: IntArray) -> ScoreArray:
+def check_finite(queries: FloatArray) -> None:
+    """Raises ValueError: faiss would answer with anything."""
+    if not np.isfinite(queries).all():
+        raise ValueError("queries must be finite")
+
+
+def float32_slack(dim: int) -> float:
+    """By how much two float32 inner products of about unit vectors may be ordered wrongly.
+
+    Each is off by at most D * 2^-24 in whatever order it is summed; a hundredth more for lengths that are not quite 1.
+    """
+    return 1.01 * dim * 2.0**-23
+
+
+def best_of(
+    queries: FloatArray, vectors: FloatArray, rows: IntArray, positions: IntArray, *, ids: IntArray, k: int
+) -> list[tuple[IntArray, ScoreArray]]:
+    """Of M pairs of a query (`rows`) and a vector (`positions`), both (M,): per query its k best, ties by id.
+
+    Gives positions and float64 scores, best first. `queries` (Q, D), `vectors` (N, D), `ids` (N,).
+    """
+    wide = queries.astype(np.float64)
+    scores: ScoreArray = np.empty(len(rows), dtype=np.float64)
+    for start in range(0, len(rows), _PART):
+        part = slice(start, start + _PART)
         # Sums along the contiguous axis, so every row is added in the same order and equal rows score the same;
         # a matrix product would depend on where the row lies.
-        products = self._faiss.reconstruct_batch(positions) * query.astype(np.float64)
-        scores: ScoreArray = products.sum(axis=1)
-        return scores
+        scores[part] = (vectors[positions[part]] * wide[rows[part]]).sum(axis=1)
+    order = np.lexsort((ids[positions], -scores, rows))
+    starts = np.searchsorted(rows[order], np.arange(len(queries) + 1))
+    best = (order[start : min(start + k, end)] for start, end in pairwise(starts.tolist()))
+    return [(positions[own], scores[own]) for own in best]
+
+
+def _sweep(queries: FloatArray, vectors: FloatArray, *, k: int, slack: float) -> tuple[IntArray, IntArray]:
+    """All pairs of a query and a vector whose float32 score is at most `slack` below the query's k-th best one."""
+    kept = _Candidates(len(queries), k=k, slack=slack)
+    for start in range(0, len(vectors), _BLOCK):
+        kept.add(queries @ vectors[start : start + _BLOCK].T, start=start)  # (Q, B)
+    return kept.pairs()
+
+
+class _Candidates:
+    """What may belong to the k best of each query, while blocks of scores come in."""
+
+    def __init__(self, queries: int, *, k: int, slack: float) -> None:
+        self._k, self._slack = k, slack
+        self._floor = np.full(queries, -np.inf, dtype=np.float32)  # (Q,) less than this is none of the k best
+        none = np.empty(0, dtype=np.int64)
+        # Parts of equal length: query, position and score of each candidate.
+        self._parts: list[tuple[IntArray, IntArray, FloatArray]] = [(none, none, np.empty(0, dtype=np.float32))]
+        self._count, self._limit = 0, 0
+
+    def add(self, scores: FloatArray, *, start: int) -> None:
+        """Scores (Q, B) of the vectors from position `start` on."""
+        width = scores.shape[1]
+        if start == 0 and width >= self._k:
+            self._floor = _below(_at_most_kth(scores, k=self._k), self._slack)
+        flat = np.flatnonzero(scores >= self._floor[:, np.newaxis])  # in one dimension: twice as quick
+        rows, columns = np.divmod(flat, width)
+        self._parts.append((rows, columns + start, scores.ravel()[flat]))
+        self._count += len(flat)
+        if self._count > self._limit:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Raise the floors to what is known by now, and drop what lies below."""
+        rows, positions, scores = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        order = np.lexsort((-scores, rows))
+        starts = np.searchsorted(rows[order], np.arange(len(self._floor) + 1))
+        full = np.flatnonzero(np.diff(starts) >= self._k)
+        worst = scores[order[starts[full] + self._k - 1]]
+        self._floor[full] = _below(worst, self._slack)
+        near = scores >= self._floor[rows]
+        self._parts = [(rows[near], positions[near], scores[near])]
+        self._count = int(near.sum())
+        self._limit = 2 * self._count + len(self._floor) * self._k  # grows with ties, so that pruning stays rare
+
+    def pairs(self) -> tuple[IntArray, IntArray]:
+        """(M,) queries, (M,) positions."""
+        self._prune()
+        [(rows, positions, _)] = self._parts
+        return rows, positions
+
+
+def _below(scores: FloatArray, slack: float) -> FloatArray:
+    """(Q,) float32, at least `slack` lower."""
+    lower: FloatArray = np.nextafter((scores - slack).astype(np.float32), np.float32(-np.inf))
+    return lower
+
+
+def _at_most_kth(scores: FloatArray, *, k: int) -> FloatArray:
+    """(Q, B) scores, B >= k -> (Q,) a bound that k of them reach, at little cost: the k-th best of B / 16 maxima."""
+    groups = max(k, scores.shape[1] // 16)
+    folds = scores.shape[1] // groups
+    best = scores[:, : folds * groups].reshape(len(scores), folds, groups).max(axis=1)  # (Q, groups)
+    kth: FloatArray = np.partition(best, groups - k, axis=1)[:, groups - k]
+    return kth

@@ -23,16 +23,17 @@ def brute_force(ids, vectors, query, k):
 @given(
     seed=st.integers(0, 2**16),
     distinct=st.integers(1, 40),
-    rows=st.integers(1, 300),
+    rows=st.integers(1, 2500),
     dim=st.sampled_from([1, 3, 16, 33]),
     k=st.integers(1, 320),
+    batch=st.sampled_from([1, 3, 9]),
 )
-def test_equals_brute_force_with_duplicates(seed, distinct, rows, dim, k):
+def test_equals_brute_force_with_duplicates(seed, distinct, rows, dim, k, batch):
     random = np.random.default_rng(seed)
     pool = unit(random.standard_normal((distinct, dim)))
     vectors = pool[random.integers(0, distinct, rows)]  # mostly duplicates: ties cross every border
     ids = random.permutation(rows * 2)[:rows].astype(np.int64)
-    queries = unit(random.standard_normal((3, dim)))
+    queries = unit(random.standard_normal((batch, dim)))
     search = FlatSearch(ids, [vectors[: rows // 2], vectors[rows // 2 :]], dim=dim)
     for query, (positions, scores) in zip(queries, search.search(queries, k=k), strict=True):
         expected, exact = brute_force(ids, vectors, query, k)
@@ -62,21 +63,24 @@ def test_the_order_of_the_vectors_does_not_matter():
     np.testing.assert_array_equal(ids[found], ids[shuffled][again])
 
 
-def test_whatever_ties_there_are_the_gallery_is_looked_through_at_most_twice():
-    class Counting:
-        def __init__(self, faiss):
-            self.faiss, self.passes = faiss, 0
-
-        def __getattr__(self, name):
-            self.passes += name.endswith("search")
-            return getattr(self.faiss, name)
-
+@pytest.mark.parametrize("batch", [1, 9])
+def test_of_many_equal_vectors_the_lowest_ids_are_found(batch):
     vectors = np.repeat(unit(np.random.default_rng(2).standard_normal((2, 8))), 5000, axis=0)
     search = FlatSearch(np.arange(len(vectors))[::-1].copy(), [vectors], dim=8)
-    search._faiss = Counting(search._faiss)
-    [(positions, _)] = search.search(vectors[:1], k=3)
-    assert positions.tolist() == [4999, 4998, 4997]  # equal scores by id
-    assert search._faiss.passes == 2
+    for positions, _ in search.search(np.repeat(vectors[:1], batch, axis=0), k=3):
+        assert positions.tolist() == [4999, 4998, 4997]  # equal scores by id
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_galleries_sorted_for_or_against_the_query_give_the_same_hits(order):
+    """The best come in the last block, or all candidates in the first."""
+    random = np.random.default_rng(3)
+    vectors = unit(random.standard_normal((5000, 16)))
+    queries = np.repeat(unit(random.standard_normal((1, 16))), 8, axis=0)
+    vectors = vectors[np.argsort(vectors @ queries[0])[::order]]
+    ids = np.arange(len(vectors))
+    for positions, _ in FlatSearch(ids, [vectors], dim=16).search(queries, k=25):
+        np.testing.assert_array_equal(positions, brute_force(ids, vectors, queries[0], 25)[0])
 
 
 def test_an_empty_gallery_finds_nothing_and_nan_is_refused():
