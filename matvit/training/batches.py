@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +66,8 @@ def draw_batch(
         # Cut at twice the size and average: antialiased where the source is larger than the input.
         crops.append(F.avg_pool2d(cut(one.images.pixels[rows], boxes, 2 * image_size), 2))
         targets.append(F.one_hot(one.images.labels[rows], one.images.num_classes).float())
+    if augmentation.mosaic > 0:
+        crops, targets = _mosaic(crops, targets, augmentation.mosaic, key)
     if augmentation.mixup_alpha > 0:
         crops, targets = _mixup(crops, targets, augmentation.mixup_alpha, key)
     return Batch(
@@ -78,10 +81,31 @@ def draw_batch(
 def _mixup(
     crops: list[Tensor], targets: list[Tensor], alpha: float, key: tuple[int, ...]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Mix each picture with its mirror position in the data set's share of the batch, one ratio per batch."""
-    kept = random.Random(str(key)).betavariate(alpha, alpha)  # noqa: S311  # a seed, not a secret
+    """Mix each picture with its mirror position in the data set's share of the batch, in a ratio of its own."""
+    generator = np.random.default_rng(random.Random(str(key)).getrandbits(63))  # noqa: S311  # a seed, not a secret
 
-    def mix(part: Tensor) -> Tensor:
+    def mix(part: Tensor, kept: Tensor) -> Tensor:
+        kept = kept.view(-1, *[1] * (part.dim() - 1))
         return kept * part + (1 - kept) * part.flip(0)
 
-    return [mix(part) for part in crops], [mix(part) for part in targets]
+    ratios = [torch.from_numpy(generator.beta(alpha, alpha, len(part))).to(part) for part in crops]
+    mixed = [mix(part, kept) for part, kept in zip(crops, ratios, strict=True)]
+    return mixed, [mix(part, kept) for part, kept in zip(targets, ratios, strict=True)]
+
+
+def _mosaic(
+    crops: list[Tensor], targets: list[Tensor], share: float, key: tuple[int, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Replace the first `share` of each data set's pictures by 2 x 2 or 3 x 3 of its pictures, made smaller.
+
+    So a small picture is also seen near its own size, with sharp edges and many things at once.
+    """
+    side = random.Random(f"{key}:mosaic").choice((2, 3))  # noqa: S311
+    for part, target in zip(crops, targets, strict=True):
+        count, size = round(share * len(part)), part.shape[-1]
+        tiles = F.interpolate(part, (size // side, size // side), mode="bilinear", antialias=True)
+        rows = [torch.cat([tiles.roll(side * row + column, 0) for column in range(side)], -1) for row in range(side)]
+        tiled = torch.cat(rows, -2)[:count]
+        part[:count] = F.interpolate(tiled, (size, size), mode="bilinear") if tiled.shape[-1] != size else tiled
+        target[:count] = torch.stack([target.roll(shift, 0) for shift in range(side**2)]).mean(0)[:count]
+    return crops, targets

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
@@ -31,10 +32,11 @@ from matvit.training.heads import Heads
 from matvit.training.processes import average_gradients, check_equal, mean_of, send_to_all, start_fabric
 from matvit.training.recipe import Losses, Recipe, Stage
 from matvit.training.record import check_validation, finish
-from matvit.training.sampling import ladder_spec, resolution_of_step, specs_of_step
+from matvit.training.sampling import ladder_spec, prefix_of_step, resolution_of_step, specs_of_step
 from matvit.training.start import load_teacher, start_encoder
 from matvit.training.state import LOG, Run, restore, save, tidy, writing
 from matvit.training.teacher import teach
+from matvit.training.throughput import Throughput
 
 _SAVE_SECONDS = 60.0  # how much work a kill may cost
 _LOG_STEPS = 50
@@ -136,6 +138,10 @@ def _check_specs(model: MatViT, recipe: Recipe) -> None:
 def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
     if run.step == 0:
         _begin_stage(run, stage)
+    run.sets = [
+        replace(one, batch=batch // run.recipe.devices)
+        for one, batch in zip(run.sets, run.recipe.batches_of(stage), strict=True)
+    ]
     with_teacher = _wanted(stage, "need_teacher")
     if with_teacher and run.sets[0].teacher is None:
         _ask_teacher(run)
@@ -143,6 +149,7 @@ def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -
     if optimiser_state is not None:
         optimiser.load_state_dict(optimiser_state)
     saved = began = time.monotonic()
+    throughput = Throughput(run.fabric.device, precision=run.recipe.precision)
     while run.step < stage.steps:
         schedule.step_update(run.step)
         batch = draw_batch(
@@ -152,12 +159,13 @@ def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -
             with_teacher=with_teacher,
             key=(run.recipe.seed, run.stage, run.step, *_own_share(run.fabric)),
         )
-        loss = _step(run, stage, optimiser, batch)
+        loss = _step(run, stage, optimiser, batch, throughput)
         run.step += 1
         now = time.monotonic()
         if run.step % _LOG_STEPS == 0 or run.step == stage.steps:
             mean = mean_of(run.fabric, loss).item()  # so that all processes see a bad one
-            _log(run, stage, mean, optimiser.param_groups[-2]["lr"])  # the encoder's last layer
+            rate = optimiser.param_groups[-2]["lr"]  # the encoder's last layer
+            _log(run, stage, loss=mean, learning_rate=rate, throughput=throughput)
         if now - saved > _SAVE_SECONDS and run.fabric.is_global_zero:
             _refuse_non_finite(run, stage, optimiser)
             run.seconds, began = run.seconds + now - began, now
@@ -190,11 +198,12 @@ def _full_resolution(run: Run, stage: Stage) -> int:
 
 
 def _begin_stage(run: Run, stage: Stage) -> None:
-    """Freeze what the stage aligns to, and order hidden units and blocks before submodels are first trained."""
+    """Freeze what is aligned to, and order hidden units and blocks, before submodels are first trained."""
+    if any(one.submodels for one in run.recipe.stages[: run.stage]):
+        return
     if _wanted(stage, "need_anchor"):
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
-    earlier = run.recipe.stages[: run.stage]
-    if stage.submodels is not None and not any(one.submodels for one in earlier):
+    if stage.submodels is not None:
         batch = draw_batch(
             [replace(one, batch=_ORDER_PICTURES // len(run.sets)) for one in run.sets],
             augmentation=stage.augmentation,
@@ -232,11 +241,13 @@ def _ask_teacher(run: Run) -> None:
         )
         for index, one in enumerate(run.sets)
     ]
-    features = [one.teacher.features.float().mean(dim=(0, 1)) * one.batch for one in run.sets if one.teacher]
-    run.heads.feature_mean.copy_(torch.stack(features).sum(dim=0) / sum(one.batch for one in run.sets))
+    batches = [one.batch for one in run.recipe.data]
+    features = [one.teacher.features.float().mean(dim=(0, 1)) for one in run.sets if one.teacher]
+    weighted = [mean * batch for mean, batch in zip(features, batches, strict=True)]
+    run.heads.feature_mean.copy_(torch.stack(weighted).sum(dim=0) / sum(batches))
 
 
-def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch) -> Tensor:
+def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch, throughput: Throughput) -> Tensor:
     """One optimisation step over the full encoder and the step's submodels; the summed loss, detached."""
     shape = run.model.shape
     anchors = None
@@ -255,14 +266,17 @@ def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch
             step=run.step,
         )
         plan += [(spec, stage.submodels) for spec in specs]
+    prefix = prefix_of_step(run.model.embedding_dim, seed=run.recipe.seed, step=run.step)
     optimiser.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.fabric.device)
     for spec, weights in plan:  # one backward pass each keeps memory at one submodel's
         with run.fabric.autocast():
             embeddings = run.model(run.normalise(batch.at(spec.image_size)), spec)
-        loss = _loss(run.heads, weights, embeddings.float(), batch, anchors)
+        loss = _loss(run.heads, weights, embeddings.float(), batch, anchors, prefix=prefix)
         run.fabric.backward(loss)
         total += loss.detach()
+    frozen = 0 if anchors is None else run.model.flops()
+    throughput.count(len(batch.images), trained=[run.model.flops(spec) for spec, _ in plan], frozen=frozen)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     average_gradients(run.fabric, parameters)
     nn.utils.clip_grad_norm_(parameters, run.recipe.optimiser.clip_norm)
@@ -270,7 +284,22 @@ def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch
     return total
 
 
-def _loss(heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, anchors: Tensor | None) -> Tensor:
+def _loss(
+    heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, anchors: Tensor | None, *, prefix: int
+) -> Tensor:
+    """The weighted losses of one submodel; with a weight for prefixes, those of its first `prefix` numbers too."""
+    terms = _terms(heads, weights, embeddings, batch, anchors)
+    if weights.teacher_features and batch.features is not None:
+        centred = batch.features.float() - heads.feature_mean
+        terms.append(weights.teacher_features * losses.teacher_features(heads.teacher_features(embeddings), centred))
+    if weights.prefix:
+        short = F.normalize(embeddings[:, :prefix], dim=-1)
+        short_anchors = None if anchors is None else F.normalize(anchors[:, :prefix], dim=-1)
+        terms += [weights.prefix * term for term in _terms(heads, weights, short, batch, short_anchors)]
+    return torch.stack(terms).sum()
+
+
+def _terms(heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, anchors: Tensor | None) -> list[Tensor]:
     terms: list[Tensor] = []
     if weights.classification:
         parts = torch.split(embeddings, [len(target) for target in batch.targets])
@@ -279,9 +308,6 @@ def _loss(heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, ancho
     if weights.teacher_classes and batch.probabilities is not None:
         logits_t = heads.teacher_classes(embeddings)
         terms.append(weights.teacher_classes * losses.teacher_classes(logits_t, batch.probabilities))
-    if weights.teacher_features and batch.features is not None:
-        centred = batch.features.float() - heads.feature_mean
-        terms.append(weights.teacher_features * losses.teacher_features(heads.teacher_features(embeddings), centred))
     if anchors is not None:
         if weights.cosine:
             terms.append(weights.cosine * losses.cosine(embeddings, anchors))
@@ -289,7 +315,7 @@ def _loss(heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, ancho
             terms.append(weights.similarity * losses.similarity(embeddings, anchors))
         if weights.contrast:
             terms.append(weights.contrast * losses.contrast(embeddings, anchors))
-    return torch.stack(terms).sum()
+    return terms
 
 
 def _optimiser(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
@@ -317,20 +343,27 @@ def _wanted(stage: Stage, need: str) -> bool:
     return any(getattr(weights, need) for weights in (stage.full, stage.submodels) if weights is not None)
 
 
-def _log(run: Run, stage: Stage, loss: float, learning_rate: float) -> None:
+def _log(run: Run, stage: Stage, *, loss: float, learning_rate: float, throughput: Throughput) -> None:
     if not math.isfinite(loss):
         raise _diverged(run, stage, f"the loss is {loss}")
-    row = {"stage": stage.name, "step": run.step, "loss": loss, "learning_rate": learning_rate, "time": time.time()}
     if not run.fabric.is_global_zero:
         return
+    pictures, used = throughput.take()
+    pictures *= run.recipe.devices
+    row = {
+        "stage": stage.name,
+        "step": run.step,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "images_per_second": round(pictures, 1),
+        "mfu": used,
+        "time": time.time(),
+    }
     path = run.folder / LOG
     with writing(path), path.open("a") as file:
         file.write(json.dumps(row) + "\n")
-    run.progress(
-        ProgressEvent(
-            stage=f"train {stage.name}", done=run.step, total=stage.steps, unit="steps", note=f"loss {loss:.3f}"
-        )
-    )
+    note = f"loss {loss:.3f}, {pictures:.0f} pictures/s" + ("" if used is None else f", MFU {used:.0%}")
+    run.progress(ProgressEvent(stage=f"train {stage.name}", done=run.step, total=stage.steps, unit="steps", note=note))
 
 
 def _diverged(run: Run, stage: Stage, what: str) -> RecipeError:

@@ -22,8 +22,8 @@ class CosineClassifier(nn.Module):
         self.prototypes = nn.Parameter(0.02 * torch.randn(classes, dim))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Embeddings of unit length (B, D) -> logits (B, C)."""
-        return LOGIT_SCALE * embeddings @ F.normalize(self.prototypes, dim=-1).T
+        """Embeddings of unit length (B, D), or their first numbers scaled to it (B, d) -> logits (B, C)."""
+        return LOGIT_SCALE * embeddings @ F.normalize(self.prototypes[:, : embeddings.shape[1]], dim=-1).T
 
 
 def classification(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:

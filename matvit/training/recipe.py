@@ -66,6 +66,7 @@ class Augmentation(_Strict):
     colour_jitter: float = Field(default=0.3, ge=0, le=1)
     grayscale: float = Field(default=0.05, ge=0, le=1)
     mixup_alpha: float = Field(default=0.0, ge=0)  # Beta(alpha, alpha); 0 = off; not with teacher losses
+    mosaic: float = Field(default=0.0, ge=0, le=1)  # share of pictures tiled from 4 or 9; not with teacher losses
 
     @model_validator(mode="after")
     def _ranges(self) -> Augmentation:
@@ -85,11 +86,12 @@ class Losses(_Strict):
     cosine: float = Field(default=0.0, ge=0)  # towards the frozen full encoder's embedding
     similarity: float = Field(default=0.0, ge=0)  # towards its similarities over the batch
     contrast: float = Field(default=0.0, ge=0)  # InfoNCE: its embedding of the same picture among the batch's
+    prefix: float = Field(default=0.0, ge=0)  # these again, but teacher_features, on the embedding's first numbers
 
     @property
     def train_something(self) -> bool:
         """Whether any loss has a weight."""
-        return any(self.model_dump().values())
+        return any(self.model_dump(exclude={"prefix"}).values())
 
     @property
     def need_teacher(self) -> bool:
@@ -98,13 +100,14 @@ class Losses(_Strict):
 
     @property
     def need_anchor(self) -> bool:
-        """Whether the frozen full encoder of the stage before is needed."""
+        """Whether a frozen copy of the full encoder is needed."""
         return self.cosine > 0 or self.similarity > 0 or self.contrast > 0
 
 
 class Stage(_Strict):
     """One optimisation run. `submodels` None: only the full encoder is trained.
 
+    What is frozen for alignment is the full encoder as it was before submodels were first trained.
     `ladder` lists specs, and "mixed" for random per-block widths, which may be cut further ("mixed-d10-r84").
     """
 
@@ -117,6 +120,7 @@ class Stage(_Strict):
     fixed: tuple[str, ...] = ("S",)  # specs trained in every step besides XL
     sampled: int = Field(default=1, ge=0)  # further specs, drawn from the ladder in every step
     ladder: tuple[str, ...] = Field(default=("M", "L", "mixed"), min_length=1)
+    batches: tuple[PositiveInt, ...] = ()  # pictures of each data set in every step; (): as `data` says
     augmentation: Augmentation = Augmentation()
 
 
@@ -161,21 +165,34 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError("two stages have the same name")
-        for one in self.data:
-            if one.batch % self.devices:
-                raise ValueError(f"a batch of {one.batch} from '{one.path}' cannot be shared by {self.devices} devices")
         for index, stage in enumerate(self.stages):
-            losses = [stage.full, *([stage.submodels] if stage.submodels else [])]
-            if not all(loss.train_something for loss in losses):
-                raise ValueError(f"stage '{stage.name}' has an encoder without a loss")
-            if any(loss.need_teacher for loss in losses):
-                if self.teacher is None:
-                    raise ValueError(f"stage '{stage.name}' distils a teacher, but the recipe names none")
-                if stage.augmentation.mixup_alpha:
-                    raise ValueError(f"stage '{stage.name}': mixup needs crops that the teacher has not seen")
-            if index == 0 and any(loss.need_anchor for loss in losses):
-                raise ValueError(f"stage '{stage.name}' aligns to the stage before it, but is the first")
+            self._check_batches(stage)
+            self._check_losses(stage, first=index == 0)
         return self
+
+    def _check_batches(self, stage: Stage) -> None:
+        batches = self.batches_of(stage)
+        if len(batches) != len(self.data):
+            raise ValueError(f"stage '{stage.name}' names {len(batches)} batches for {len(self.data)} data sets")
+        for one, batch in zip(self.data, batches, strict=True):
+            if batch % self.devices:
+                raise ValueError(f"a batch of {batch} from '{one.path}' cannot be shared by {self.devices} devices")
+
+    def _check_losses(self, stage: Stage, *, first: bool) -> None:
+        losses = [stage.full, *([stage.submodels] if stage.submodels else [])]
+        if not all(loss.train_something for loss in losses):
+            raise ValueError(f"stage '{stage.name}' has an encoder without a loss")
+        if any(loss.need_teacher for loss in losses):
+            if self.teacher is None:
+                raise ValueError(f"stage '{stage.name}' distils a teacher, but the recipe names none")
+            if stage.augmentation.mixup_alpha or stage.augmentation.mosaic:
+                raise ValueError(f"stage '{stage.name}': mixup and mosaic need crops that the teacher has not seen")
+        if first and any(loss.need_anchor for loss in losses):
+            raise ValueError(f"stage '{stage.name}' aligns to the stage before it, but is the first")
+
+    def batches_of(self, stage: Stage) -> tuple[int, ...]:
+        """Pictures of each data set in every step of `stage`."""
+        return stage.batches or tuple(one.batch for one in self.data)
 
 
 def load_recipe(source: str | Path) -> Recipe:

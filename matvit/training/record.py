@@ -103,7 +103,6 @@ def _record(
     device: torch.device,
     seconds: float,
 ) -> dict[str, Any]:
-    batch = sum(one.batch for one in recipe.data)
     return {
         "recipe": _portable(recipe.model_dump(mode="json")),
         "seed": recipe.seed,
@@ -118,7 +117,7 @@ def _record(
             }
             for images, unreadable, one in zip(labelled, skipped, recipe.data, strict=True)
         ],
-        "pictures_seen": batch * sum(stage.steps for stage in recipe.stages),
+        "pictures_seen": sum(stage.steps * sum(recipe.batches_of(stage)) for stage in recipe.stages),
         "seconds": round(seconds, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from matvit.spec import EncoderShape, Granularity, SubmodelSpec
 
 MIXED = "mixed"
+PREFIXES = (64, 128, 256)  # Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022
 
 
 def specs_of_step(
@@ -28,6 +29,12 @@ def resolution_of_step(resolutions: Sequence[int], *, native: int, seed: int, st
     if not resolutions:
         return native
     return random.Random(f"{seed}:{step}:resolution").choice(resolutions)  # noqa: S311
+
+
+def prefix_of_step(embedding_dim: int, *, seed: int, step: int) -> int:
+    """How many of the embedding's first numbers must serve alone in this step, too."""
+    shorter = [length for length in PREFIXES if length < embedding_dim] or [embedding_dim]
+    return random.Random(f"{seed}:{step}:prefix").choice(shorter)  # noqa: S311
 
 
 def ladder_spec(shape: EncoderShape, text: str, rng: random.Random) -> SubmodelSpec:

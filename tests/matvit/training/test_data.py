@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from matvit.datasets import read_dataset
 from matvit.errors import DatasetError
-from matvit.training.batches import TrainingSet, draw_batch
+from matvit.training.batches import TrainingSet, _mosaic, draw_batch
 from matvit.training.data import colour_jitter, cut, random_crops, to_device
 from matvit.training.recipe import Augmentation
 
@@ -92,8 +92,8 @@ def test_a_set_without_one_readable_picture_is_refused(data):
         to_device(read_dataset(data / "shapes"), resolution=8, device=torch.device("cpu"), progress=print)
 
 
-@pytest.mark.parametrize("mixup", [0.0, 0.4])
-def test_a_batch_is_a_function_of_its_key_alone(data, mixup):
+@pytest.mark.parametrize("changes", [{}, {"mixup_alpha": 0.4}, {"mosaic": 0.5}])
+def test_a_batch_is_a_function_of_its_key_alone(data, changes):
     images, _, _ = to_device(
         read_dataset(data / "shapes"), resolution=16, device=torch.device("cpu"), progress=lambda _: None
     )
@@ -101,7 +101,7 @@ def test_a_batch_is_a_function_of_its_key_alone(data, mixup):
     def draw(*key: int):
         return draw_batch(
             [TrainingSet(images=images, batch=6)],
-            augmentation=Augmentation(mixup_alpha=mixup),
+            augmentation=Augmentation(**changes),
             image_size=8,
             with_teacher=False,
             key=key,
@@ -114,3 +114,18 @@ def test_a_batch_is_a_function_of_its_key_alone(data, mixup):
     assert torch.equal(first.targets[0], again.targets[0])
     assert not torch.equal(first.images, other.images)
     torch.testing.assert_close(first.targets[0].sum(dim=1), torch.ones(6))
+
+
+@pytest.mark.parametrize("size", [24, 20])  # sides of 2 and 3 tiles, even and not
+def test_a_mosaic_shows_other_pictures_of_the_batch_smaller(size):
+    flat = torch.linspace(0, 1, 10).view(10, 1, 1, 1).expand(10, 3, size, size).clone()
+    classes = torch.eye(10)
+    for step in range(4):
+        [pictures], [targets] = _mosaic([flat.clone()], [classes.clone()], 0.4, (0, 1, step))
+        assert torch.equal(pictures[4:], flat[4:])
+        assert torch.equal(targets[4:], classes[4:])
+        for picture, target in zip(pictures[:4], targets[:4], strict=True):
+            shown = torch.tensor([(picture[0] - value).abs().min() < 1e-3 for value in flat[:, 0, 0, 0]])
+            assert torch.equal(shown, target > 0)
+            assert int(shown.sum()) in (4, 9)
+            torch.testing.assert_close(target.sum(), torch.tensor(1.0))

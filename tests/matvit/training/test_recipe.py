@@ -104,7 +104,7 @@ def test_a_wrong_stage_is_named(make_fields, tmp_path, change, sentence):
 def test_mixup_with_a_teacher_is_refused(make_fields, tmp_path):
     fields = make_fields(teacher={"timm_model": "test_resnet", "image_size": 32, "mean": [0] * 3, "std": [1] * 3})
     fields["stages"][0] |= {"full": {"teacher_features": 1}, "augmentation": {"mixup_alpha": 0.2}}
-    refused_field(tmp_path, fields, "mixup needs crops that the teacher has not seen")
+    refused_field(tmp_path, fields, "mixup and mosaic need crops that the teacher has not seen")
 
 
 def refused_field(folder, fields, sentence):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 from matvit.errors import RecipeError
-from matvit.training import loop
+from matvit.training import loop, sampling
 from matvit.training.heads import Heads
 from matvit.training.loop import train
 from matvit.training.recipe import TeacherRecipe
@@ -69,6 +70,63 @@ def test_a_resumed_later_stage_sees_the_teachers_crops_of_the_first(data, make_r
     assert train(recipe, out=tmp_path / "parts").space_id == whole
 
 
+def test_what_is_aligned_to_is_the_encoder_before_it_was_first_nested(data, make_recipe, monkeypatch, tmp_path):
+    stages = make_recipe().model_dump(mode="json")["stages"]
+    stages.append(stages[1] | {"name": "longer"})
+    anchors: dict[str, list[torch.Tensor]] = {}
+    step = loop._step
+
+    def look(run, stage, *rest):
+        if run.anchor is not None:
+            anchors.setdefault(stage.name, [tensor.clone() for tensor in run.anchor.vit.state_dict().values()])
+        return step(run, stage, *rest)
+
+    monkeypatch.setattr(loop, "_step", look)
+    train(make_recipe(stages=stages), out=tmp_path / "run")
+    alone = train(make_recipe(stages=stages[:1]), out=tmp_path / "alone").vit.state_dict().values()
+    assert list(anchors) == ["nested", "longer"]
+    for seen in anchors.values():
+        assert all(map(torch.equal, seen, alone))
+
+
+def test_a_stage_may_take_other_batches(data, make_recipe, monkeypatch, tmp_path):
+    stages = make_recipe().model_dump(mode="json")["stages"]
+    stages[1]["batches"] = [6]
+    seen: list[tuple[str, int]] = []
+    step = loop._step
+
+    def look(run, stage, optimiser, batch, *rest):
+        seen.append((stage.name, len(batch.images)))
+        return step(run, stage, optimiser, batch, *rest)
+
+    monkeypatch.setattr(loop, "_step", look)
+    model = train(make_recipe(stages=stages), out=tmp_path / "run")
+    assert set(seen) == {("full", 8), ("nested", 6)}
+    assert model.record["pictures_seen"] == 4 * 8 + 4 * 6
+
+
+def test_the_log_says_how_quick_a_run_is(data, make_recipe, tmp_path):
+    notes: list[str] = []
+    train(make_recipe(), out=tmp_path / "run", progress=lambda event: notes.append(event.note))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(row["images_per_second"] > 0 and row["mfu"] is None for row in rows)  # a CPU's peak is not known
+    assert any("pictures/s" in note for note in notes)
+
+
+def test_training_for_prefixes_makes_short_embeddings_better(data, make_recipe, monkeypatch, tmp_path):
+    """Two classes are told apart further by the first four numbers where that was asked for."""
+    monkeypatch.setattr(sampling, "PREFIXES", (4,))
+
+    def spread(prefix: float) -> float:
+        stage = {"name": "full", "steps": 30, "learning_rate": 3e-3, "full": {"classification": 1, "prefix": prefix}}
+        model = train(make_recipe(stages=[stage]), out=tmp_path / str(prefix))
+        embedded = model.encoder("XL").embed(sorted((data / "shapes").rglob("*.png")))[:, :4]
+        dark, light = np.split(embedded / np.linalg.norm(embedded, axis=1, keepdims=True), 2)
+        return float((dark @ dark.T).mean() + (light @ light.T).mean() - 2 * (dark @ light.T).mean())
+
+    assert spread(1.0) > spread(0.0)
+
+
 def test_heads_without_a_teacher_have_classifiers_only(teacher):
     names = {name.split(".")[0] for name, _ in Heads(8, [2, 3], None).state_dict().items()}
     assert names == {"classes"}
@@ -90,8 +148,8 @@ def test_what_is_not_finite_is_never_saved_though_the_loss_is(
 ):
     step = loop._step
 
-    def poison_the_third(run, stage, optimiser, batch):
-        loss = step(run, stage, optimiser, batch)
+    def poison_the_third(run, stage, optimiser, *rest):
+        loss = step(run, stage, optimiser, *rest)
         if run.step == 2:
             weight = run.model.vit.pos_embed
             (weight if poisoned == "weight" else optimiser.state[weight]["exp_avg_sq"]).data[0, 0, 0] = torch.inf
