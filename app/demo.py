@@ -84,7 +84,7 @@ def demo_table(
                 relative_flops=encoder.flops(spec) / encoder.flops(),
                 params=encoder.num_params(spec),
                 ms_per_query=statistics.median(latencies[spec]),
-                recall_at_1=float(recall_at_k(found[spec][1], asked, 1).mean()),
+                recall_at_1=float(recall_at_k(found[spec][1] == asked[:, None], 1).mean()),
                 agreement_at_10=float(agreement(found[spec][0], full_ids).mean()),
             )
             for spec in specs

@@ -18,7 +18,6 @@ from matvit.progress import Progress, silent
 
 if TYPE_CHECKING:
     from matvit import MatViT
-    from matvit.evaluation import CrossTest
     from matvit_app.demo import DemoTable
     from retrieval.types import CompactReport, Hits, IndexInfo, IngestReport
 
@@ -238,41 +237,7 @@ def verify(target: str, *, progress: Progress = silent) -> Verification:
     return Verification(kind="checkpoint", problems=())
 
 
-# --- measuring and training ----------------------------------------------------------------------
-
-
-def evaluate(
-    dataset: str,
-    *,
-    gallery: str | None,
-    checkpoint: str,
-    queries: Sequence[str],
-    galleries: Sequence[str],
-    classes: str | None,
-    keep_near_copies: bool,
-    limit: int | None,
-    progress: Progress = silent,
-) -> CrossTest:
-    """The cross-test of a checkpoint's submodels on labelled pictures: see `matvit.evaluation.cross_test`.
-
-    Raises MatVitError: a missing data set or checkpoint, a wrong spec, classes that are not there.
-    """
-    from matvit.datasets import read_dataset
-    from matvit.evaluation import cross_test
-
-    model = load_encoder(checkpoint)
-    specs = [model.shape.spec(spec) for spec in (*queries, *galleries)]
-    return cross_test(
-        model,
-        read_dataset(dataset, classes=classes),
-        None if gallery is None else read_dataset(gallery, classes=classes),
-        query_specs=queries,
-        gallery_specs=galleries,
-        drop_near_copies=not keep_near_copies,
-        limit=limit,
-        flops={str(spec): model.flops(spec) for spec in specs},
-        progress=progress,
-    )
+# --- training ----------------------------------------------------------------------
 
 
 def train(recipe: str, *, out: Path, resume: bool, progress: Progress = silent) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Labelled pictures from a class-per-folder tree or Hugging Face parquet files; no torch.
+"""Labelled pictures from a class-per-folder tree, Hugging Face parquet files or a benchmark's folder; no torch.
 
 A location is one of
+    FOLDER            a benchmark's folder, or FOLDER/SPLIT for one of its splits: see `matvit.layouts`
     FOLDER            pictures in class folders; the class is the folder's path below FOLDER
     FOLDER            parquet shards of one split
     FOLDER/SPLIT      the shards FOLDER/SPLIT-*.parquet
@@ -24,6 +25,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from matvit import layouts
 from matvit.errors import DatasetError, MissingExtraError
 from matvit.preprocess import ImageSource
 from matvit.walk import walk_files
@@ -40,17 +42,23 @@ PICTURE_SUFFIXES = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledImages:
-    """N pictures with a class each, in an order that depends on the data alone."""
+class Pictures:
+    """N pictures, in an order that depends on the data alone."""
 
     name: str  # the location as given, with the selection of classes
-    class_names: tuple[str, ...]  # sorted; only the selected ones, also those without a picture here
-    labels: LabelArray  # (N,) indices into class_names
-    images: Sequence[ImageSource]  # N paths, or encoded bytes that are fetched on access
+    images: Sequence[ImageSource]  # N paths, or encoded bytes or crops that are fetched on access
     origins: Sequence[str]  # N texts for messages: the path, or the parquet file and row
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.origins)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImages(Pictures):
+    """N pictures with a class each."""
+
+    class_names: tuple[str, ...]  # sorted; only the selected ones, also those without a picture here
+    labels: LabelArray  # (N,) indices into class_names
 
     @cached_property
     def sha256(self) -> str:
@@ -65,6 +73,14 @@ class LabelledImages:
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundTruth:
+    """Per query, what a benchmark lists of the gallery, as positions in it; what it does not list is wrong."""
+
+    positives: tuple[tuple[int, ...], ...]
+    junk: tuple[tuple[int, ...], ...]  # taken out of the ranking, neither right nor wrong
 
 
 def data_folder() -> Path:
@@ -94,10 +110,9 @@ def read_dataset(location: str | Path, *, classes: str | None = None, exclude: S
     classes that it does not have; MissingExtraError when parquet cannot be read here.
     """
     try:
-        files = _parquet_files(str(location))
+        rows = _read(str(location))
     except OSError as error:  # in a folder that may not be read, or no file name at all
         raise _error(location, f"cannot be looked up ({error.strerror})", "check the path") from error
-    rows = _read_tree(Path(location)) if files is None else _read_parquet(files, str(location))
     selected = _select_classes(rows.class_names, classes, exclude, str(location))
     keep = np.flatnonzero(np.isin(rows.labels, selected))
     if not len(keep):
@@ -165,6 +180,25 @@ class _ArrowBytes(Sequence[bytes]):
         return content or b""
 
 
+def _read(location: str) -> _Rows:
+    listed = layouts.find(Path(location))
+    if listed is not None:
+        names, files = listed
+        return _of_files(names, files)
+    shards = _parquet_files(location)
+    return _read_tree(Path(location)) if shards is None else _read_parquet(shards, location)
+
+
+def _of_files(names: Sequence[str], files: Sequence[Path]) -> _Rows:
+    class_names, labels = np.unique(np.array(names), return_inverse=True)
+    return _Rows(
+        class_names=tuple(map(str, class_names)),
+        labels=labels.astype(np.int64),
+        images=files,
+        origins=[str(path) for path in files],
+    )
+
+
 # --- where the data are -------------------------------------------------------------------------
 
 
@@ -221,9 +255,7 @@ def _read_tree(root: Path) -> _Rows:
     if stray:
         what = f"{stray} pictures, such as {files[names.index('.')].name}, are in no class folder"
         raise _error(root, what, "move each picture into a folder that is named after its class")
-    class_names = sorted(set(names))
-    labels = np.searchsorted(np.array(class_names), np.array(names)).astype(np.int64)
-    return _Rows(class_names=tuple(class_names), labels=labels, images=files, origins=[str(path) for path in files])
+    return _of_files(names, files)
 
 
 def _pictures(root: Path) -> list[Path]:

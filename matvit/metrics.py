@@ -1,7 +1,8 @@
 """Retrieval quality, exact and in plain numpy: top-k search, recall, average precision, agreement.
 
-Q queries, M gallery pictures, D embedding width, K hits a query. Every measure gives one value per
-query, so that two encoders can be compared query by query; average them with `.mean()`.
+Q queries, M gallery pictures, D embedding width, K hits a query, E excluded rows a query. Every measure
+gives one value per query, so that two encoders can be compared query by query; average them with `.mean()`.
+`right` (Q, K) bool says which hits are right, the best hit first.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 NO_HIT = -1  # pads rows of hits where the gallery has fewer than k pictures
 _BLOCK_SCORES = 1 << 23  # scores held at a time: 32 MB of float32
+_BLOCK_DRAWS = 1 << 22  # queries drawn at a time by the bootstrap: 32 MB of int64
 
 
 def top_k(
@@ -25,9 +28,9 @@ def top_k(
     """The k gallery rows of highest inner product with each query; equal scores by ascending row.
 
     queries (Q, D) and gallery (M, D) float32 -> scores (Q, K) float32 and rows (Q, K) int64, with
-    K = min(k, M). `exclude` (Q,) int64 names one gallery row that each query must not find (itself,
-    in leave-one-out; NO_HIT for none); a place that no row is left for has the score -inf and the
-    row NO_HIT. Raises ValueError for embeddings that are not finite, or do not fit each other.
+    K = min(k, M). `exclude` (Q, E) int64 names gallery rows that each query must not find (itself, in
+    leave-one-out; NO_HIT for none); a place that no row is left for has the score -inf and the row
+    NO_HIT. Raises ValueError for embeddings that are not finite, or do not fit each other.
     """
     _check_embeddings(queries, gallery, k)
     kept = min(k, len(gallery))
@@ -38,8 +41,9 @@ def top_k(
         block = slice(start, start + step)
         similarity = queries[block] @ gallery.T
         if exclude is not None:
-            barred = np.flatnonzero(exclude[block] >= 0)
-            similarity[barred, exclude[block][barred]] = -np.inf
+            barred = exclude[block]
+            query, place = np.nonzero(barred >= 0)
+            similarity[query, barred[query, place]] = -np.inf
         rows[block] = _best_rows(similarity, kept)
         scores[block] = np.take_along_axis(similarity, rows[block], axis=1)
     rows[np.isneginf(scores)] = NO_HIT
@@ -70,21 +74,39 @@ def _best_rows(similarity: FloatArray, k: int) -> IntArray:
     return result
 
 
-def recall_at_k(hit_labels: IntArray, query_labels: IntArray, k: int) -> npt.NDArray[np.bool_]:
-    """(Q, K), (Q,) -> (Q,) bool: one of the first k hits has the query's label."""
-    return np.asarray((hit_labels[:, :k] == query_labels[:, None]).any(axis=1))
+def recall_at_k(right: BoolArray, k: int) -> BoolArray:
+    """(Q, K) -> (Q,) bool: one of the first k hits is right."""
+    return np.asarray(right[:, :k].any(axis=1))
 
 
-def average_precision(hit_labels: IntArray, query_labels: IntArray, relevant: IntArray, *, k: int = 100) -> Values:
-    """(Q, K), (Q,), (Q,) -> (Q,): average precision of the first k hits, 0 to 1.
+def average_precision(right: BoolArray, relevant: IntArray, *, k: int | None = 100) -> Values:
+    """(Q, K), (Q,) -> (Q,): average precision of the first k hits, 0 to 1.
 
     The precisions at the right hits are summed and divided by min(k, relevant), where `relevant`
-    counts the gallery's pictures of the query's label (without the query itself). A query with
-    nothing to find has 0. Hits need K >= min(k, M) columns, or the value is too low.
+    counts the gallery's pictures that are right for the query. A query with nothing to find has 0.
+    Hits need K >= min(k, M) columns, or the value is too low. With k None, each query's k is its own
+    `relevant`: mAP@R of "A Metric Learning Reality Check" (Musgrave et al., ECCV 2020, section 2.3).
     """
-    right = hit_labels[:, :k] == query_labels[:, None]
-    precision = np.cumsum(right, axis=1) / np.arange(1, right.shape[1] + 1)
-    return np.asarray((precision * right).sum(axis=1) / np.clip(relevant, 1, k), dtype=np.float64)
+    most = relevant if k is None else np.minimum(relevant, k)
+    width = right.shape[1]
+    counted = right & (np.arange(width) < (most[:, None] if k is None else k))
+    precision = np.cumsum(right, axis=1) / np.arange(1, width + 1)
+    return np.asarray((precision * counted).sum(axis=1) / np.maximum(most, 1), dtype=np.float64)
+
+
+def interpolated_average_precision(right: BoolArray, relevant: IntArray) -> Values:
+    """(Q, K), (Q,) -> (Q,): area under the precision-recall curve by the trapezium rule, 0 to 1.
+
+    What the Oxford and Paris benchmarks call AP: at each right hit, the mean of the precision before
+    and after it. The hits must rank the whole gallery. Source: "Revisiting Oxford and Paris" (Radenović
+    et al., CVPR 2018), function compute_ap of its evaluation code.
+    """
+    rank = np.arange(right.shape[1])
+    found = np.cumsum(right, axis=1)  # the hit itself included
+    before = np.where(rank == 0, 1.0, (found - right) / np.maximum(rank, 1))
+    after = found / (rank + 1)
+    total = ((before + after) / 2 * right).sum(axis=1)
+    return np.asarray(total / np.maximum(relevant, 1), dtype=np.float64)
 
 
 def agreement(hits: IntArray, reference: IntArray) -> Values:
@@ -95,21 +117,22 @@ def agreement(hits: IntArray, reference: IntArray) -> Values:
     return np.asarray(found / np.maximum(there.sum(axis=1), 1), dtype=np.float64)
 
 
-def bootstrap_interval(
-    values: npt.NDArray[Any], *, seed: int = 0, samples: int = 2000, level: float = 0.95
-) -> tuple[float, float]:
-    """(Q,) -> (low, high): percentile bootstrap interval of the mean, for example of paired differences.
+def bootstrap_intervals(values: npt.NDArray[Any], *, seed: int = 0, samples: int = 2000, level: float = 0.95) -> Values:
+    """(Q, C) -> (C, 2): low and high end of the percentile bootstrap interval of each column's mean.
 
-    Raises ValueError without values.
+    The same queries are drawn for all columns. Raises ValueError without values.
     """
     values = np.asarray(values, dtype=np.float64)
-    if not len(values):
+    count = len(values)
+    if not count:
         raise ValueError("the mean of no values has no interval")
-    # Drawing how often each distinct value comes equals resampling the queries, and stays fast for
-    # differences of hits and misses, which have three distinct values however many queries there are.
-    distinct, counts = np.unique(values, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=samples)
-    means = drawn @ distinct / len(values)
+    generator = np.random.default_rng(seed)
+    step = max(1, _BLOCK_DRAWS // count)
+    means = np.empty((samples, values.shape[1]))
+    for start in range(0, samples, step):
+        rows = min(step, samples - start)
+        drawn = generator.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+        means[start : start + rows] = times @ values / count
     tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    return np.asarray(np.quantile(means, [tail, 1 - tail], axis=0).T)

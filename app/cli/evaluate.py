@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from matvit.errors import SpecError
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_table
+from matvit_app.cli.output import JsonFlag, say, write_json, write_line, write_table
 from matvit_app.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from matvit.evaluation import CrossTest, Quality
+    from matvit.evaluation import Quality
+    from matvit_app.evaluation import Evaluation
 
 
 def evaluate(
     dataset: Annotated[
-        str, typer.Argument(help="Class-per-folder tree, parquet file, or FOLDER/SPLIT of parquet shards: the queries.")
+        str,
+        typer.Argument(
+            help="The queries: class-per-folder tree, parquet file, FOLDER/SPLIT of parquet shards, or a benchmark's "
+            "folder (CUB-200-2011, Online Products, In-shop, revisited Oxford and Paris)."
+        ),
     ],
     *,
     gallery: Annotated[
-        str | None, typer.Option(metavar="DATASET", help="What is searched. [default: DATASET without the query]")
+        str | None,
+        typer.Option(metavar="DATASET", help="What is searched. [default: DATASET without the query, or its own]"),
     ] = None,
     encoder: Annotated[
         str, typer.Option(metavar="CHECKPOINT", help="Bundled name, checkpoint folder or hub id.")
     ] = services.DEFAULT_CHECKPOINT,
-    queries: Annotated[str, typer.Option(metavar="SPECS", help="Submodels that search, comma-separated.")] = "S,M,L,XL",
+    queries: Annotated[
+        str,
+        typer.Option(metavar="SPECS", help="Submodels that search, comma-separated; mixed:200 for Mix'n'Match."),
+    ] = "S,M,L,XL",
     galleries: Annotated[str, typer.Option(metavar="SPECS", help="Submodels that index, comma-separated.")] = "XL",
     classes: Annotated[
         str | None, typer.Option(metavar="RANGE", help="Only these of the sorted class names, such as 50:101 or 0,3.")
+    ] = None,
+    protocol: Annotated[
+        Literal["easy", "medium", "hard"] | None,
+        typer.Option(help="Of revisited Oxford and Paris. [default: medium]"),
     ] = None,
     keep_near_copies: Annotated[
         bool,
         typer.Option("--keep-near-copies", help="Keep queries of which the gallery holds nearly the same picture."),
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many queries, evenly spread.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: cuda where there is one]")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Draw FLOPs against recall@1 in the first gallery.")
+    ] = None,
+    write_checkpoint_table: Annotated[
+        bool,
+        typer.Option(
+            "--write-table", help="Make the result the checkpoint's table: named specs, and mixed ones worth having."
+        ),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Measure what each submodel finds in an index made with another.
@@ -46,23 +70,41 @@ def evaluate(
     Examples:
       matvit eval my-classes/
       matvit eval caltech-101/test --gallery caltech-101/train --classes 50:101 --json
+      matvit eval roxford5k --protocol hard --queries S,XL-r224 --galleries XL-r224
+      matvit eval my-classes/ --queries S,M,L,XL,mixed:200 --plot plane.html
     """
+    from matvit.tasks import read_task
+    from matvit_app.evaluation import evaluate as run
+    from matvit_app.evaluation import table_folder, table_specs
+    from matvit_app.evaluation import write_table as save_table
+
+    folder = table_folder(encoder) if write_checkpoint_table else None
+    asked, indexed = _split(queries, "--queries"), _split(galleries, "--galleries")
+    if plot is not None and not plot.resolve().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder '{plot.parent}'", param_hint="--plot")
+    model = services.load_encoder(encoder).to(_device(device))
+    task = read_task(dataset, gallery=gallery, classes=classes, protocol=protocol)
     with progress_bar() as progress:
-        result = services.evaluate(
-            dataset,
-            gallery=gallery,
-            checkpoint=encoder,
-            queries=_split(queries, "--queries"),
-            galleries=_split(galleries, "--galleries"),
-            classes=classes,
+        found = run(
+            model,
+            task,
+            queries=asked if folder is None else [*asked, *table_specs(model)],
+            galleries=indexed,
             keep_near_copies=keep_near_copies,
             limit=limit,
             progress=progress,
         )
+    if plot is not None:
+        from matvit_app.plane import plane_html
+
+        plot.write_text(plane_html(found), encoding="utf-8")
+        say(f"drawn: {plot}")
+    if folder is not None:
+        say(f"{folder}: its table has {save_table(model, found, folder=folder)} rows")
     if json:
-        write_json(result.to_json())
+        write_json(found.to_json())
     else:
-        _show(result)
+        _show(found)
 
 
 def _split(specs: str, option: str) -> list[str]:
@@ -72,22 +114,37 @@ def _split(specs: str, option: str) -> list[str]:
     return found
 
 
-def _show(result: CrossTest) -> None:
-    most = max(result.flops.values())
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise typer.BadParameter(f"'{name}' cannot be used on this machine", param_hint="--device") from error
+    return device
+
+
+def _show(found: Evaluation) -> None:
+    result = found.result
+    most = result.flops[result.reference[0]]
+    shown = {*found.named, *found.front}
+    measures = list(next(iter(next(iter(result.matrix.values())).values())).measures)
     rows = [
-        [query, gallery, f"{result.flops[query] / most:.0%}", *_measures(quality)]
+        [query, gallery, f"{result.flops[query] / most:.0%}", *_figures(quality)]
         for query, row in result.matrix.items()
+        if query in shown
         for gallery, quality in row.items()
     ]
-    columns = ["query", "gallery", "FLOPs", "recall@1", "recall@10", "mAP@100", "agreement@10", "loss [95 % interval]"]
     write_table(
-        columns,
+        ["query", "gallery", "FLOPs", *(name.replace("map", "mAP") for name in measures), "loss [95 % interval]"],
         rows,
         title=f"{result.queries} in {result.gallery}",
         caption="FLOPs: of XL. agreement@10: share of XL's first 10 hits also found. "
         "loss: recall@1 of XL minus the query encoder's, in points, over the same queries.",
         text_columns=2,
     )
+    _show_mixed(found)
     left_out = {"near-copies": result.near_copies, "queries without a match": result.without_match}
     for name, count in left_out.items():
         if count:
@@ -96,7 +153,21 @@ def _show(result: CrossTest) -> None:
         say(f"skipped {skipped.path}: {skipped.reason}")
 
 
-def _measures(quality: Quality) -> list[str]:
-    means = (quality.recall_at_1, quality.recall_at_10, quality.map_at_100, quality.agreement_at_10)
+def _show_mixed(found: Evaluation) -> None:
+    if found.mixed is None:
+        return
+    points = found.points
+    advised = [point for point in points if point.heuristic]
+    write_line(
+        f"{len(points)} mixed submodels: {sum(point.above for point in points)} above the line between the uniform "
+        f"ones ({sum(point.above for point in advised)} of the {len(advised)} that follow the paper's advice); "
+        "the table shows those on the Pareto front"
+    )
+    if len(points) < found.mixed.asked:
+        say(f"{found.mixed.asked} mixed submodels were asked for, {len(points)} different ones were found")
+
+
+def _figures(quality: Quality) -> list[str]:
+    means = [f"{100 * mean.value:.1f}" for mean in quality.measures.values()]
     loss = quality.loss
-    return [*(f"{100 * mean:.1f}" for mean in means), f"{loss.points:+.1f} [{loss.low:+.1f}, {loss.high:+.1f}]"]
+    return [*means, f"{loss.value:+.1f} [{loss.low:+.1f}, {loss.high:+.1f}]"]

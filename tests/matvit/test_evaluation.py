@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matvit.datasets import LabelledImages, data_folder, read_dataset
+from matvit.datasets import GroundTruth, LabelledImages, Pictures, data_folder, read_dataset
 from matvit.errors import DatasetError, SpecError
-from matvit.evaluation import NEAR_COPY_BITS, cross_test, difference_hash
+from matvit.evaluation import cross_test
+from matvit.near_copies import NEAR_COPY_BITS, difference_hash
 from matvit.preprocess import FloatArray, ImageSource, Preprocessing
 from matvit.progress import ProgressEvent
 from matvit.spec import EncoderShape, SubmodelSpec
@@ -104,12 +105,12 @@ def test_a_blinder_query_encoder_loses_recall_with_an_interval_around_the_loss(e
         encoder, pictures(10, seed=0), pictures(10, seed=1000), query_specs=["S", "XL"], gallery_specs=["XL"]
     )
     full, small = result.matrix["XL"]["XL"], result.matrix["S"]["XL"]
-    assert full.recall_at_1 == full.agreement_at_10 == 1.0
-    assert (full.loss.points, full.loss.low, full.loss.high) == (0, 0, 0)
-    assert small.recall_at_1 < 0.9
-    assert small.agreement_at_10 < 1.0
-    assert small.loss.points == pytest.approx(100 * (full.recall_at_1 - small.recall_at_1))
-    assert 0 < small.loss.low < small.loss.points < small.loss.high
+    assert full["recall@1"] == full["agreement@10"] == 1.0
+    assert (full.loss.value, full.loss.low, full.loss.high) == (0, 0, 0)
+    assert small["recall@1"] < 0.9
+    assert small["agreement@10"] < 1.0
+    assert small.loss.value == pytest.approx(100 * (full["recall@1"] - small["recall@1"]))
+    assert 0 < small.loss.low < small.loss.value < small.loss.high
 
 
 def test_the_loss_is_measured_although_xl_was_not_asked_for(encoder: ElasticColours) -> None:
@@ -118,7 +119,51 @@ def test_the_loss_is_measured_although_xl_was_not_asked_for(encoder: ElasticColo
     )
     assert list(result.matrix) == ["S"]
     assert list(result.matrix["S"]) == ["XL", "S"]
-    assert result.matrix["S"]["XL"].loss.points > 0
+    assert result.matrix["S"]["XL"].loss.value > 0
+
+
+def test_differences_are_paired_and_taken_to_xl_in_the_first_gallery(encoder: ElasticColours) -> None:
+    result = cross_test(
+        encoder, pictures(10, seed=0), pictures(10, seed=1000), query_specs=["S", "XL"], gallery_specs=["XL", "S"]
+    )
+    assert result.reference == ("XL", "XL")
+    best = result.matrix["XL"]["XL"]
+    unchanged = {name: (one.value, one.low, one.high) for name, one in best.difference.items()}
+    assert unchanged == dict.fromkeys(("recall@1", "recall@10", "map@100", "map@r"), (0, 0, 0))
+    for row in result.matrix.values():
+        for quality in row.values():
+            for name, difference in quality.difference.items():
+                assert difference.value == pytest.approx(100 * (quality[name] - best[name]))
+                assert difference.low <= difference.value + 1e-9
+                assert difference.value <= difference.high + 1e-9
+    crossed = result.matrix["XL"]["S"]  # the same encoder searches, so nothing is lost in this gallery
+    assert crossed.loss.value == 0 > crossed.difference["recall@1"].value
+
+
+def test_every_mean_lies_in_its_interval(encoder: ElasticColours) -> None:
+    result = cross_test(encoder, pictures(10, seed=0), None, query_specs=["S"], gallery_specs=["XL"])
+    measures = result.matrix["S"]["XL"].measures
+    assert all(one.low <= one.value <= one.high for one in measures.values())
+    assert measures["recall@1"].low < measures["recall@1"].high
+
+
+def test_what_the_truth_lists_decides_and_junk_is_passed_over(encoder: ElasticColours) -> None:
+    red, blue = picture(COLOURS["red"], 1), picture(COLOURS["blue"], 2)
+    queries = Pictures(name="asked", images=[red, red, red, blue], origins=["a", "b", "c", "d"])
+    gallery = Pictures(
+        name="found",
+        images=[picture(COLOURS["red"], 1), b"broken", picture(COLOURS["red"], 3), picture(COLOURS["green"], 4)],
+        origins=["0", "1", "2", "3"],
+    )
+    # The best match is right, junk, wrong; the last query has nothing to find, as picture 1 is unreadable.
+    truth = GroundTruth(positives=((0,), (2,), (2,), (1,)), junk=((), (0,), (), ()))
+    result = cross_test(encoder, queries, gallery, truth=truth, query_specs=["XL"], gallery_specs=["XL"])
+    quality = result.matrix["XL"]["XL"]
+    assert (quality.n_queries, result.without_match, result.near_copies) == (3, 1, 0)
+    assert [skipped.path for skipped in result.skipped] == ["1"]
+    assert quality["recall@1"] == pytest.approx(2 / 3)
+    assert quality["map@100"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert quality["map"] == pytest.approx((1 + 1 + (0 + 1 / 2) / 2) / 3)
 
 
 def test_leave_one_out_never_finds_the_query_itself(encoder: ElasticColours) -> None:
@@ -133,8 +178,8 @@ def test_leave_one_out_never_finds_the_query_itself(encoder: ElasticColours) -> 
     )
     assert result.without_match == 2
     assert result.matrix["XL"]["XL"].n_queries == 2
-    assert result.matrix["XL"]["XL"].recall_at_1 == 1.0
-    assert result.matrix["XL"]["XL"].map_at_100 == 1.0
+    assert result.matrix["XL"]["XL"]["recall@1"] == 1.0
+    assert result.matrix["XL"]["XL"]["map@100"] == 1.0
     assert result.near_copies == 0
 
 
@@ -149,7 +194,7 @@ def test_classes_are_matched_by_name_not_by_number(encoder: ElasticColours) -> N
         pictures(3, seed=50, names=["blue", "green", "red"]),
     )
     result = cross_test(encoder, queries, gallery, query_specs=["XL"], gallery_specs=["XL"])
-    assert result.matrix["XL"]["XL"].recall_at_1 == 1.0
+    assert result.matrix["XL"]["XL"]["recall@1"] == 1.0
     assert result.matrix["XL"]["XL"].n_queries == 3
     assert result.without_match == 3  # violet is not in the gallery
 
@@ -179,7 +224,7 @@ def test_unreadable_pictures_are_skipped_and_listed_with_their_reason(encoder: E
         ("mixed row 9", "no such file"),
     ]
     assert result.matrix["XL"]["XL"].n_queries == 8
-    assert result.matrix["XL"]["XL"].recall_at_1 == 1.0
+    assert result.matrix["XL"]["XL"]["recall@1"] == 1.0
 
 
 def test_data_without_one_readable_picture_are_refused(encoder: ElasticColours) -> None:
@@ -202,7 +247,7 @@ def test_limit_spreads_the_queries_over_all_classes_and_keeps_the_gallery(encode
     result = cross_test(encoder, pictures(10, seed=0), None, query_specs=["XL"], gallery_specs=["XL"], limit=4)
     quality = result.matrix["XL"]["XL"]
     assert quality.n_queries == 4
-    assert quality.recall_at_1 == quality.map_at_100 == 1.0  # all 9 others of each class are there to find
+    assert quality["recall@1"] == quality["map@100"] == 1.0  # all 9 others of each class are there to find
     assert len(encoder.decoded) == 40
 
 
@@ -217,8 +262,14 @@ def test_json_has_the_documented_shape_and_progress_counts_pictures(encoder: Ela
         flops={"S": 10, "M": 20, "XL": 80},
         progress=events.append,
     ).to_json()
-    assert set(raw) == {"queries", "gallery", "matrix", "flops", "near_copies", "without_match", "skipped"}
-    assert set(raw["matrix"]["S"]["S"]) == {"recall@1", "recall@10", "map@100", "agreement@10", "n_queries", "loss"}
+    assert set(raw) == {
+        *("queries", "gallery", "matrix", "reference", "flops", "near_copies", "without_match", "skipped")
+    }
+    means = {"recall@1", "recall@10", "map@100", "map@r", "agreement@10"}
+    assert set(raw["matrix"]["S"]["S"]) == means | {"n_queries", "intervals", "loss", "difference"}
+    assert set(raw["matrix"]["S"]["S"]["intervals"]) == means
+    assert set(raw["matrix"]["S"]["S"]["difference"]) == means - {"agreement@10"}
+    assert raw["reference"] == {"query": "XL", "gallery": "S"}
     assert set(raw["matrix"]["S"]["S"]["loss"]) == {"points", "low", "high"}
     assert raw["flops"] == {"S": 10, "XL": 80}  # XL, of which they are a share, although not asked for
     assert (raw["queries"], raw["gallery"], raw["skipped"]) == ("colours 0", "colours 50", [])

@@ -1,0 +1,108 @@
+"""`matvit eval` beyond the matrix: mixed submodels, the plane, and the checkpoint's table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from matvit import MatViT
+
+
+@pytest.fixture
+def mine(checkpoint, tmp_path):
+    """A checkpoint folder that a test may change."""
+    folder = tmp_path / "mine"
+    shutil.copytree(checkpoint, folder)
+    return folder
+
+
+def test_mixed_submodels_are_measured_with_the_uniform_ones(run, photos, checkpoint):
+    done = run("eval", photos, "--encoder", checkpoint, "--queries", "XL,mixed:8", "--device", "cpu", "--json")
+    assert (done.code, done.err) == (0, "")
+    mixed, matrix = done.json["mixed"], done.json["matrix"]
+    assert (mixed["asked"], mixed["specs"], len(mixed["points"])) == (8, 8, 8)
+    assert set(matrix) == {"S", "M", "L", "XL"} | set(mixed["points"])
+    assert mixed["above_line"] == sum(point["above_line"] for point in mixed["points"].values())
+    assert all(matrix[spec]["XL"]["recall@1"] == point["recall@1"] for spec, point in mixed["points"].items())
+    assert set(done.json["pareto_front"]) <= set(matrix)
+
+
+def test_the_table_shows_named_submodels_and_the_front_and_says_when_there_are_fewer_mixed_ones(
+    run, photos, checkpoint
+):
+    shown = run("eval", photos, "--encoder", checkpoint, "--queries", "mixed:100")
+    assert "12 mixed submodels" in shown.out  # 4 x 4 granularities of two blocks, without the uniform ones
+    assert "100 mixed submodels were asked for, 12 different ones" in shown.err
+
+
+def test_mixed_twice_is_refused(run, photos, checkpoint):
+    done = run("eval", photos, "--encoder", checkpoint, "--queries", "mixed:3,mixed:4")
+    assert (done.code, done.out) == (2, "")
+    assert "ask once" in done.err
+
+
+def test_the_plane_is_one_page_with_every_submodel(run, photos, checkpoint, tmp_path):
+    page = tmp_path / "plane.html"
+    done = run("eval", photos, "--encoder", checkpoint, "--queries", "mixed:4", "--plot", page, "--json")
+    description = page.read_text().partition('vegaEmbed("#plane", ')[2].partition(");</script>")[0]
+    line, front, dots = json.loads(description)["layer"]
+    drawn = [row["spec"] for row in dots["data"]["values"]]
+    assert sorted(drawn) == sorted(done.json["matrix"])
+    assert [row["spec"] for row in line["data"]["values"]] == ["S", "M", "L", "XL"]
+    assert {row["spec"] for row in front["data"]["values"]} == set(done.json["pareto_front"])
+
+
+def test_a_name_cannot_end_the_pages_script(run, photos, checkpoint, tmp_path):
+    folder = tmp_path / "<" / "script><b>"  # as a path: </script><b>
+    shutil.copytree(photos, folder)
+    page = tmp_path / "plane.html"
+    assert run("eval", folder, "--encoder", checkpoint, "--queries", "S", "--plot", page).code == 0
+    assert page.read_text().count("</script>") == 4
+    assert "<b>" not in page.read_text().partition("<body>")[0]
+
+
+def test_a_plot_into_a_missing_folder_is_refused_before_anything_is_computed(run, photos, checkpoint, tmp_path):
+    done = run("eval", photos, "--encoder", checkpoint, "--plot", tmp_path / "gone" / "plane.html")
+    assert done.code == 2
+    assert "there is no folder" in done.err
+
+
+def test_the_front_becomes_the_checkpoints_table(run, photos, mine):
+    before = MatViT.from_pretrained(mine)
+    done = run("eval", photos, "--encoder", mine, "--queries", "S,XL,mixed:8", "--write-table", "--json")
+    assert done.code == 0
+    saved = MatViT.from_pretrained(mine)
+    assert (saved.space_id, saved.weights_sha256) == (before.space_id, before.weights_sha256)
+    rows = {row["spec"]: row for row in saved.pareto}
+    assert set(rows) == {"S", "M", "L", "XL", *done.json["pareto_front"]}
+    assert [row["flops"] for row in saved.pareto] == sorted(row["flops"] for row in saved.pareto)
+    assert rows["S"]["quality"]["recall@1"] == done.json["matrix"]["S"]["XL"]["recall@1"]
+    assert rows["S"]["measured"]["gallery_spec"] == "XL"
+    assert rows["S"]["measured"]["n_queries"] == 8
+    assert str(photos.parent) not in (mine / "pareto.json").read_text()
+
+
+def test_a_table_is_measured_whole_and_keeps_what_else_its_rows_say(run, photos, mine):
+    rows = [{"name": "cheap", "spec": "1S.1M", "flops": 1, "params": 1, "relative_flops": 0.1, "latency_ms": 7}]
+    (mine / "pareto.json").write_text(json.dumps(rows))
+    assert run("eval", photos, "--encoder", mine, "--queries", "XL", "--write-table").code == 0
+    table = {row["spec"]: row for row in MatViT.from_pretrained(mine).pareto}
+    assert set(table) == {"1S.1M", "XL"}
+    assert (table["1S.1M"]["name"], table["1S.1M"]["latency_ms"]) == ("cheap", 7)
+    assert table["1S.1M"]["flops"] > 1
+    assert "recall@1" in table["1S.1M"]["quality"]
+
+
+def test_the_bundled_checkpoints_table_is_not_written(run, photos):
+    done = run("eval", photos, "--write-table")
+    assert done.code == 2
+    assert "copy the checkpoint" in done.err
+
+
+def test_a_device_that_is_not_there_is_refused(run, photos, checkpoint):
+    for name in ("cuda:99", "abacus"):
+        done = run("eval", photos, "--encoder", checkpoint, "--device", name)
+        assert (done.code, done.out) == (2, "")
+        assert name in done.err
