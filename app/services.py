@@ -19,7 +19,7 @@ from matvit.progress import Progress, silent
 if TYPE_CHECKING:
     from matvit import MatViT
     from matvit_app.demo import DemoTable
-    from retrieval.types import CompactReport, Hits, IndexInfo, IngestReport
+    from retrieval.types import CompactReport, Hits, IndexInfo, IngestReport, RepairReport, UpgradeReport
 
 DEFAULT_CHECKPOINT = "matvit-small"
 DEFAULT_INDEX = Path("photos.index")  # in the current folder, for `index` and `search` alike
@@ -91,6 +91,24 @@ def compact(path: Path, *, progress: Progress = silent) -> CompactReport:
     from retrieval import Index
 
     return Index.open(path).compact(progress=progress)
+
+
+def upgrade(path: Path, *, checkpoint: str, drop_missing: bool = False, progress: Progress = silent) -> UpgradeReport:
+    """See `retrieval.Index.upgrade`. Raises MatVitError."""
+    from retrieval import Index
+
+    index = Index.open(path)
+    return index.upgrade(load_encoder(checkpoint), drop_missing=drop_missing, progress=progress)
+
+
+def repair(
+    path: Path, *, checkpoint: str | None = None, drop_lost: bool = False, progress: Progress = silent
+) -> RepairReport:
+    """See `retrieval.Index.repair`. Raises MatVitError."""
+    from retrieval import Index
+
+    encoder = None if checkpoint is None else load_encoder(checkpoint)
+    return Index.repair(path, encoder=encoder, drop_lost=drop_lost, progress=progress)
 
 
 def ingest_json(report: IngestReport) -> dict[str, Any]:
@@ -215,17 +233,20 @@ class Verification:
 
     kind: Literal["index", "checkpoint"]
     problems: tuple[str, ...]
+    sampled: int = 0  # pictures of an index that were embedded once more
+    unusable: int = 0  # pictures that were to be, but whose file is gone or has changed
 
 
-def verify(target: str, *, progress: Progress = silent) -> Verification:
-    """Checks every file of an index or a checkpoint against its hash.
+def verify(target: str, *, sample: int = 0, progress: Progress = silent) -> Verification:
+    """Checks every file of an index or a checkpoint against its hash, and `sample` pictures of an index again.
 
     Raises CheckpointError when `target` is neither.
     """
     if is_index(Path(target)):
-        from retrieval.verify import find_problems
+        from retrieval.verify import verify_index
 
-        return Verification(kind="index", problems=tuple(find_problems(Path(target), progress=progress)))
+        report = verify_index(Path(target).absolute(), sample=sample, progress=progress)
+        return Verification(kind="index", problems=report.problems, sampled=report.sampled, unusable=report.unusable)
     _check_is_checkpoint(target)
     from matvit.checkpoint import load, locate
 

@@ -13,7 +13,7 @@ from retrieval.errors import (
 )
 from retrieval.index import Index
 from retrieval.retriever import Retriever
-from retrieval.types import CompactReport, Hit, Hits, IngestReport, SkippedFile
+from retrieval.types import CompactReport, Hit, Hits, IngestReport, RepairReport, SkippedFile, UpgradeReport
 
 __all__ = [
     "CompactReport",
@@ -27,7 +27,9 @@ __all__ = [
     "IndexLockedError",
     "IngestError",
     "IngestReport",
+    "RepairReport",
     "Retriever",
     "SearchError",
     "SkippedFile",
+    "UpgradeReport",
 ]

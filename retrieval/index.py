@@ -32,10 +32,12 @@ from retrieval.manifest import (
     read_pointer,
     remove_unpublished,
 )
+from retrieval.repair import repair_index
 from retrieval.snapshot import Snapshot
 from retrieval.sources import Found, Images, find_files, is_below
-from retrieval.types import CompactReport, IndexInfo, IngestReport
-from retrieval.verify import find_problems
+from retrieval.types import CompactReport, IndexInfo, IngestReport, RepairReport, UpgradeReport
+from retrieval.upgrade import Upgrade, remove_adopted
+from retrieval.verify import verify_index
 from retrieval.writer import GenerationWriter
 
 
@@ -167,13 +169,50 @@ class Index:
             bytes=self._snapshot.bytes,
         )
 
+    def upgrade(
+        self, encoder: ElasticEncoder, *, drop_missing: bool = False, progress: Progress = silent
+    ) -> UpgradeReport:
+        """Embed every picture with all of another encoder, and adopt its space in one step; ids stay.
+
+        Until then the index serves as it is. An interrupted run continues where it stopped when it is repeated.
+        A picture whose file cannot be read cannot stay: as long as there is one, nothing is adopted, and the report
+        lists it. With `drop_missing` it is kept as a skipped file, and indexed again under its id when it is back.
+        Raises IngestError (the index is in this space already, or the disk refuses), IndexLockedError.
+        """
+        with self._writing() as writer:
+            run = Upgrade(self._snapshot, writer=writer, encoder=encoder, progress=progress)
+            report = run.run(drop_missing=drop_missing)
+        if report.published:
+            self._encoder = encoder
+        return report
+
+    @classmethod
+    def repair(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        encoder: ElasticEncoder | None = None,
+        drop_lost: bool = False,
+        progress: Progress = silent,
+    ) -> RepairReport:
+        """Make a damaged index whole: see `retrieval.repair`. `encoder` None: the one that built it, if needed.
+
+        Where something cannot be brought back nothing is changed, and the report lists it; with `drop_lost` the
+        rest is published without it. The damaged files are removed only after that.
+        Raises IndexFormatError when there is nothing to start from, or a newer format; IngestError, IndexLockedError.
+        """
+        return repair_index(Path(path).absolute(), encoder=encoder, drop_lost=drop_lost, progress=progress)
+
     def info(self) -> IndexInfo:
         """What this generation holds."""
         return self._snapshot.info()
 
-    def verify(self, *, progress: Progress = silent) -> list[str]:
-        """Read the whole index as it lies on the disk now: one sentence per problem, empty when it is sound."""
-        return find_problems(self.path, progress=progress)
+    def verify(self, *, sample: int = 0, progress: Progress = silent) -> list[str]:
+        """Read the whole index as it lies on the disk now: one sentence per problem, empty when it is sound.
+
+        And embed `sample` of its pictures once more, to see that the encoder still gives what is stored.
+        """
+        return list(verify_index(self.path, sample=sample, encoder=self._encoder, progress=progress).problems)
 
     def _ingest(
         self, found: Found, *, encoder: ElasticEncoder | None, delete: bool, progress: Progress
@@ -197,6 +236,7 @@ class Index:
             self._snapshot = Snapshot.open(self.path, reuse=self._snapshot)  # others may have written since
             writer = GenerationWriter(self.path, self._snapshot.manifest)
             writer.clean()
+            remove_adopted(self.path, writer.manifest)
             try:
                 yield writer
             finally:  # a run that fails has published what was complete

@@ -94,6 +94,11 @@ class ItemStore:
         if not known or self._fetch(f"SELECT 1 FROM items WHERE {_LEADS_OUT} LIMIT 1"):  # noqa: S608
             raise IndexFormatError(what="items lie outside the index's roots", where=str(self.path), fix=RESTORE)
 
+    def count_bad_metadata(self) -> int:
+        """Items whose metadata is no JSON object."""
+        query = "SELECT count(*) FROM items WHERE NOT json_valid(metadata) OR json_type(metadata) <> 'object'"
+        return int(self._fetch(query)[0][0])
+
     def row_ids(self) -> IntArray:
         """(R,) int64: the item's id of every row of the embeddings. Raises IndexFormatError unless rows are 0..R-1."""
         pairs = self._fetch("SELECT row, id FROM items WHERE row IS NOT NULL ORDER BY row")

@@ -184,6 +184,11 @@ def read_manifest(folder: Path, pointer: Pointer) -> Manifest:
         data = path.read_bytes()
     if sha256_bytes(data) != pointer.sha256:
         raise damaged(path, "is not what was published (its sha256 differs from the one in CURRENT)")
+    return parse_manifest(data, path=path)
+
+
+def parse_manifest(data: bytes, *, path: Path) -> Manifest:
+    """A manifest's content, checked for its form, brought up to date. Raises IndexFormatError."""
     try:
         raw = json.loads(data)
         if not isinstance(raw, dict):

@@ -112,8 +112,7 @@ class Snapshot:
 
     def file_name(self, place: Place) -> str:
         """The same as text: a Path for each of many items would take long."""
-        root, path = place
-        return os.path.join(self.manifest.roots[root], os.fsdecode(path))  # noqa: PTH118
+        return place_name(self.manifest, place)
 
     def live_items(self) -> Iterator[tuple[OpenSegment, Item]]:
         """Every item that counts, skipped files included, with its segment."""
@@ -144,6 +143,12 @@ class Snapshot:
                 for item in segment.live(segment.skipped)
             ),
         )
+
+
+def place_name(manifest: Manifest, place: Place) -> str:
+    """The absolute path of an item's file, as text."""
+    root, path = place
+    return os.path.join(manifest.roots[root], os.fsdecode(path))  # noqa: PTH118
 
 
 def open_segment(folder: Path, manifest: Manifest, entry: SegmentEntry) -> OpenSegment:

@@ -41,6 +41,39 @@ class CompactReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpgradeReport:
+    """What one `Index.upgrade` did."""
+
+    embedded: int  # pictures, by this run
+    resumed: int  # pictures that an earlier, interrupted run had embedded
+    missing: tuple[SkippedFile, ...]  # pictures whose file cannot be read: they cannot stay in another space
+    published: bool  # False: pictures are missing, and the index is as it was
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairReport:
+    """What one `Index.repair` found and did."""
+
+    damage: tuple[str, ...]  # one sentence each
+    embedded: int  # pictures of damaged segments that were embedded once more
+    lost: tuple[SkippedFile, ...]  # items that could not be brought back
+    lost_unnamed: int  # items that could not be brought back, of which not even the name is known
+    leftovers: int  # files and folders of killed writers that were removed
+    generation: int  # that counts now
+    whole: bool  # whether the index is whole now; False: it is as it was
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What is wrong with an index."""
+
+    problems: tuple[str, ...]  # one sentence each; empty when it is sound
+    sampled: int  # pictures that were embedded once more and compared
+    unusable: int  # pictures of the sample whose file is gone or has changed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IndexInfo:
     """What one generation of an index holds."""
 

@@ -1,33 +1,74 @@
-"""Every check on an index that reading all of it allows; nothing is repaired."""
+"""Every check on an index that reading all of it allows, and a sample of its pictures; nothing is repaired."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from matvit.progress import Progress, ProgressEvent
-from retrieval.encoders import is_unit
-from retrieval.errors import IndexFormatError
+from matvit.encoder import ElasticEncoder
+from matvit.errors import CheckpointError
+from matvit.progress import Progress, ProgressEvent, silent
+from retrieval.encoders import check_space, is_unit, load_encoder
+from retrieval.errors import EncoderMismatchError, IndexFormatError
 from retrieval.items import OK
 from retrieval.manifest import Manifest, read_current, read_manifest, read_pointer
-from retrieval.snapshot import OpenSegment, open_segment
+from retrieval.reembed import embed_again
+from retrieval.snapshot import OpenSegment, Snapshot, open_segment
+from retrieval.types import VerifyReport
 
+SAME_PICTURE = 0.98  # cosine: other runtimes and decoders of the same picture stay above, other encoders far below
 _ROWS = 65_536  # embeddings looked at together
 
 
-def find_problems(folder: Path, *, progress: Progress) -> list[str]:
-    """One sentence for each problem of the index as it lies on the disk; empty when it is sound."""
+def verify_index(
+    folder: Path, *, sample: int = 0, encoder: ElasticEncoder | None = None, progress: Progress = silent
+) -> VerifyReport:
+    """Everything that is wrong with the index as it lies on the disk.
+
+    `sample` pictures whose files are what was indexed are embedded once more and compared with what is stored, by
+    `encoder`, or the one that built the index. Raises MissingExtraError without torch, if that is needed.
+    """
     try:
         while True:
             pointer = read_pointer(folder)
-            problems = _problems_of(folder, read_current(folder, lambda now: read_manifest(folder, now)), progress)
+            manifest = read_current(folder, lambda now: read_manifest(folder, now))
+            problems = _problems_of(folder, manifest, progress)
             if not problems or read_pointer(folder) == pointer:  # or else a writer removed what it replaced
-                return problems
+                break
+        if problems or not sample:
+            return VerifyReport(problems=tuple(problems), sampled=0, unusable=0)
+        return _check_sample(Snapshot.open(folder), size=sample, encoder=encoder, progress=progress)
     except IndexFormatError as error:
-        return [str(error)]
+        return VerifyReport(problems=(str(error),), sampled=0, unusable=0)
+
+
+def _check_sample(snapshot: Snapshot, *, size: int, encoder: ElasticEncoder | None, progress: Progress) -> VerifyReport:
+    """Whether pictures embed to what the index holds for them."""
+    entry = snapshot.manifest.encoder
+    try:
+        elastic = encoder or load_encoder(entry, index=snapshot.folder)
+        check_space(elastic, entry, index=snapshot.folder)
+    except (CheckpointError, EncoderMismatchError) as error:
+        return VerifyReport(problems=(str(error),), sampled=0, unusable=0)
+    stored = [(segment, item) for segment, item in snapshot.live_items() if item.status == OK]
+    chosen = random.Random(snapshot.manifest.generation).sample(stored, min(size, len(stored)))  # noqa: S311
+    again = embed_again((item for _, item in chosen), file_name=snapshot.file_name, encoder=elastic.encoder(entry.spec))
+    problems, sampled = [], 0
+    for done, ((segment, item), found) in enumerate(zip(chosen, again, strict=True), start=1):
+        if found.embedding is not None and found.item.content_sha256 == item.content_sha256:
+            sampled += 1
+            cosine = float(found.embedding @ segment.embeddings()[item.row])
+            if not cosine >= SAME_PICTURE:
+                problems.append(
+                    f"{snapshot.file_name(item.place)}: the encoder gives another embedding than the stored one "
+                    f"(cosine {cosine:.3f}); index the pictures again with the encoder that you search with"
+                )
+        progress(ProgressEvent(stage="sample", done=done, total=len(chosen), unit="pictures"))
+    return VerifyReport(problems=tuple(problems), sampled=sampled, unusable=len(chosen) - sampled)
 
 
 def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
@@ -57,6 +98,8 @@ def _segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]
         yield f"{name}: {len(items)} items instead of {segment.entry.items}"
     if sum(item.status == OK for item in items) != segment.entry.rows:
         yield f"{name}: items and embeddings do not agree"
+    if segment.items.count_bad_metadata():
+        yield f"{name}: items have metadata that is no JSON object"
     if any(not 0 <= item.id < manifest.next_id for item in items):
         yield f"{name}: items have ids that were never given away"
     yield from _deletion_problems(segment, {item.id for item in items})

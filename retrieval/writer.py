@@ -22,6 +22,7 @@ from retrieval.manifest import (
     ITEMS,
     SEGMENTS,
     DeletionsEntry,
+    EncoderEntry,
     FileEntry,
     FileName,
     Manifest,
@@ -98,7 +99,7 @@ class GenerationWriter:
                 segment = _write_segment(self.folder, entries, self.manifest)
                 segments = (*segments, segment)
             for name, ids in _stopped(entries, deleted).items():
-                deletions[name] = self._write_deletions(name, ids)
+                deletions[name] = self.write_deletions(name, ids)
             self._publish(segments=segments, deletions=deletions, roots=dict(roots), next_id=next_id)
 
     def merge_small(self) -> bool:
@@ -146,6 +147,45 @@ class GenerationWriter:
                 next_id=self.manifest.next_id,
             )
 
+    def adopt(self, staged: Manifest) -> None:
+        """Publish another encoder's gallery, whose segments lie in this index's folder already, as the next generation.
+
+        Raises IngestError when the disk refuses.
+        """
+        with writing(self.folder):
+            self._publish(
+                segments=staged.segments,
+                deletions={},
+                roots=staged.roots,
+                next_id=staged.next_id,
+                encoder=staged.encoder,
+            )
+
+    def restore(
+        self,
+        entries: Sequence[Entry],
+        *,
+        instead_of: set[str],
+        deletions: dict[str, DeletionsEntry],
+        next_id: int,
+        generation: int,
+    ) -> None:
+        """Publish a repaired state as `generation`: `entries` instead of the segments named `instead_of`.
+
+        Raises IngestError when the disk refuses; what was damaged lies as it was.
+        """
+        with writing(self.folder):
+            kept = [segment for segment in self.manifest.segments if segment.name not in instead_of]
+            if entries:
+                kept.append(_write_segment(self.folder, entries, self.manifest))
+            self._publish(
+                segments=tuple(kept),
+                deletions={name: gone for name, gone in deletions.items() if name not in instead_of},
+                roots=self.manifest.roots,
+                next_id=next_id,
+                generation=generation,
+            )
+
     def _live_items(self, segment: SegmentEntry) -> int:
         deletions = self.manifest.deletions.get(segment.name)
         return segment.items - (deletions.count if deletions else 0)
@@ -157,12 +197,14 @@ class GenerationWriter:
         deletions: dict[str, DeletionsEntry],
         roots: dict[str, str],
         next_id: int,
+        encoder: EncoderEntry | None = None,
+        generation: int | None = None,
     ) -> None:
         manifest = Manifest(
-            generation=self.manifest.generation + 1,
+            generation=generation or self.manifest.generation + 1,
             parent=self.manifest.generation,
             created=datetime.now(UTC),
-            encoder=self.manifest.encoder,
+            encoder=encoder or self.manifest.encoder,
             roots=roots,
             segments=segments,
             deletions=deletions,
@@ -171,7 +213,8 @@ class GenerationWriter:
         publish_manifest(self.folder, manifest)
         self.manifest = manifest
 
-    def _write_deletions(self, segment: str, ids: set[int]) -> DeletionsEntry:
+    def write_deletions(self, segment: str, ids: set[int]) -> DeletionsEntry:
+        """Write what `segment` has lost by now, with `ids`; nothing names it yet."""
         ids = ids | set(read_deletions(self.folder, self.manifest, segment).tolist())
         data = np.array(sorted(ids), dtype="<i8").tobytes()
         sha256 = sha256_bytes(segment.encode("ascii") + data)[:16]  # two segments may lose equal ids

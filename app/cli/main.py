@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from matvit.errors import MatVitError, MissingExtraError
 from matvit_app.cli import app as app_command
-from matvit_app.cli import compact, demo, doctor, evaluate, extract, index, info, search, train, verify
+from matvit_app.cli import compact, demo, doctor, evaluate, extract, index, info, repair, search, train, upgrade, verify
 from matvit_app.cli.output import say
 from matvit_app.doctor import extra_of
 
@@ -56,6 +56,8 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor.doctor,
     "verify": verify.verify,
     "compact": compact.compact,
+    "upgrade": upgrade.upgrade,
+    "repair": repair.repair,
 }
 for _name, _command in _COMMANDS.items():
     cli.command(_name, cls=_Command)(_command)

@@ -7,13 +7,16 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, write_json, write_line
+from matvit_app.cli.output import JsonFlag, say, write_json, write_line
 from matvit_app.cli.progress import progress_bar
 
 
 def verify(
     target: Annotated[str, typer.Argument(metavar="INDEX|CHECKPOINT", help="An index or a checkpoint.")],
     *,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Pictures of an index to embed once more and compare; 0: none.")
+    ] = 0,
     json: JsonFlag = False,
 ) -> None:
     """Check an index or a checkpoint against its recorded hashes.
@@ -23,23 +26,33 @@ def verify(
     pareto.json and training.json may be missing, and are checked for their form.
     README.md is not read.
     Index: the newest generation and its segments; older ones are not looked at.
+    With --sample, pictures are embedded once more: does the encoder still give what is stored?
 
     Exit code 1 when something is wrong.
 
     \b
     Examples:
-      matvit verify photos.index
+      matvit verify photos.index --sample 16
       matvit verify matvit-small
     """
     with progress_bar() as progress:
-        result = services.verify(target, progress=progress)
+        result = services.verify(target, sample=sample, progress=progress)
     if json:
         write_json(
-            {"target": target, "kind": result.kind, "ok": not result.problems, "problems": list(result.problems)}
+            {
+                "target": target,
+                "kind": result.kind,
+                "ok": not result.problems,
+                "problems": list(result.problems),
+                "sampled": result.sampled,
+                "unusable": result.unusable,
+            }
         )
     else:
         for problem in result.problems:
             write_line(problem)
+        if sample and result.kind == "index":
+            say(f"{result.sampled} pictures embedded once more, {result.unusable} gone or changed")
         write_line(f"{target}: {result.kind} {'is damaged' if result.problems else 'is whole'}")
     if result.problems:
         raise typer.Exit(code=1)

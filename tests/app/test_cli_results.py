@@ -320,3 +320,33 @@ def test_compact_drops_what_was_deleted(run, index, photos, tmp_path):
     assert shown.json["bytes"] < shown.json["bytes_before"]
     assert "1 segments -> 1, 0 dead items dropped" in run("compact", path).out
     assert run("info", path, "--json").json["items"] == 4
+
+
+def test_upgrade_moves_an_index_to_another_checkpoint(run, own_index, other_checkpoint, tmp_path):
+    gone = next((tmp_path / "photos").rglob("*.png"))
+    data = gone.read_bytes()
+    gone.unlink()
+    shown = run("upgrade", own_index, "--encoder", other_checkpoint)
+    assert shown.code == 1
+    assert f"missing {gone}: no such file" in shown.err
+    gone.write_bytes(data)
+    shown = run("upgrade", own_index, "--encoder", other_checkpoint, "--json")
+    assert shown.code == 0
+    assert (shown.json["embedded"], shown.json["resumed"], shown.json["published"]) == (1, 7, True)
+    assert run("verify", own_index, "--sample", 3, "--json").json["sampled"] == 3
+    assert run("search", gone, "--index", own_index, "-k", 1, "--json").json["queries"][0]["hits"][0]["score"] > 0.999
+
+
+def test_repair_finds_a_lost_current_and_says_what_it_did(run, own_index, tmp_path):
+    (own_index / "CURRENT").unlink()
+    shown = run("repair", own_index)
+    assert shown.code == 0
+    assert "CURRENT: a file of the index is missing" in shown.err
+    assert "is whole; 1 problems, 0 pictures embedded again, 0 lost" in shown.out
+    [path] = own_index.glob("segments/*/embeddings.f32")
+    path.write_bytes(b"")
+    next((tmp_path / "photos").rglob("*.png")).unlink()
+    shown = run("repair", own_index, "--json")
+    assert (shown.code, len(shown.json["lost"]), shown.json["whole"]) == (1, 1, False)
+    assert run("repair", own_index, "--drop-lost", "--json").json["embedded"] == 7
+    assert run("verify", own_index).code == 0

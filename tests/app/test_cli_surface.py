@@ -41,8 +41,10 @@ OPTIONS = {
     ],
     "app": ["index", "--host", "--port", "--no-browser", "--json"],
     "doctor": ["--json"],
-    "verify": ["target", "--json"],
+    "verify": ["target", "--sample", "--json"],
     "compact": ["path", "--json"],
+    "upgrade": ["path", "--encoder", "--drop-missing", "--json"],
+    "repair": ["path", "--encoder", "--drop-lost", "--json"],
 }
 
 

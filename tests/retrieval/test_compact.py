@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import retrieval.snapshot
 import retrieval.writer
 from retrieval import Index, IngestError, Retriever
+from retrieval.verify import verify_index
 
 
 @pytest.fixture
@@ -120,3 +124,29 @@ def test_a_compaction_that_fails_at_any_step_loses_nothing(index, photos, elasti
         assert index.verify() == []
     assert at >= 4
     assert len(Index.open(index.path)._snapshot.manifest.segments) == 1
+
+
+def test_a_sample_of_pictures_proves_that_the_encoder_still_matches(index, photos, elastic, monkeypatch):
+    assert index.verify(sample=5) == []
+    (photos / "0.png").unlink()
+    assert index.verify(sample=99) == []  # what is gone says nothing
+    report = verify_index(index.path, sample=99, encoder=elastic)
+    assert (report.sampled, report.unusable) == (9, 1)
+    encode = type(elastic.encoder()).encode
+    monkeypatch.setattr(type(elastic.encoder()), "encode", lambda self, pixels: encode(self, pixels)[:, ::-1].copy())
+    problems = index.verify(sample=99)
+    assert len(problems) == 9
+    assert "another embedding than the stored one" in problems[0]
+
+
+def test_a_sample_without_the_encoder_is_a_problem_not_a_pass(index):
+    [problem] = Index.open(index.path).verify(sample=1)
+    assert "cannot be loaded from 'fake-source'" in problem
+
+
+def test_metadata_that_is_no_json_object_is_a_problem(index, monkeypatch):
+    [path] = index.path.glob("segments/*/items.sqlite")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE items SET metadata = '[1]' WHERE id = 1")
+    monkeypatch.setattr(retrieval.snapshot, "check_file", lambda *arguments, **named: None)
+    assert any("metadata that is no JSON object" in problem for problem in index.verify())

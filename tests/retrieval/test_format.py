@@ -54,8 +54,10 @@ def test_the_public_names_are_the_documented_ones():
         "IndexLockedError",
         "IngestError",
         "IngestReport",
+        "RepairReport",
         "Retriever",
         "SearchError",
         "SkippedFile",
+        "UpgradeReport",
     ]
     assert all(hasattr(retrieval, name) for name in retrieval.__all__)

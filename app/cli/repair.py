@@ -1,0 +1,68 @@
+"""`matvit repair`: make a damaged index whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matvit_app import services
+from matvit_app.cli.output import JsonFlag, say, write_json, write_line
+from matvit_app.cli.progress import progress_bar
+
+_SHOWN = 10  # lost items that are listed for people; --json lists all
+
+
+def repair(
+    path: Annotated[Path, typer.Argument(metavar="INDEX", help="The index.")],
+    *,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="What embeds pictures again. [default: the index's own]", show_default=False
+        ),
+    ] = None,
+    drop_lost: Annotated[bool, typer.Option("--drop-lost", help="Go on without what cannot be brought back.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Make a damaged index whole, and remove what killed writers left.
+
+    A lost CURRENT is found again, damaged embeddings are made again from the pictures. What cannot be brought back
+    is listed, and as long as there is such a thing nothing changes (exit code 1), unless --drop-lost is given.
+
+    \b
+    Example:
+      matvit repair photos.index
+    """
+    with progress_bar() as progress:
+        report = services.repair(path, checkpoint=encoder, drop_lost=drop_lost, progress=progress)
+    if json:
+        write_json(
+            {
+                "damage": list(report.damage),
+                "embedded": report.embedded,
+                "lost": [{"path": os.fspath(file.path), "reason": file.reason} for file in report.lost],
+                "lost_unnamed": report.lost_unnamed,
+                "leftovers": report.leftovers,
+                "generation": report.generation,
+                "whole": report.whole,
+            }
+        )
+    else:
+        for sentence in report.damage:
+            say(sentence)
+        for file in report.lost[:_SHOWN]:
+            say(f"lost {file.path}: {file.reason}")
+        if len(report.lost) > _SHOWN:
+            say(f"lost {len(report.lost) - _SHOWN} more: --json lists them")
+        if report.lost_unnamed:
+            say(f"lost {report.lost_unnamed} items whose names cannot be read: index the pictures' folders again")
+        state = "is whole" if report.whole else "not changed: go on without what is lost by --drop-lost"
+        write_line(
+            f"{path}: {state}; {len(report.damage)} problems, {report.embedded} pictures embedded again, "
+            f"{len(report.lost) + report.lost_unnamed} lost, {report.leftovers} leftovers removed"
+        )
+    if not report.whole:
+        raise typer.Exit(code=1)

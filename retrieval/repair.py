@@ -1,0 +1,331 @@
+"""Making a damaged index whole, as far as that can be proven; what cannot be brought back is named.
+
+The start is the generation that CURRENT names. Where CURRENT or that manifest is damaged: the manifest with one bit
+mended, else the newest one whose files are all whole, else the newest that can be read. Pictures of segments that fail
+their hash are embedded once more from their files. Nothing is removed before the repaired generation is published.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matvit.encoder import ElasticEncoder
+from matvit.errors import MatVitError
+from matvit.progress import Progress, ProgressEvent
+from retrieval.encoders import check_space, load_encoder
+from retrieval.errors import IndexFormatError
+from retrieval.files import check_file, reading, sha256_bytes, writing
+from retrieval.items import OK, Item, ItemStore
+from retrieval.lock import writer_lock
+from retrieval.manifest import (
+    CURRENT,
+    DELETIONS,
+    FORMAT_VERSION,
+    GENERATIONS,
+    ITEMS,
+    SEGMENTS,
+    DeletionsEntry,
+    Manifest,
+    Pointer,
+    SegmentEntry,
+    is_index,
+    parse_manifest,
+    read_pointer,
+)
+from retrieval.reembed import embed_again
+from retrieval.snapshot import OpenSegment, Snapshot, open_segment, place_name, read_deletions
+from retrieval.types import RepairReport, SkippedFile
+from retrieval.writer import Entry, GenerationWriter
+
+_MENDED_BYTES = 16_384  # of a manifest: trying every bit of a longer one would take seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Damaged:
+    """One segment that fails a check."""
+
+    entry: SegmentEntry
+    items: tuple[Item, ...]  # that can be read and still count
+    proven: bool  # whether the items are what was written
+    unnamed: int  # items that cannot be read
+
+
+def repair_index(folder: Path, *, encoder: ElasticEncoder | None, drop_lost: bool, progress: Progress) -> RepairReport:
+    """See `retrieval.Index.repair`."""
+    if not is_index(folder):
+        read_pointer(folder)  # raises
+    with writer_lock(folder):
+        with writing(folder):
+            for name in (GENERATIONS, SEGMENTS, DELETIONS):
+                (folder / name).mkdir(exist_ok=True)
+        damage: list[str] = []
+        base = _find_base(folder, damage)
+        return _Repair(folder, base, damage=damage, encoder=encoder, progress=progress).run(drop_lost=drop_lost)
+
+
+class _Repair:
+    def __init__(
+        self,
+        folder: Path,
+        base: Manifest,
+        *,
+        damage: list[str],
+        encoder: ElasticEncoder | None,
+        progress: Progress,
+    ) -> None:
+        self._folder = folder
+        self._base = base
+        self._damage = damage
+        self._encoder = encoder
+        self._progress = progress
+        self._lost: list[SkippedFile] = []
+        self._embedded = 0
+
+    def run(self, *, drop_lost: bool) -> RepairReport:
+        deletions = self._whole_deletions()
+        # Without the deletions that are lost, so that segments can be opened.
+        self._base = self._base.model_copy(update={"deletions": deletions})
+        whole, damaged = self._sort_segments()
+        deletions = self._without_doubles(whole)
+        held = {number for segment in whole for number in _live_ids(segment)}
+        entries = list(self._bring_back(damaged, held))
+        unnamed = sum(segment.unnamed for segment in damaged)
+        if (self._lost or unnamed) and not drop_lost:
+            return self._report(unnamed, generation=self._base.generation, leftovers=0, whole=False)
+        writer = GenerationWriter(self._folder, self._base)
+        if self._damage:
+            ids = [entry.item.id for entry in entries] + [number for segment in whole for number in _live_ids(segment)]
+            writer.restore(
+                entries,
+                instead_of={segment.entry.name for segment in damaged},
+                deletions=deletions,
+                next_id=max([self._base.next_id, *(number + 1 for number in ids)]),
+                generation=max([self._base.generation, *map(_number, _manifests(self._folder))]) + 1,
+            )
+        Snapshot.open(self._folder)  # nothing is removed before this succeeds
+        before = _count_files(self._folder)
+        writer.clean()
+        leftovers = before - _count_files(self._folder)
+        return self._report(unnamed, generation=writer.manifest.generation, leftovers=leftovers, whole=True)
+
+    def _report(self, unnamed: int, *, generation: int, leftovers: int, whole: bool) -> RepairReport:
+        return RepairReport(
+            damage=tuple(self._damage),
+            embedded=self._embedded,
+            lost=tuple(self._lost),
+            lost_unnamed=unnamed,
+            leftovers=leftovers,
+            generation=generation,
+            whole=whole,
+        )
+
+    def _whole_deletions(self) -> dict[str, DeletionsEntry]:
+        kept = {}
+        for segment, entry in self._base.deletions.items():
+            try:
+                read_deletions(self._folder, self._base, segment)
+                kept[segment] = entry
+            except IndexFormatError as error:
+                self._damage.append(
+                    f"{error.where}: {error.what}; of the {entry.count} items that it forgot, those that "
+                    "were deleted, not replaced, may be back"
+                )
+        return kept
+
+    def _sort_segments(self) -> tuple[list[OpenSegment], list[_Damaged]]:
+        whole, damaged = [], []
+        total = len(self._base.segments)
+        for done, entry in enumerate(self._base.segments, start=1):
+            try:
+                segment = open_segment(self._folder, self._base, entry)
+                segment.embeddings()
+                whole.append(segment)
+            except IndexFormatError as error:
+                self._damage.append(f"{error.where}: {error.what}")
+                damaged.append(self._read_damaged(entry))
+            self._progress(ProgressEvent(stage="repair", done=done, total=total, unit="segments"))
+        return whole, damaged
+
+    def _read_damaged(self, entry: SegmentEntry) -> _Damaged:
+        path, file = self._folder / SEGMENTS / entry.name / ITEMS, entry.files[ITEMS]
+        gone = set(read_deletions(self._folder, self._base, entry.name).tolist())
+        live = entry.items - len(gone)
+        try:
+            check_file(path, size=file.bytes, sha256=file.sha256)
+            proven = True
+        except IndexFormatError:
+            proven = False
+        try:
+            items = tuple(item for item in ItemStore(path).all() if item.id not in gone)
+        except (IndexFormatError, TypeError, ValueError):
+            items = ()
+        if not proven:
+            items = tuple(item for item in items if self._is_ours(item))
+        return _Damaged(entry=entry, items=items, proven=proven, unnamed=max(0, live - len(items)))
+
+    def _is_ours(self, item: Item) -> bool:
+        root, path = item.place
+        parts = path.split(b"/") if isinstance(path, bytes) else [b".."]
+        outside = not path or b"\0" in path or path.startswith(b"/") or b".." in parts
+        return root in self._base.roots and not outside and 0 <= item.id < self._base.next_id
+
+    def _without_doubles(self, whole: Sequence[OpenSegment]) -> dict[str, DeletionsEntry]:
+        """The deletions, with those made good that a later segment's ids prove."""
+        deletions = dict(self._base.deletions)
+        later: set[int] = set()
+        writer = GenerationWriter(self._folder, self._base)
+        for segment in reversed(whole):
+            doubles = later.intersection(_live_ids(segment))
+            if doubles:
+                with writing(self._folder):
+                    deletions[segment.entry.name] = writer.write_deletions(segment.entry.name, doubles)
+            later.update(_live_ids(segment))
+        return deletions
+
+    def _bring_back(self, damaged: Iterable[_Damaged], held: set[int]) -> Iterator[Entry]:
+        pictures: list[Item] = []
+        unproven: dict[int, str] = {}  # ids -> the content that their file must have
+        for segment in damaged:
+            for item in segment.items:
+                if item.id in held:
+                    continue
+                held.add(item.id)
+                if not segment.proven:
+                    unproven[item.id] = item.content_sha256
+                if item.status == OK:
+                    pictures.append(item)
+                elif segment.proven:
+                    yield Entry(item=item, embedding=None, replaces=None)
+        yield from self._embed(pictures, unproven)
+
+    def _embed(self, pictures: Sequence[Item], unproven: dict[int, str]) -> Iterator[Entry]:
+        if not pictures:
+            return
+        entry = self._base.encoder
+        try:
+            elastic = self._encoder or load_encoder(entry, index=self._folder)
+            check_space(elastic, entry, index=self._folder)
+        except MatVitError as error:
+            for item in pictures:
+                self._lose(item, f"its embedding is damaged, and there is no encoder ({error.what})")
+            return
+        again = embed_again(pictures, file_name=self._file_name, encoder=elastic.encoder(entry.spec))
+        for done, embedded in enumerate(again, start=1):
+            item = embedded.item
+            if embedded.embedding is None:
+                self._lose(item, f"its embedding is damaged, and its file: {embedded.reason}")
+            elif unproven.get(item.id, item.content_sha256) != item.content_sha256:
+                self._lose(item, "its record is damaged, and its file is not the one that was indexed")
+            else:
+                self._embedded += 1
+                yield Entry(item=item, embedding=embedded.embedding, replaces=None)
+            self._progress(ProgressEvent(stage="embed", done=done, total=len(pictures), unit="pictures"))
+
+    def _lose(self, item: Item, reason: str) -> None:
+        self._lost.append(SkippedFile(path=Path(self._file_name(item.place)), reason=reason))
+
+    def _file_name(self, place: tuple[str, bytes]) -> str:
+        return place_name(self._base, place)
+
+
+def _find_base(folder: Path, damage: list[str]) -> Manifest:
+    """The generation to start from; what is wrong with CURRENT and its manifest is added to `damage`."""
+    try:
+        pointer = read_pointer(folder)
+    except IndexFormatError as error:
+        damage.append(f"{error.where}: {error.what}")
+        return _newest(folder, _manifests(folder), damage)
+    path = folder / GENERATIONS / pointer.name
+    with reading(path):
+        data = path.read_bytes() if path.is_file() else b""
+    if sha256_bytes(data) == pointer.sha256:
+        return parse_manifest(data, path=path)  # raises for a newer format: what is whole needs no repair
+    if data and _nearly(pointer.sha256, sha256_bytes(data)):
+        damage.append(f"{folder / CURRENT}: names its manifest by a damaged sha256")
+        return parse_manifest(data, path=path)
+    mended = _with_one_bit_mended(data, pointer)
+    damage.append(f"{path}: is not what was published{', but for one bit' if mended else ''}")
+    if mended:
+        return parse_manifest(mended, path=path)
+    return _newest(folder, _manifests(folder), damage)
+
+
+def _newest(folder: Path, paths: Sequence[Path], damage: list[str]) -> Manifest:
+    """The newest whole generation, else the newest that can be read."""
+    readable = []
+    for path in sorted(paths, key=_number, reverse=True):
+        with reading(path):
+            data = path.read_bytes()
+        _refuse_newer(data, path)
+        try:
+            manifest = parse_manifest(data, path=path)
+        except IndexFormatError as error:
+            damage.append(f"{error.where}: {error.what}")
+            continue
+        readable.append(manifest)
+        if _is_whole(folder, manifest):
+            break
+    if not readable:
+        raise IndexFormatError(
+            what="no manifest can be read, so nothing says what its files are",
+            where=str(folder),
+            fix="restore the index from a copy, or index the pictures again in a new folder",
+        )
+    found = readable[-1] if _is_whole(folder, readable[-1]) else readable[0]
+    damage.append(f"went back to generation {found.generation}: run matvit index again for what is not in it")
+    return found
+
+
+def _refuse_newer(data: bytes, path: Path) -> None:
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(raw, dict) and isinstance(found := raw.get("format_version"), int) and found > FORMAT_VERSION:
+        parse_manifest(data, path=path)
+
+
+def _is_whole(folder: Path, manifest: Manifest) -> bool:
+    try:
+        for entry in manifest.segments:
+            open_segment(folder, manifest, entry).embeddings()
+    except IndexFormatError:
+        return False
+    return True
+
+
+def _with_one_bit_mended(data: bytes, pointer: Pointer) -> bytes | None:
+    if len(data) > _MENDED_BYTES:
+        return None
+    tried = bytearray(data)
+    for position in range(8 * len(data)):
+        tried[position // 8] ^= 1 << (position % 8)
+        if sha256_bytes(bytes(tried)) == pointer.sha256:
+            return bytes(tried)
+        tried[position // 8] ^= 1 << (position % 8)
+    return None
+
+
+def _nearly(one: str, other: str) -> bool:
+    return sum(a != b for a, b in zip(one, other, strict=True)) <= 1
+
+
+def _manifests(folder: Path) -> list[Path]:
+    return [path for path in (folder / GENERATIONS).glob("*.json") if re.fullmatch(r"[0-9]{6,18}", path.stem)]
+
+
+def _number(path: Path) -> int:
+    return int(path.stem)
+
+
+def _live_ids(segment: OpenSegment) -> list[int]:
+    ids = [*segment.row_ids[segment.live_rows()].tolist(), *(item.id for item in segment.live(segment.skipped))]
+    return [int(number) for number in ids]
+
+
+def _count_files(folder: Path) -> int:
+    return sum(1 for name in ("", GENERATIONS, SEGMENTS, DELETIONS) for _ in (folder / name).iterdir())

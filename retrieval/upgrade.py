@@ -1,0 +1,224 @@
+"""Moving an index into another encoder's space: embedded aside while the old one serves, then adopted in one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from matvit.durable import sync_folder, temporary_name
+from matvit.encoder import ElasticEncoder
+from matvit.progress import Progress, ProgressEvent
+from retrieval.encoders import describe
+from retrieval.errors import IndexFormatError, IngestError
+from retrieval.files import writing
+from retrieval.items import OK, SKIPPED, Item
+from retrieval.manifest import (
+    DELETIONS,
+    GENERATIONS,
+    SEGMENTS,
+    EncoderEntry,
+    Manifest,
+    publish_manifest,
+    read_manifest,
+    read_pointer,
+)
+from retrieval.reembed import Embedded, embed_again
+from retrieval.snapshot import OpenSegment, Snapshot
+from retrieval.types import SkippedFile, UpgradeReport
+from retrieval.writer import Entry, GenerationWriter
+
+STAGING = "upgrade"  # an index of its own, inside the one that it will become
+PUBLISH_ITEMS = 512  # a kill loses at most so many pictures
+
+Staged = dict[int, tuple[OpenSegment, Item]]  # by id
+
+
+class Upgrade:
+    """One run. Use it once, while holding the writer's lock."""
+
+    def __init__(
+        self, snapshot: Snapshot, *, writer: GenerationWriter, encoder: ElasticEncoder, progress: Progress
+    ) -> None:
+        """Raises IngestError when the index is in the encoder's space already."""
+        self._snapshot = snapshot
+        self._writer = writer
+        self._encoder = encoder
+        self._progress = progress
+        self._folder = snapshot.folder / STAGING
+        self._entry = describe(encoder)
+        if self._entry.space_id == snapshot.manifest.encoder.space_id:
+            raise IngestError(
+                what="is in this encoder's embedding space already",
+                where=str(snapshot.folder),
+                fix="give another encoder, or leave it as it is",
+            )
+        self._pending: list[Entry] = []
+        self._missing: list[Embedded] = []
+        self._embedded = 0
+
+    def run(self, *, drop_missing: bool) -> UpgradeReport:
+        """Embed what is not staged yet; adopt it when it is all of the index, or may be less."""
+        started = time.monotonic()
+        staged = self._open_staging()
+        self._staging = GenerationWriter(self._folder, staged.manifest)
+        self._staging.clean()
+        known: Staged = {item.id: (segment, item) for segment, item in staged.live_items()}
+        live = {item.id: item for _, item in self._snapshot.live_items()}
+        self._drop_stale(known, live)
+        todo = [item for item in live.values() if not _is_done(item, known)]
+        resumed = sum(item.status == OK for item in live.values()) - sum(item.status == OK for item in todo)
+        self._stage(todo, known)
+        published = drop_missing or not self._missing
+        if published:
+            for missing in self._missing:
+                self._add(_as_missing(missing), None, known)
+            self._publish()
+            self._adopt()
+        return UpgradeReport(
+            embedded=self._embedded,
+            resumed=resumed,
+            missing=tuple(
+                SkippedFile(path=self._snapshot.full_path(missing.item.place), reason=missing.reason or "")
+                for missing in self._missing
+            ),
+            published=published,
+            seconds=time.monotonic() - started,
+        )
+
+    def _open_staging(self) -> Snapshot:
+        """What an interrupted run for the same encoder has left, or an empty one."""
+        with suppress(IndexFormatError):
+            staged = Snapshot.open(self._folder)
+            if _same_gallery(staged.manifest.encoder, self._entry):
+                for segment in staged.segments:
+                    segment.embeddings()  # raises where they are damaged
+                return staged
+        with writing(self._folder):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            for name in (GENERATIONS, SEGMENTS, DELETIONS):
+                (self._folder / name).mkdir(parents=True)
+            sync_folder(self._snapshot.folder)
+            manifest = self._snapshot.manifest.model_copy(
+                update={
+                    "generation": 1,
+                    "parent": None,
+                    "created": datetime.now(UTC),
+                    "encoder": self._entry,
+                    "segments": (),
+                    "deletions": {},
+                }
+            )
+            publish_manifest(self._folder, manifest)
+        return Snapshot.open(self._folder)
+
+    def _drop_stale(self, known: Staged, live: dict[int, Item]) -> None:
+        """Forget staged items that the index has deleted since."""
+        stale: dict[str, list[int]] = {}
+        for number, (segment, _) in known.items():
+            if number not in live:
+                stale.setdefault(segment.entry.name, []).append(number)
+        self._publish(deleted=stale)
+
+    def _stage(self, todo: list[Item], known: Staged) -> None:
+        for item in todo:
+            if item.status != OK:
+                self._add(item, None, known)
+        pictures = [item for item in todo if item.status == OK]
+        encoder = self._encoder.encoder(self._entry.spec)
+        again = embed_again(pictures, file_name=self._snapshot.file_name, encoder=encoder)
+        for done, embedded in enumerate(again, start=1):
+            if embedded.embedding is None:
+                self._missing.append(embedded)
+            else:
+                self._add(embedded.item, embedded, known)
+                self._embedded += 1
+            note = f"{len(self._missing)} missing" if self._missing else ""
+            self._progress(ProgressEvent(stage="upgrade", done=done, total=len(pictures), unit="pictures", note=note))
+        self._publish()
+
+    def _add(self, item: Item, embedded: Embedded | None, known: Staged) -> None:
+        before = known.get(item.id)
+        self._pending.append(
+            Entry(
+                item=replace(item, row=None),
+                embedding=embedded.embedding if embedded else None,
+                replaces=before[0].entry.name if before else None,
+            )
+        )
+        if len(self._pending) >= PUBLISH_ITEMS:
+            self._publish()
+
+    def _publish(self, *, deleted: dict[str, list[int]] | None = None) -> None:
+        if self._pending or deleted:
+            manifest = self._snapshot.manifest
+            self._staging.publish(self._pending, deleted=deleted or {}, roots=manifest.roots, next_id=manifest.next_id)
+        self._pending = []
+
+    def _adopt(self) -> None:
+        for _ in self._staging.compact():  # afterwards there are no deletions
+            pass
+        folder, manifest = self._snapshot.folder, self._staging.manifest
+        with writing(folder):
+            for segment in manifest.segments:
+                _link_segment(self._folder / SEGMENTS / segment.name, folder / SEGMENTS / segment.name)
+            sync_folder(folder / SEGMENTS)
+        self._writer.adopt(manifest)
+        self._writer.clean()
+        remove_adopted(folder, self._writer.manifest)
+
+
+def remove_adopted(folder: Path, manifest: Manifest) -> None:
+    """Remove a staged upgrade that `manifest` has adopted already. Only while holding the writer's lock."""
+    staging = folder / STAGING
+    if not staging.is_dir():
+        return
+    try:
+        staged = read_manifest(staging, read_pointer(staging))
+    except IndexFormatError:  # a creation or a removal that was killed: it can hardly be resumed
+        shutil.rmtree(staging, ignore_errors=True)
+        return
+    if _same_gallery(staged.encoder, manifest.encoder):
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _same_gallery(one: EncoderEntry, other: EncoderEntry) -> bool:
+    return (one.space_id, one.spec, one.embedding_dim) == (other.space_id, other.spec, other.embedding_dim)
+
+
+def _is_done(item: Item, known: Staged) -> bool:
+    return item.id in known and replace(known[item.id][1], row=None) == replace(item, row=None)
+
+
+def _as_missing(missing: Embedded) -> Item:
+    """A skipped item that keeps the id. It has no size, time or content: an ingest reads the file when it is back."""
+    return replace(
+        missing.item,
+        status=SKIPPED,
+        reason=f"not there when the index changed its encoder ({missing.reason})",
+        content_sha256="",
+        size=0,
+        mtime_ns=0,
+        row=None,
+    )
+
+
+def _link_segment(source: Path, target: Path) -> None:
+    """The same segment under another name, without copying where the file system can."""
+    if target.exists():
+        return
+    building = temporary_name(target)
+    building.mkdir()
+    for file in source.iterdir():
+        try:
+            os.link(file, building / file.name)  # noqa: PTH - the files are synced, and never written again
+        except OSError:  # a file system without links
+            shutil.copy2(file, building / file.name)
+            with (building / file.name).open("rb+") as copy:
+                os.fsync(copy.fileno())
+    sync_folder(building)
+    os.replace(building, target)  # noqa: PTH105 - tests inject failures into os

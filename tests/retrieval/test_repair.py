@@ -1,0 +1,207 @@
+"""Repair brings back what can be proven, names the rest, and changes nothing while something would be lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from retrieval import Index, IndexFormatError, Retriever
+from retrieval.manifest import read_manifest, read_pointer
+
+
+@pytest.fixture
+def index(tmp_path, photos, elastic):
+    """Two segments, a deletion, a skipped file."""
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+    (photos / "3.png").unlink()
+    (photos / "bad.png").write_text("no picture")
+    (photos / "new.png").write_bytes((photos / "1.png").read_bytes()[:-12] + b"\0" * 30)
+    index.ingest(photos, delete=True)
+    return index
+
+
+def flip(path, position, bit=3):
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def contents(index, elastic, picture):
+    hits = Retriever.open(index.path, encoder=elastic).search(picture(1), k=99).hits
+    return hits, [file.path.name for file in Index.open(index.path).info().skipped]
+
+
+def files_of(index):
+    return sorted(path.relative_to(index.path) for path in index.path.rglob("*") if path.name != "writer.lock")
+
+
+def manifest_of(index):
+    return index.path / "generations" / read_pointer(index.path).name
+
+
+def first_segment(index):
+    return index.path / "segments" / read_manifest(index.path, read_pointer(index.path)).segments[0].name
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda index: (index.path / "CURRENT").unlink(),
+        lambda index: (index.path / "CURRENT").write_bytes(b""),
+        lambda index: flip(index.path / "CURRENT", 3),
+        lambda index: flip(index.path / "CURRENT", 40),
+        lambda index: flip(manifest_of(index), 60),
+        lambda index: flip(manifest_of(index), 700),
+        lambda index: flip(first_segment(index) / "embeddings.f32", 77),
+        lambda index: (first_segment(index) / "embeddings.f32").unlink(),
+        lambda index: os.truncate(first_segment(index) / "embeddings.f32", 64),
+    ],
+)
+def test_nothing_is_lost_while_the_pictures_are_there(index, elastic, picture, harm):
+    expected = contents(index, elastic, picture)
+    harm(index)
+    assert len(index.verify()) >= 1
+    report = Index.repair(index.path, encoder=elastic)
+    assert report.whole
+    assert len(report.damage) >= 1
+    assert (report.lost, report.lost_unnamed) == ((), 0)
+    assert contents(index, elastic, picture) == expected
+    assert Index.open(index.path).verify(sample=0) == []
+    assert Index.repair(index.path).damage == ()
+
+
+def test_a_whole_index_is_left_as_it_is_but_for_leftovers(index):
+    (index.path / "segments" / ".tmp-1-segment").mkdir()
+    (index.path / "segments" / ("0" * 16)).mkdir()
+    Index.repair(index.path)
+    before = files_of(index), index.generation
+    report = Index.repair(index.path)
+    assert (report.damage, report.leftovers, report.whole) == ((), 0, True)
+    assert (files_of(index), Index.open(index.path).generation) == before
+    assert not list(index.path.rglob(".tmp-*"))
+
+
+def test_what_cannot_be_brought_back_is_named_and_stays_until_it_is_given_up(index, photos, elastic, picture):
+    flip(first_segment(index) / "embeddings.f32", 5)
+    (photos / "2.png").unlink()
+    before = files_of(index)
+    report = Index.repair(index.path, encoder=elastic)
+    assert not report.whole
+    assert [file.path.name for file in report.lost] == ["2.png"]
+    assert "its file: no such file" in report.lost[0].reason
+    assert files_of(index) == before
+    report = Index.repair(index.path, encoder=elastic, drop_lost=True)
+    assert report.whole
+    assert "2.png" not in [hit.path.name for hit in contents(index, elastic, picture)[0]]
+    assert Index.open(index.path).verify() == []
+    assert Index.open(index.path).ingest(photos, encoder=elastic).indexed == 0
+
+
+def test_without_an_encoder_damaged_embeddings_are_lost_by_name(index):
+    flip(first_segment(index) / "embeddings.f32", 5)
+    report = Index.repair(index.path)  # "fake-source" cannot be loaded
+    assert not report.whole
+    assert len(report.lost) == 9
+    assert "there is no encoder" in report.lost[0].reason
+
+
+def test_damaged_items_are_brought_back_only_where_their_file_proves_them(index, photos, elastic, picture):
+    items = first_segment(index) / "items.sqlite"
+    position = items.read_bytes().index(b"sub/8.png") + 4
+    flip(items, position, bit=0)  # "sub/9.png", whose content is another
+    report = Index.repair(index.path, encoder=elastic)
+    assert not report.whole
+    assert [file.reason for file in report.lost] == [
+        "its record is damaged, and its file is not the one that was indexed"
+    ]
+    assert Index.repair(index.path, encoder=elastic, drop_lost=True).embedded == 8
+    assert Index.open(index.path).verify() == []
+    assert Index.open(index.path).ingest(photos, encoder=elastic).indexed == 1
+    names = {hit.path.name for hit in contents(index, elastic, picture)[0]}
+    assert {"8.png", "9.png"} <= names
+
+
+def test_items_that_cannot_be_read_at_all_are_counted(index, photos, elastic):
+    (first_segment(index) / "items.sqlite").write_bytes(b"x" * 8192)
+    report = Index.repair(index.path, encoder=elastic)
+    assert (report.whole, report.lost_unnamed) == (False, 9)
+    assert Index.repair(index.path, encoder=elastic, drop_lost=True).whole
+    after = Index.open(index.path)
+    assert after.verify() == []
+    assert after.ingest(photos, encoder=elastic).indexed == 9
+
+
+def test_lost_deletions_are_told_and_ids_stay_single(index, photos, elastic, picture):
+    (photos / "1.png").write_bytes(picture(90))
+    index.ingest(photos, encoder=elastic)
+    for path in (index.path / "deletions").iterdir():
+        path.unlink()
+    report = Index.repair(index.path, encoder=elastic)
+    assert report.whole
+    assert "may be back" in report.damage[0]
+    assert Index.open(index.path).verify() == []
+    found = Retriever.open(index.path, encoder=elastic).search(picture(90), k=1)
+    assert (found[0].path.name, round(found[0].score, 5)) == ("1.png", 1.0)
+
+
+def test_a_truncated_manifest_falls_back_to_an_older_generation_and_says_so(index, photos, elastic):
+    os.truncate(manifest_of(index), 100)
+    report = Index.repair(index.path, encoder=elastic)
+    assert any("went back to generation" in sentence for sentence in report.damage)
+    assert Index.open(index.path).verify() == []
+
+
+def test_an_index_without_any_readable_manifest_is_refused_and_kept(index):
+    for path in (index.path / "generations").iterdir():
+        path.write_bytes(b"?")
+    before = files_of(index)
+    with pytest.raises(IndexFormatError, match="no manifest can be read"):
+        Index.repair(index.path)
+    assert files_of(index) == before
+
+
+def test_something_else_is_refused(tmp_path):
+    with pytest.raises(IndexFormatError, match="no such index"):
+        Index.repair(tmp_path / "none")
+
+
+def test_a_newer_index_is_refused_not_rolled_back(index):
+    from retrieval.files import sha256_bytes
+
+    path = manifest_of(index)
+    data = path.read_bytes().replace(b'"format_version": 1', b'"format_version": 9')
+    path.write_bytes(data)
+    (index.path / "CURRENT").write_bytes(f"{path.name} {sha256_bytes(data)}\n".encode())
+    with pytest.raises(IndexFormatError, match="format version 9, newer than"):
+        Index.repair(index.path)
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_repair_that_fails_at_any_step_makes_nothing_worse(index, elastic, picture, monkeypatch, name):
+    expected = contents(index, elastic, picture)
+    flip(first_segment(index) / "embeddings.f32", 5)
+    real = getattr(os, name)
+    for at in range(30):
+        folder = Path(shutil.copytree(index.path, index.path.with_name(f"at-{at}")))
+        calls = []
+
+        def call(*arguments, at=at, calls=calls):
+            calls.append(arguments)
+            if len(calls) - 1 == at:
+                raise OSError(5, "Input/output error")
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, call)
+            try:
+                Index.repair(folder, encoder=elastic)
+            except Exception as error:
+                assert "Input/output error" in str(error)  # noqa: PT017
+            else:
+                break
+        assert Index.repair(folder, encoder=elastic).whole
+        assert contents(Index.open(folder), elastic, picture) == expected
+    assert at >= 3

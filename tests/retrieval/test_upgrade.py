@@ -1,0 +1,176 @@
+"""Another encoder: embedded aside, adopted in one step, resumed after an interrupt; what is missing is told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import retrieval.upgrade
+from retrieval import EncoderMismatchError, Index, IngestError, Retriever
+
+
+@pytest.fixture
+def index(tmp_path, photos, elastic):
+    (photos / "bad.png").write_text("no picture")
+    return Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+
+
+@dataclass
+class OtherElastic:
+    """`elastic` turned by a fixed rotation: another space, in which nothing of the first makes sense."""
+
+    inner: object
+    encoded: int = 0
+    fail_after: int = 10**9
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def encoder(self, spec=None):
+        return Turned(self.inner.encoder(spec), self)
+
+
+@dataclass
+class Turned:
+    inner: object
+    owner: OtherElastic
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def encode(self, pixels):
+        if self.owner.encoded >= self.owner.fail_after:
+            raise KeyboardInterrupt
+        self.owner.encoded += len(pixels)
+        return np.ascontiguousarray(self.inner.encode(pixels)[:, ::-1])
+
+    def embed(self, images):
+        return self.encode(self.preprocess(images))
+
+
+@pytest.fixture
+def other(elastic):
+    return OtherElastic(elastic.in_another_space())
+
+
+def ids(index, encoder, picture):
+    return {hit.path: hit.id for hit in Retriever.open(index.path, encoder=encoder).search(picture(1), k=99)}
+
+
+def test_every_picture_moves_to_the_new_space_and_keeps_its_id(index, photos, elastic, other, picture):
+    index.delete([photos / "3.png"])
+    before = ids(index, elastic, picture)
+    serving = Retriever.open(index.path, encoder=elastic)
+    report = index.upgrade(other)
+    assert (report.embedded, report.resumed, report.missing, report.published) == (9, 0, (), True)
+    assert ids(index, other, picture) == before
+    assert index.verify(sample=9) == []
+    assert [file.path.name for file in index.info().skipped] == ["bad.png"]
+    assert not (index.path / "upgrade").exists()
+    assert len(serving.search(picture(1), k=99)) == 9  # still answers from the generation that it opened
+    with pytest.raises(EncoderMismatchError):
+        serving.reload()
+    assert index.ingest(photos).indexed == 1  # the deleted one is new
+    assert all(not name.startswith(".tmp") for _, _, names in os.walk(index.path) for name in names)
+
+
+def test_the_old_index_serves_and_grows_while_an_interrupted_upgrade_waits(
+    index, photos, elastic, other, picture, monkeypatch
+):
+    monkeypatch.setattr(retrieval.reembed, "BATCH", 2)
+    monkeypatch.setattr(retrieval.upgrade, "PUBLISH_ITEMS", 2)
+    other.fail_after = 6
+    with pytest.raises(KeyboardInterrupt):
+        index.upgrade(other)
+    assert index.verify(sample=10) == []
+    (photos / "new.png").write_bytes(picture(50))
+    (photos / "0.png").write_bytes(picture(60))
+    (photos / "1.png").unlink()
+    index.ingest(photos, encoder=elastic, delete=True)
+    before = ids(index, elastic, picture)
+    other.fail_after, other.encoded = 10**9, 0
+    report = Index.open(index.path).upgrade(other)
+    assert report.published
+    assert report.resumed >= 2
+    assert (report.embedded, report.embedded + report.resumed) == (other.encoded, 10)
+    assert ids(index, other, picture) == before
+    assert Index.open(index.path).verify() == []
+    [found] = Retriever.open(index.path, encoder=other).search(picture(60), k=1)
+    assert (found.path.name, round(found.score, 5)) == ("0.png", 1.0)
+
+
+def test_nothing_changes_while_pictures_are_missing_and_nothing_is_embedded_twice(
+    index, photos, elastic, other, picture
+):
+    before = ids(index, elastic, picture)
+    data = (photos / "2.png").read_bytes()
+    (photos / "2.png").unlink()
+    generation = index.generation
+    report = index.upgrade(other)
+    assert not report.published
+    assert [(file.path.name, file.reason) for file in report.missing] == [("2.png", "no such file")]
+    assert (index.generation, ids(index, elastic, picture)) == (generation, before)
+    report = index.upgrade(other, drop_missing=True)
+    assert (report.embedded, report.resumed, report.published) == (0, 9, True)
+    assert index.verify() == []
+    assert sorted(file.path.name for file in index.info().skipped) == ["2.png", "bad.png"]
+    (photos / "2.png").write_bytes(data)
+    assert index.ingest(photos).indexed == 1
+    assert ids(index, other, picture) == before  # also its id
+
+
+def test_a_file_that_changed_is_embedded_as_it_is_now(index, photos, other, picture):
+    (photos / "2.png").write_bytes(picture(70))
+    assert index.upgrade(other).published
+    assert index.verify(sample=10) == []
+    report = index.ingest(photos)
+    assert (report.indexed, report.unchanged) == (0, 10)
+
+
+def test_the_same_space_is_refused(index, elastic):
+    with pytest.raises(IngestError, match="is in this encoder's embedding space already"):
+        index.upgrade(elastic)
+
+
+def test_a_staged_upgrade_of_another_encoder_is_begun_anew(index, other, elastic, picture, photos):
+    (photos / "2.png").unlink()
+    assert not index.upgrade(other).published
+    (photos / "2.png").write_bytes(picture(2))
+    third = OtherElastic(elastic.in_another_space())
+    third.inner.space_id = "b" * 64
+    report = index.upgrade(third)
+    assert (report.embedded, report.resumed) == (10, 0)
+    assert index.info().space_id == "b" * 64
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_an_upgrade_that_fails_at_any_step_leaves_one_whole_space(index, elastic, other, picture, monkeypatch, name):
+    expected = ids(index, elastic, picture)
+    real = getattr(os, name)
+    for at in range(60):
+        calls = []
+
+        def call(*arguments, at=at, calls=calls):
+            calls.append(arguments)
+            if len(calls) - 1 == at:
+                raise OSError(28, "No space left on device")
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, call)
+            try:
+                Index.open(index.path).upgrade(other)
+            except IngestError as error:
+                assert "No space left on device" in str(error)  # noqa: PT017 - the last attempt must succeed
+            else:
+                break
+        now = Index.open(index.path)
+        assert now.verify() == []
+        if now.info().space_id == other.space_id:  # only syncing the folder failed
+            break
+        assert ids(index, elastic, picture) == expected
+    assert at >= 4
+    assert ids(index, other, picture) == expected
