@@ -276,7 +276,9 @@ def _newest(folder: Path, paths: Sequence[Path], damage: list[str]) -> Manifest:
             fix="restore the index from a copy, or index the pictures again in a new folder",
         )
     found = readable[-1] if _is_whole(folder, readable[-1]) else readable[0]
-    damage.append(f"went back to generation {found.generation}: run matvit index again for what is not in it")
+    damage.append(
+        f"generation {found.generation} is the newest that can be used; run matvit index again for what is not in it"
+    )
     return found
 
 

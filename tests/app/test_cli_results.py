@@ -156,7 +156,14 @@ def test_verify_whole_things(run, index, checkpoint):
     for target, kind in ((index, "index"), (checkpoint, "checkpoint")):
         found = run("verify", target, "--json")
         assert found.code == 0
-        assert found.json == {"target": str(target), "kind": kind, "ok": True, "problems": []}
+        assert found.json == {
+            "target": str(target),
+            "kind": kind,
+            "ok": True,
+            "problems": [],
+            "sampled": 0,
+            "unusable": 0,
+        }
 
 
 @pytest.mark.parametrize("kind", ["index", "checkpoint"])
@@ -342,7 +349,7 @@ def test_repair_finds_a_lost_current_and_says_what_it_did(run, own_index, tmp_pa
     shown = run("repair", own_index)
     assert shown.code == 0
     assert "CURRENT: a file of the index is missing" in shown.err
-    assert "is whole; 1 problems, 0 pictures embedded again, 0 lost" in shown.out
+    assert "is whole; 2 problems, 0 pictures embedded again, 0 lost" in shown.out
     [path] = own_index.glob("segments/*/embeddings.f32")
     path.write_bytes(b"")
     next((tmp_path / "photos").rglob("*.png")).unlink()
