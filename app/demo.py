@@ -113,10 +113,8 @@ def _search_all(
     stored = {path: item for item, path in retriever.paths().items()} if spec == "XL" else {}
     for start in range(0, len(queries), _BATCH):
         batch = queries[start : start + _BATCH]
-        if stored:
-            answers = retriever.search_items([stored[photo.file] for photo in batch], k=K + 1)
-        else:
-            answers = retriever.search_many([photo.file for photo in batch], k=K + 1, encoder=spec)
+        asked = [stored.get(photo.file, photo.file) for photo in batch]
+        answers = retriever.search_many(asked, k=K + 1, encoder=spec)
         for row, (photo, hits) in enumerate(zip(batch, answers, strict=True), start=start):
             others = [hit for hit in hits if hit.path != photo.file][:K]
             ids[row, : len(others)] = [hit.id for hit in others]

@@ -12,11 +12,25 @@ from retrieval.errors import (
     SearchError,
 )
 from retrieval.index import Index
+from retrieval.queries import Blend
 from retrieval.retriever import Retriever
-from retrieval.types import CompactReport, Hit, Hits, IngestReport, RepairReport, SkippedFile, UpgradeReport
+from retrieval.types import (
+    CompactReport,
+    Duplicate,
+    DuplicateGroup,
+    Hit,
+    Hits,
+    IngestReport,
+    RepairReport,
+    SkippedFile,
+    UpgradeReport,
+)
 
 __all__ = [
+    "Blend",
     "CompactReport",
+    "Duplicate",
+    "DuplicateGroup",
     "EmbeddingError",
     "EncoderMismatchError",
     "Hit",

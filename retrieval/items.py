@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable
 from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,14 @@ class Item:
         return self.root, self.path
 
 
+class Picture(NamedTuple):
+    """What searching needs of an item with an embedding."""
+
+    place: Place
+    metadata: str  # a JSON object
+    content_sha256: str
+
+
 # A path that holds NUL, begins with "/", or has ".." for a part; joined to a blob, "/" makes text of it.
 _LEADS_OUT = (
     "instr(path, x'00') OR substr(path, 1, 1) = x'2f' OR instr(CAST('/' || path || '/' AS BLOB), CAST('/../' AS BLOB))"
@@ -107,11 +115,11 @@ class ItemStore:
             raise IndexFormatError(what="items and embeddings do not agree", where=str(self.path), fix=RESTORE)
         return table[:, 1].copy()
 
-    def places(self) -> list[Place]:
-        """Where the file of every row of the embeddings is."""
+    def pictures(self) -> list[Picture]:
+        """What searching needs of every row of the embeddings."""
         roots: dict[str, str] = {}  # one text for each root, not one for each row
-        rows = self._fetch("SELECT root, path FROM items WHERE row IS NOT NULL ORDER BY row")
-        return [(roots.setdefault(root, root), path) for root, path in rows]
+        rows = self._fetch("SELECT root, path, metadata, content_sha256 FROM items WHERE row IS NOT NULL ORDER BY row")
+        return [Picture((roots.setdefault(root, root), path), *others) for root, path, *others in rows]
 
     def all(self) -> list[Item]:
         """Every item, by id."""

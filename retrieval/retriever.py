@@ -12,64 +12,33 @@ from operator import index
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from matvit.encoder import ElasticEncoder, ImageEncoder
-from matvit.preprocess import FloatArray, ImageSource
+from matvit.preprocess import FloatArray
+from matvit.progress import Progress, silent
 from matvit.spec import SubmodelSpec
+from retrieval.duplicates import linked
 from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder, normalised
 from retrieval.errors import EmbeddingError, SearchError
-from retrieval.flat import FlatSearch, ScoreArray
-from retrieval.items import IntArray, Place
-from retrieval.manifest import read_current
-from retrieval.snapshot import Snapshot
-from retrieval.types import Hit, Hits, Latency
+from retrieval.exact import Found, exact_scores
+from retrieval.filters import Where
+from retrieval.gallery import Gallery
+from retrieval.items import IntArray
+from retrieval.queries import (
+    PICTURE,
+    Asked,
+    Query,
+    check,
+    depth,
+    embeddings,
+    fuse_ranks,
+    mean,
+    name_of,
+    own_positions,
+)
+from retrieval.types import Duplicate, DuplicateGroup, Hit, Hits, Latency
 
 QueryEncoder = str | SubmodelSpec | ImageEncoder
-_PICTURE = (str, os.PathLike, bytes, Image.Image)  # ImageSource, as isinstance takes it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Gallery:
-    """One generation, ready to be searched."""
-
-    snapshot: Snapshot
-    ids: IntArray  # (N,) int64, live pictures of all segments in order
-    places: Sequence[Place]  # (N,) where their files are
-    vectors: FlatSearch
-
-    @classmethod
-    def open(cls, folder: Path, *, reuse: Snapshot | None = None) -> _Gallery:
-        return read_current(folder, lambda _: cls._read(Snapshot.open(folder, reuse=reuse)))
-
-    @classmethod
-    def _read(cls, snapshot: Snapshot) -> _Gallery:
-        """All that searching needs is in memory afterwards: a writer may remove the files, and none stays open."""
-        live = [(segment, segment.live_rows()) for segment in snapshot.segments]
-        none = np.empty(0, dtype=np.int64)
-        ids = np.concatenate([none, *(segment.row_ids[rows] for segment, rows in live)])
-        places: list[Place] = []
-        for segment, rows in live:
-            every = segment.items.places()
-            places += [every[row] for row in rows.tolist()]
-        vectors = FlatSearch(
-            ids,
-            (segment.embeddings()[rows] for segment, rows in live),
-            dim=snapshot.manifest.encoder.embedding_dim,
-        )
-        return cls(snapshot=snapshot, ids=ids, places=places, vectors=vectors)
-
-    def hits(self, positions: IntArray, scores: ScoreArray) -> tuple[Hit, ...]:
-        """Join what was found with its files."""
-        return tuple(
-            Hit(
-                rank=rank,
-                id=int(self.ids[position]),
-                path=self.snapshot.full_path(self.places[position]),
-                score=min(1.0, max(-1.0, score)),  # unit length is exact to rounding only
-            )
-            for rank, (position, score) in enumerate(zip(positions.tolist(), scores.tolist(), strict=True), start=1)
-        )
 
 
 class Retriever:
@@ -78,7 +47,7 @@ class Retriever:
     May be shared by threads.
     """
 
-    def __init__(self, gallery: _Gallery, *, encoder: ElasticEncoder | None) -> None:
+    def __init__(self, gallery: Gallery, *, encoder: ElasticEncoder | None) -> None:
         self._gallery = gallery
         self._submodels = None if encoder is None else (encoder, EncoderCache(encoder))
         self._lock = threading.Lock()  # held while an encoder is loaded, and while another generation is
@@ -90,7 +59,7 @@ class Retriever:
         `encoder` None: the one that built the index, loaded when a search first needs it.
         Raises IndexFormatError, or EncoderMismatchError when `encoder` is of another embedding space.
         """
-        gallery = _Gallery.open(Path(path).absolute())
+        gallery = Gallery.open(Path(path).absolute())
         if encoder is not None:
             check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return cls(gallery, encoder=encoder)
@@ -117,7 +86,7 @@ class Retriever:
         """
         return self._loaded(self._gallery)[0]
 
-    def _loaded(self, gallery: _Gallery) -> tuple[ElasticEncoder, EncoderCache]:
+    def _loaded(self, gallery: Gallery) -> tuple[ElasticEncoder, EncoderCache]:
         if self._submodels is None:
             with self._lock:
                 if self._submodels is None:
@@ -132,72 +101,88 @@ class Retriever:
         the generation before is then kept.
         """
         with self._lock:
-            gallery = _Gallery.open(self.path, reuse=self._gallery.snapshot)
+            gallery = Gallery.open(self.path, reuse=self._gallery.snapshot)
             if self._submodels is not None:
                 check_space(self._submodels[0], gallery.snapshot.manifest.encoder, index=self.path)
             self._gallery = gallery
         return gallery.snapshot.manifest.generation
 
-    def search(self, image: ImageSource, *, encoder: QueryEncoder = "XL", k: int = 10) -> Hits:
-        """The `k` pictures nearest to `image` (a path, encoded bytes, or a PIL image); fewer when there are fewer.
+    def search(
+        self,
+        query: Query,
+        *,
+        encoder: QueryEncoder = "XL",
+        k: int | None = 10,
+        min_score: float | None = None,
+        where: Where | None = None,
+        exclude_self: bool = False,
+    ) -> Hits:
+        """The `k` pictures nearest to `query`, best first, equal scores by id; fewer when there are fewer.
 
+        `query`: a picture (a path, encoded bytes, or a PIL image), the id of an item (its stored embedding is taken,
+        nothing is encoded), or several of those as a `Blend`.
         `encoder`: a granularity, a spec string, a spec, or any encoder of the index's embedding space.
-        Raises ImageError, SpecError, EncoderMismatchError, SearchError (k is no integer above 0, or `image` nothing
-        that could be a picture), or what `Retriever.encoder` raises.
+        `k` None: all. `min_score`: only hits that score at least this.
+        `where`: only pictures whose metadata is so, such as {"label": ["cat", "dog"], "price": {">=": 3, "<": 5}}.
+        `exclude_self`: not the query's own picture, nor files with the same content.
+        Raises ImageError, SpecError, EncoderMismatchError, SearchError (an argument that cannot be meant, an id that
+        the index does not hold, a name that no picture has), or what `Retriever.encoder` raises.
         """
-        return self.search_many([image], encoder=encoder, k=k)[0]
+        return self.search_many(
+            [query], encoder=encoder, k=k, min_score=min_score, where=where, exclude_self=exclude_self
+        )[0]
 
     def search_many(
-        self, images: Iterable[ImageSource], *, encoder: QueryEncoder = "XL", k: int = 10, batch_size: int = 32
+        self,
+        queries: Iterable[Query],
+        *,
+        encoder: QueryEncoder = "XL",
+        k: int | None = 10,
+        min_score: float | None = None,
+        where: Where | None = None,
+        exclude_self: bool = False,
+        batch_size: int = 32,
     ) -> list[Hits]:
-        """`search` for every one of `images`, `batch_size` of them encoded together; raises what it raises."""
-        k, batch_size = _positive(k, name="k"), _positive(batch_size, name="batch_size")
-        if isinstance(images, _PICTURE):  # a text would be taken for many paths of one letter
+        """`search` for every one of `queries`, `batch_size` of them encoded together; raises what it raises."""
+        batch_size = _positive(batch_size, name="batch_size")
+        if isinstance(queries, PICTURE):  # a text would be taken for many paths of one letter
             raise SearchError(what="images is one picture", where="search_many", fix="give a list, or call search")
         gallery = self._gallery  # a reload by another thread does not mix generations
-        ready = self._query_encoder(encoder, gallery)
-        return [
-            hits
-            for batch in _batches(images, batch_size)
-            for hits in _search_batch(batch, gallery=gallery, encoder=ready, k=k)
+        search = _Search(
+            gallery=gallery,
+            k=None if k is None else _positive(k, name="k"),
+            min_score=_score(min_score),
+            within=gallery.allowed(where),
+            exclude_self=exclude_self,
+        )
+        answers: list[Hits] = []
+        remaining = iter(queries)
+        while batch := [check(query, gallery) for query in islice(remaining, batch_size)]:
+            ready = self._query_encoder(encoder, gallery) if any(asked.pictures for asked in batch) else None
+            answers += search.run(batch, encoder=ready)
+        return answers
+
+    def duplicates(self, *, min_score: float | None = 0.95, progress: Progress = silent) -> list[DuplicateGroup]:
+        """Groups of pictures that look the same, by the id of each group's first.
+
+        Linked are files of the same content, and pictures whose cosine similarity is at least `min_score` (None: the
+        former only); a group is all that links reach. Every pair is compared: time grows with the square of the
+        index, memory does not. Raises SearchError.
+        """
+        gallery, score = self._gallery, _score(min_score)
+        same = (positions for positions in gallery.by_digest.values() if len(positions) > 1)
+        groups = [
+            _group(gallery, positions)
+            for positions in linked(gallery.vectors, same=same, min_score=score, progress=progress)
         ]
+        return sorted(groups, key=lambda group: group[0].id)
 
     def paths(self) -> dict[int, Path]:
         """The file of every picture that can be found, by id."""
         gallery = self._gallery
-        return {
-            int(number): gallery.snapshot.full_path(place)
-            for number, place in zip(gallery.ids, gallery.places, strict=True)
-        }
+        return {number: gallery.path(position) for number, position in gallery.positions.items()}
 
-    def search_items(self, ids: Iterable[int], *, k: int = 10) -> list[Hits]:
-        """`search` for pictures of the index, by id: their stored embeddings are taken, nothing is encoded.
-
-        Each finds itself, too. Raises SearchError for an id that the index does not hold, or a bad `k`.
-        """
-        k, gallery = _positive(k, name="k"), self._gallery
-        position = {int(number): row for row, number in enumerate(gallery.ids)}
-        asked = list(ids)
-        for number in asked:
-            if number not in position:
-                raise SearchError(what=f"holds no picture with id {number}", where=str(self.path), fix="see paths()")
-        start = time.perf_counter()
-        rows = np.array([position[number] for number in asked], dtype=np.int64)
-        answers = [gallery.hits(*found) for found in gallery.vectors.search(gallery.vectors.vectors(rows), k=k)]
-        each = 1000.0 * (time.perf_counter() - start) / max(1, len(asked))
-        return [
-            Hits(
-                hits=hits,
-                query=str(gallery.snapshot.full_path(gallery.places[row])),
-                spec=gallery.snapshot.manifest.encoder.spec,
-                runtime="index",
-                generation=gallery.snapshot.manifest.generation,
-                latency_ms=Latency(preprocess=0.0, encode=0.0, search=each, total=each),
-            )
-            for row, hits in zip(rows.tolist(), answers, strict=True)
-        ]
-
-    def _query_encoder(self, encoder: QueryEncoder, gallery: _Gallery) -> ImageEncoder:
+    def _query_encoder(self, encoder: QueryEncoder, gallery: Gallery) -> ImageEncoder:
         if isinstance(encoder, str | SubmodelSpec):
             encoder = self._loaded(gallery)[1].get(encoder)
         # Also one of ours: between two looks at it, the index may have been replaced by one of another space.
@@ -205,50 +190,123 @@ class Retriever:
         return encoder
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Search:
+    """What is asked of every query of one call."""
+
+    gallery: Gallery
+    k: int | None
+    min_score: float | None
+    within: IntArray | None  # positions
+    exclude_self: bool
+
+    def run(self, batch: Sequence[Asked], *, encoder: ImageEncoder | None) -> list[Hits]:
+        """The answers to `batch`; `encoder` None: there is no picture in it."""
+        pictures = [picture for asked in batch for picture in asked.pictures]
+        start = time.perf_counter()
+        pixels = encoder.preprocess(pictures) if encoder else None
+        preprocessed = time.perf_counter()
+        encoded = self._encoded(encoder, pixels, rows=len(pictures))
+        done = time.perf_counter()
+        answers = [self.gallery.hits(found) for found in self._found(batch, encoded)]
+        searched = time.perf_counter()
+        # Seconds of the batch -> milliseconds of one query; items take none of the encoder's time.
+        each, with_pictures = 1000.0 / len(batch), 1000.0 / max(1, sum(bool(asked.pictures) for asked in batch))
+        return [
+            self._hits(
+                asked,
+                hits,
+                encoder=encoder if asked.pictures else None,
+                preprocess=(preprocessed - start) * with_pictures,
+                encode=(done - preprocessed) * with_pictures,
+                search=(searched - done) * each,
+            )
+            for asked, hits in zip(batch, answers, strict=True)
+        ]
+
+    def _encoded(self, encoder: ImageEncoder | None, pixels: FloatArray | None, *, rows: int) -> Iterator[FloatArray]:
+        if encoder is None or pixels is None:
+            return iter(())
+        dim = self.gallery.snapshot.manifest.encoder.embedding_dim
+        return iter(_checked(encoder.encode(pixels), rows=rows, dim=dim))
+
+    def _found(self, batch: Sequence[Asked], encoded: Iterator[FloatArray]) -> Iterator[Found]:
+        parts = [embeddings(asked, encoded, self.gallery) for asked in batch]
+        own = [own_positions(asked, self.gallery) if self.exclude_self else set[int]() for asked in batch]
+        blended = [number for number, asked in enumerate(batch) if asked.blend.fusion == "mean"]
+        nearest = iter(
+            self.gallery.nearest(
+                np.stack([mean(batch[number], parts[number]) for number in blended]),
+                k=self.k,
+                min_score=self.min_score,
+                within=self.within,
+                without=[own[number] for number in blended],
+            )
+            if blended
+            else ()
+        )
+        for asked, part, without in zip(batch, parts, own, strict=True):
+            yield next(nearest) if asked.blend.fusion == "mean" else self._by_rank(asked, part, without)
+
+    def _by_rank(self, asked: Asked, parts: FloatArray, without: set[int]) -> Found:
+        answers = self.gallery.nearest(
+            parts, k=depth(self.k), min_score=None, within=self.within, without=[without] * len(parts)
+        )
+        positions, votes = fuse_ranks(asked, answers, ids=self.gallery.ids, k=self.k)
+        enough = votes >= (-np.inf if self.min_score is None else self.min_score)
+        return positions[enough], votes[enough]
+
+    def _hits(
+        self,
+        asked: Asked,
+        hits: tuple[Hit, ...],
+        *,
+        encoder: ImageEncoder | None,
+        preprocess: float,
+        encode: float,
+        search: float,
+    ) -> Hits:
+        if encoder is None:
+            preprocess = encode = 0.0
+        manifest = self.gallery.snapshot.manifest
+        return Hits(
+            hits=hits,
+            query=name_of(asked, self.gallery),
+            spec=str(encoder.spec) if encoder else manifest.encoder.spec,
+            runtime=encoder.runtime if encoder else "index",
+            generation=manifest.generation,
+            latency_ms=Latency(preprocess=preprocess, encode=encode, search=search, total=preprocess + encode + search),
+        )
+
+
+def _group(gallery: Gallery, positions: IntArray) -> DuplicateGroup:
+    ordered = positions[np.argsort(gallery.ids[positions])]
+    vectors = gallery.vectors.vectors(ordered)
+    scores = exact_scores(vectors, vectors[0])
+    return DuplicateGroup(
+        pictures=tuple(
+            Duplicate(
+                id=int(gallery.ids[position]),
+                path=gallery.path(position),
+                score=min(1.0, max(-1.0, score)),
+                same_content=gallery.digests[position] == gallery.digests[int(ordered[0])],
+            )
+            for position, score in zip(ordered.tolist(), scores.tolist(), strict=True)
+        )
+    )
+
+
+def _score(value: float | None) -> float | None:
+    if value is not None and (isinstance(value, bool | str) or not -1 <= value <= 1):  # also refuses NaN
+        raise SearchError(what=f"min_score is {value!r}", where="search", fix="give a number from -1 to 1")
+    return value
+
+
 def _positive(value: int, *, name: str) -> int:
     # A bool is an int to Python; numpy's integers are none, but mean one.
     if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 1:
         raise SearchError(what=f"{name} is {value!r}", where="search", fix=f"give a {name} of 1 or more")
     return index(value)
-
-
-def _batches(images: Iterable[ImageSource], size: int) -> Iterator[list[ImageSource]]:
-    remaining = iter(images)
-    while batch := list(islice(remaining, size)):
-        for image in batch:
-            if not isinstance(image, _PICTURE):
-                raise SearchError(
-                    what=f"a {type(image).__name__} is no picture",
-                    where="search",
-                    fix="give a path, a file's bytes, or a PIL image",
-                )
-        yield batch
-
-
-def _search_batch(images: Sequence[ImageSource], *, gallery: _Gallery, encoder: ImageEncoder, k: int) -> Iterator[Hits]:
-    start = time.perf_counter()
-    pixels = encoder.preprocess(images)
-    preprocessed = time.perf_counter()
-    queries = _checked(encoder.encode(pixels), rows=len(images), dim=gallery.snapshot.manifest.encoder.embedding_dim)
-    encoded = time.perf_counter()
-    answers = [gallery.hits(*found) for found in gallery.vectors.search(queries, k=k)]
-    searched = time.perf_counter()
-    share = 1000.0 / len(images)  # seconds of the batch -> milliseconds of one query
-    latency = Latency(
-        preprocess=(preprocessed - start) * share,
-        encode=(encoded - preprocessed) * share,
-        search=(searched - encoded) * share,
-        total=(searched - start) * share,
-    )
-    for image, hits in zip(images, answers, strict=True):
-        yield Hits(
-            hits=hits,
-            query=None if isinstance(image, bytes | Image.Image) else os.fspath(image),
-            spec=str(encoder.spec),
-            runtime=encoder.runtime,
-            generation=gallery.snapshot.manifest.generation,
-            latency_ms=latency,
-        )
 
 
 def _checked(queries: FloatArray, *, rows: int, dim: int) -> FloatArray:

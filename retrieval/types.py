@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,8 @@ class Hit:
     rank: int  # from 1
     id: int  # stable over all generations of the index
     path: Path  # absolute
-    score: float  # cosine similarity, in [-1, 1]
+    score: float  # in [-1, 1]: cosine similarity, or votes when a `Blend` was fused by rank
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # the user's, and the folder as "label"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +119,9 @@ class Hits(Sequence[Hit]):
     """The answer to one query: its hits, best first, and how they were found."""
 
     hits: tuple[Hit, ...]
-    query: str | None  # the path that was searched with; None for bytes and PIL images
+    query: str | None  # the path that was searched with, or several; None for bytes and PIL images
     spec: str  # canonical string of the submodel that encoded the query
-    runtime: str  # what computed it, for example "torch-cpu"
+    runtime: str  # what computed it, for example "torch-cpu"; "index" for items, whose embeddings are stored
     generation: int  # of the index
     latency_ms: Latency
 
@@ -133,3 +134,30 @@ class Hits(Sequence[Hit]):
 
     def __len__(self) -> int:
         return len(self.hits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duplicate:
+    """One picture of a group of near-duplicates."""
+
+    id: int
+    path: Path  # absolute
+    score: float  # cosine similarity to the group's first picture, in [-1, 1]
+    same_content: bool  # its file's bytes are those of the group's first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DuplicateGroup(Sequence[Duplicate]):
+    """Two or more pictures, by id, that are linked: each is as similar as asked to another one of them."""
+
+    pictures: tuple[Duplicate, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> Duplicate: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Duplicate, ...]: ...
+    def __getitem__(self, index: int | slice) -> Duplicate | tuple[Duplicate, ...]:
+        return self.pictures[index]
+
+    def __len__(self) -> int:
+        return len(self.pictures)

@@ -43,7 +43,10 @@ def test_an_index_of_format_1_is_read(version_1, elastic, picture):
 
 def test_the_public_names_are_the_documented_ones():
     assert retrieval.__all__ == [
+        "Blend",
         "CompactReport",
+        "Duplicate",
+        "DuplicateGroup",
         "EmbeddingError",
         "EncoderMismatchError",
         "Hit",

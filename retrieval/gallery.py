@@ -1,0 +1,171 @@
+"""One generation of an index in memory, ready to be searched."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matvit.preprocess import FloatArray
+from retrieval.errors import SearchError
+from retrieval.exact import Found, Vectors, exact_search
+from retrieval.filters import Column, Where, parse_where
+from retrieval.flat import FlatSearch
+from retrieval.items import IntArray, Place
+from retrieval.manifest import read_current
+from retrieval.snapshot import Snapshot
+from retrieval.types import Hit
+
+LABEL = "label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """N pictures that can be found: where they are, what is known of them, and their vectors."""
+
+    snapshot: Snapshot
+    ids: IntArray  # (N,) int64, live pictures of all segments in order
+    places: Sequence[Place]  # (N,) where their files are
+    digests: Sequence[bytes]  # (N,) sha256 of their files' content
+    vectors: Vectors
+    _metadata: Sequence[str] = field(repr=False)  # (N,) JSON objects as text: parsed, a million would fill the memory
+    _columns: dict[str, Column] = field(default_factory=dict, repr=False)  # those that were asked for
+
+    @classmethod
+    def open(cls, folder: Path, *, reuse: Snapshot | None = None) -> Gallery:
+        """The generation that counts. Raises IndexFormatError."""
+        return read_current(folder, lambda _: cls._read(Snapshot.open(folder, reuse=reuse)))
+
+    @classmethod
+    def _read(cls, snapshot: Snapshot) -> Gallery:
+        """All that searching needs is in memory afterwards: a writer may remove the files, and none stays open."""
+        live = [(segment, segment.live_rows()) for segment in snapshot.segments]
+        none = np.empty(0, dtype=np.int64)
+        ids = np.concatenate([none, *(segment.row_ids[rows] for segment, rows in live)])
+        places: list[Place] = []
+        metadata: list[str] = []
+        digests: list[bytes] = []
+        for segment, rows in live:
+            every = segment.items.pictures()
+            for row in rows.tolist():
+                picture = every[row]
+                places.append(picture.place)
+                metadata.append(sys.intern(picture.metadata))
+                digests.append(bytes.fromhex(picture.content_sha256))
+        vectors = FlatSearch(
+            ids,
+            (segment.embeddings()[rows] for segment, rows in live),
+            dim=snapshot.manifest.encoder.embedding_dim,
+        )
+        return cls(snapshot=snapshot, ids=ids, places=places, digests=digests, vectors=vectors, _metadata=metadata)
+
+    @cached_property
+    def positions(self) -> Mapping[int, int]:
+        """Position by id."""
+        return {number: position for position, number in enumerate(self.ids.tolist())}
+
+    @cached_property
+    def _by_file(self) -> Mapping[str, int]:
+        return {self.snapshot.file_name(place): position for position, place in enumerate(self.places)}
+
+    @cached_property
+    def by_digest(self) -> Mapping[bytes, tuple[int, ...]]:
+        """Positions of the pictures whose files have the same content, ascending."""
+        found: dict[bytes, tuple[int, ...]] = {}
+        for position, digest in enumerate(self.digests):
+            found[digest] = (*found.get(digest, ()), position)
+        return found
+
+    def same_picture(self, *, file: str | None, digest: bytes | None) -> set[int]:
+        """Positions of the pictures that lie at the absolute path `file`, or have the content `digest`."""
+        found = set() if digest is None else set(self.by_digest.get(digest, ()))
+        if file is not None and file in self._by_file:
+            found.add(self._by_file[file])
+        return found
+
+    def path(self, position: int) -> Path:
+        """The absolute path of one picture."""
+        return self.snapshot.full_path(self.places[position])
+
+    def metadata(self, position: int) -> dict[str, Any]:
+        """What is stored of one picture; without a label of its own, it has the folder below the indexed one for it."""
+        stored: dict[str, Any] = json.loads(self._metadata[position])
+        folder = self.places[position][1].rpartition(b"/")[0]
+        if LABEL not in stored and folder:
+            stored[LABEL] = folder.decode(errors="replace")
+        return stored
+
+    def allowed(self, where: Where | None) -> IntArray | None:
+        """Ascending positions of the pictures that `where` allows; None: all of them.
+
+        Raises SearchError for a condition that is none, or a name that no picture has.
+        """
+        if where is None:
+            return None
+        allowed = np.arange(len(self.ids), dtype=np.int64)
+        for name, condition in parse_where(where).items():
+            if len(self.ids):
+                allowed = np.intersect1d(allowed, condition.select(self._column(name), name=name), assume_unique=True)
+        return allowed
+
+    def nearest(
+        self,
+        queries: FloatArray,
+        *,
+        k: int | None,
+        min_score: float | None,
+        within: IntArray | None,
+        without: Sequence[set[int]],
+    ) -> list[Found]:
+        """For each of `queries` (Q, D): the `k` best (None: all) of the rows `within`, but none of its `without`."""
+        spare = None if k is None else k + max(map(len, without), default=0)
+        if within is None and spare is not None:
+            answers = self.vectors.search(queries, k=spare)
+        else:
+            answers = exact_search(self.vectors, queries, ids=self.ids, within=within, k=spare, min_score=min_score)
+        return [
+            _trimmed(found, k=k, min_score=min_score, without=own) for found, own in zip(answers, without, strict=True)
+        ]
+
+    def hits(self, found: Found) -> tuple[Hit, ...]:
+        """Join what was found with its files."""
+        positions, scores = found
+        return tuple(
+            Hit(
+                rank=rank,
+                id=int(self.ids[position]),
+                path=self.path(position),
+                score=min(1.0, max(-1.0, score)),  # unit length is exact to rounding only
+                metadata=self.metadata(position),
+            )
+            for rank, (position, score) in enumerate(zip(positions.tolist(), scores.tolist(), strict=True), start=1)
+        )
+
+    def _column(self, name: str) -> Column:
+        if name not in self._columns:  # two threads may both read it, and find the same
+            column = Column.of([self.metadata(position).get(name) for position in range(len(self.ids))])
+            if not column.positions:
+                known = sorted({key for position in range(len(self.ids)) for key in self.metadata(position)})
+                raise SearchError(
+                    what=f"no picture has '{name}'",
+                    where="where",
+                    fix=f"use one of: {', '.join(known)}" if known else "index the pictures with metadata",
+                )
+            self._columns[name] = column
+        return self._columns[name]
+
+
+def _trimmed(found: Found, *, k: int | None, min_score: float | None, without: set[int]) -> Found:
+    positions, scores = found
+    if without:
+        others = ~np.isin(positions, list(without))
+        positions, scores = positions[others], scores[others]
+    if min_score is not None:
+        positions, scores = positions[scores >= min_score], scores[scores >= min_score]
+    return positions[:k], scores[:k]
