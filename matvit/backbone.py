@@ -1,7 +1,7 @@
 """Which timm models can be made elastic, and how one is described and built again.
 
-Today: `timm.models.vision_transformer.VisionTransformer` with plain blocks and `Mlp` feed-forwards
-(plain ViT, DeiT, DINOv2 with layer scale, with or without class token and registers).
+Today: `timm.models.vision_transformer.VisionTransformer` with pre-norm blocks and plain or gated feed-forwards
+(plain ViT, DeiT, DINOv2 up to giant, SigLIP with its attention pooling, with or without class token and registers).
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from typing import Annotated, Any, Literal
 import timm.layers.activations
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
-from timm.layers import Attention, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed, QuickGELU
+from timm.layers import Attention, GELUTanh, LayerNorm, LayerScale, PatchEmbed, QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from matvit import attention_pool, feed_forward
 from matvit.errors import BackboneError
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": GELUTanh,
     "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
+    "silu": nn.SiLU,
 }
 Size = Annotated[int, Field(ge=1, le=2**16)]  # a config from elsewhere cannot ask for more than can be built
 
@@ -40,6 +42,7 @@ class ViTConfig(BaseModel):
     num_heads: Size
     head_dim: Size | None = None  # None: embed_dim / num_heads; a submodel with fewer heads keeps their width
     ffn_widths: Annotated[tuple[Size, ...], Field(max_length=1000)]  # hidden units of each block
+    ffn: feed_forward.Kind = "mlp"
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-6
     qkv_bias: bool = True
@@ -54,8 +57,15 @@ class ViTConfig(BaseModel):
     pre_norm: bool = False
     final_norm: bool = True
     fc_norm: bool = False
-    pool: Literal["token", "avg", "avgmax", "max"] = "token"
+    pool: Literal["token", "avg", "avgmax", "max", "map"] = "token"
     pool_include_prefix: bool = False
+    pool_heads: int = Field(default=0, ge=0, le=2**16)  # of pooling "map": attention with a learned query
+    pool_ffn_width: int = Field(default=0, ge=0, le=2**16)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forwards multiply two projections of their input."""
+        return self.ffn != "mlp"
 
     @property
     def head_width(self) -> int:
@@ -69,6 +79,10 @@ class ViTConfig(BaseModel):
         uneven = self.head_dim is None and self.embed_dim % self.num_heads
         if self.image_size % self.patch_size or uneven:
             raise ValueError("image_size or embed_dim is not a multiple of patch_size or num_heads")
+        if {self.pool == "map"} != {self.pool_heads > 0, self.pool_ffn_width > 0}:
+            raise ValueError("pooling 'map', and no other, needs pool_heads and pool_ffn_width")
+        if self.pool_heads and self.embed_dim % self.pool_heads:
+            raise ValueError("embed_dim is not a multiple of pool_heads")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pooling 'token' needs a class token")
         return self
@@ -78,7 +92,7 @@ def describe(vit: Any) -> ViTConfig:
     """The config of a timm model, its classifier left out. Raises BackboneError when it cannot be made elastic."""
     if type(vit) is not VisionTransformer:
         raise _refusal(f"{type(vit).__name__} is not a plain timm VisionTransformer")
-    if vit.attn_pool is not None or vit.global_pool not in {"token", "avg", "avgmax", "max"}:
+    if vit.global_pool not in {"token", "avg", "avgmax", "max", "map"}:
         raise _refusal(f"pooling '{vit.global_pool}' is not supported")
     if not len(vit.blocks):
         raise _refusal("it has no blocks")
@@ -104,6 +118,7 @@ def describe(vit: Any) -> ViTConfig:
         fc_norm=not isinstance(vit.fc_norm, nn.Identity),
         pool=vit.global_pool,
         pool_include_prefix=vit.pool_include_prefix,
+        **attention_pool.describe(vit),
     )
 
 
@@ -112,6 +127,7 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
 
     Raises BackboneError when names or shapes do not match.
     """
+    activation = ACTIVATIONS[config.activation]
     vit = VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -134,7 +150,7 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
         fc_norm=config.fc_norm,
         pool_include_prefix=config.pool_include_prefix,
         norm_layer=partial(LayerNorm, eps=config.norm_eps),
-        act_layer=ACTIVATIONS[config.activation],
+        act_layer=activation,
         weight_init="skip",
         device="meta",
     )
@@ -152,8 +168,17 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
                 norm_layer=partial(LayerNorm, eps=config.norm_eps),
                 device="meta",
             )
-        block.mlp = Mlp(
-            config.embed_dim, width, act_layer=ACTIVATIONS[config.activation], bias=config.proj_bias, device="meta"
+        block.mlp = feed_forward.build(
+            config.ffn, dim=config.embed_dim, width=width, activation=activation, bias=config.proj_bias
+        )
+    if config.pool == "map":
+        vit.attn_pool = attention_pool.build(
+            dim=config.embed_dim,
+            heads=config.pool_heads,
+            ffn_width=config.pool_ffn_width,
+            qkv_bias=config.qkv_bias,
+            norm_eps=config.norm_eps,
+            activation=activation,
         )
     try:
         vit.load_state_dict(state, strict=True, assign=True)
@@ -170,6 +195,7 @@ def _describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
         {
             "num_heads": block.attn.num_heads,
             "head_dim": _unusual_head_dim(block.attn),
+            "ffn": feed_forward.kind_of(block.mlp),
             "activation": _activation_name(block.mlp.act),
             "qkv_bias": block.attn.qkv.bias is not None,
             "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
@@ -181,7 +207,7 @@ def _describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
     eps = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
     if len(eps) != 1 or any(kind != kinds[0] for kind in kinds):
         raise _refusal("its blocks or norms differ in more than FFN width")
-    widths = tuple(block.mlp.fc1.out_features for block in vit.blocks)
+    widths = tuple(block.mlp.fc2.in_features for block in vit.blocks)
     return {"ffn_widths": widths, "norm_eps": eps.pop(), **kinds[0]}
 
 
@@ -196,9 +222,9 @@ def _check_block(block: Any, index: int) -> None:
         raise _refusal(f"{where} has attention of another kind ({type(attn).__name__})")
     if 3 * attn.num_heads * attn.head_dim != attn.qkv.out_features:
         raise _refusal(f"{where} has {attn.num_heads} attention heads of another size than its projection")
-    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity):
+    if feed_forward.kind_of(mlp) is None:
         raise _refusal(f"{where} has a feed-forward of another kind ({type(mlp).__name__})")
-    if not isinstance(mlp.fc1, nn.Linear) or not isinstance(block.norm1, nn.LayerNorm):
+    if not isinstance(mlp.fc2, nn.Linear) or not isinstance(block.norm1, nn.LayerNorm):
         raise _refusal(f"{where} does not use Linear layers and LayerNorm")
 
 
@@ -220,5 +246,5 @@ def _refusal(what: str) -> BackboneError:
     return BackboneError(
         what=what,
         where="timm model",
-        fix="use a plain timm ViT, DeiT or DINOv2 model with Mlp blocks (for example vit_small_patch16_224)",
+        fix="use a plain timm ViT, DeiT, DINOv2 or SigLIP model (for example vit_small_patch16_224)",
     )

@@ -120,6 +120,8 @@ def _timm_arguments(config: backbone.ViTConfig) -> dict[str, Any] | None:
         and config.norm_eps == 1e-6  # timm's default; another one would need a Python object
         and config.patch_bias
         and config.head_dim is None
+        and config.ffn == "mlp"  # timm names no other layer by text
+        and (config.pool != "map" or config.pool_ffn_width == width)  # one ratio for blocks and pooling
     )
     if not expressible:
         return None

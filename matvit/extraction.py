@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from matvit import positions
-from matvit.heads import cut_heads, linear
+from matvit import feed_forward, positions
+from matvit.heads import cut_heads
 from matvit.spec import SubmodelSpec
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def extract(model: MatViT, spec: SubmodelSpec) -> VisionTransformer:
     for block, index in zip(kept, spec.kept_blocks, strict=True):
         width = spec.widths[index]
         memo[id(block.attn)] = cut_heads(block.attn, spec.heads)
-        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-        memo[id(fc1)] = linear(fc1.weight[:width], None if fc1.bias is None else fc1.bias[:width])
-        memo[id(fc2)] = linear(fc2.weight[:, :width], fc2.bias)
+        memo |= feed_forward.slices(block.mlp, width)
     memo[id(model.vit.blocks)] = nn.Sequential(*(copy.deepcopy(block, memo) for block in kept))
     vit: VisionTransformer = copy.deepcopy(model.vit, memo)
     _set_resolution(vit, model, spec.image_size)

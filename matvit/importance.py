@@ -10,6 +10,8 @@ from timm.layers import Attention, LayerScale
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from matvit import feed_forward
+
 if TYPE_CHECKING:
     from matvit.model import MatViT
 
@@ -25,7 +27,7 @@ def order_by_importance(model: MatViT, images: torch.Tensor) -> None:
         squares = _mean_squares(model, images, [block.mlp.fc2 for block in model.vit.blocks])
         for block, square in zip(model.vit.blocks, squares, strict=True):
             importance = square.sqrt() * _outgoing_norm(block.mlp.fc2, block.ls2)
-            _permute(block.mlp.fc1, block.mlp.fc2, torch.argsort(importance, descending=True, stable=True))
+            feed_forward.permute(block.mlp, torch.argsort(importance, descending=True, stable=True))
         if not model.axes.heads:
             return
         squares = _mean_squares(model, images, [block.attn.proj for block in model.vit.blocks])
@@ -41,13 +43,6 @@ def _outgoing_norm(outgoing: nn.Linear, layer_scale: nn.Module) -> torch.Tensor:
         scaled = scaled * layer_scale.gamma[:, None]
     norm: torch.Tensor = torch.linalg.vector_norm(scaled, dim=0)
     return norm
-
-
-def _permute(incoming: nn.Linear, outgoing: nn.Linear, order: torch.Tensor) -> None:
-    incoming.weight.copy_(incoming.weight[order])
-    if incoming.bias is not None:
-        incoming.bias.copy_(incoming.bias[order])
-    outgoing.weight.copy_(outgoing.weight[:, order])
 
 
 def _permute_heads(attention: Attention, order: torch.Tensor) -> None:

@@ -13,12 +13,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
-from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from matvit import backbone, cost, identity, positions
 from matvit.errors import BackboneError, SpecError
+from matvit.feed_forward import nested_ffn
 from matvit.heads import nested_attention
 from matvit.preprocess import Preprocessing
 from matvit.spec import EncoderShape, SubmodelSpec
@@ -35,25 +35,11 @@ class AxesConfig(BaseModel):
     image_size_step: int = 0  # pixels
 
 
-def nested_ffn(mlp: Mlp, tokens: Tensor, width: int) -> Tensor:
-    """The FFN on its first `width` hidden units: (B, N, D) -> (B, N, D), computing only the slices.
-
-    Source: MatFormer, arXiv 2310.07707, section 3.1.
-    """
-    hidden = mlp.drop1(mlp.act(F.linear(tokens, *_rows(mlp.fc1, width))))  # (B, N, width)
-    output: Tensor = mlp.drop2(F.linear(hidden, mlp.fc2.weight[:, :width], mlp.fc2.bias))
-    return output
-
-
 def run_block(block: Block, tokens: Tensor, width: int, heads: int) -> Tensor:
     """timm's pre-norm block, cut to `width` hidden units and `heads` attention heads: (B, N, D) -> (B, N, D)."""
     tokens = tokens + block.drop_path1(block.ls1(nested_attention(block.attn, block.norm1(tokens), heads)))
     output: Tensor = tokens + block.drop_path2(block.ls2(nested_ffn(block.mlp, block.norm2(tokens), width)))
     return output
-
-
-def _rows(linear: nn.Linear, width: int) -> tuple[Tensor, Tensor | None]:
-    return linear.weight[:width], None if linear.bias is None else linear.bias[:width]
 
 
 class MatViT(nn.Module):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import LayerNorm, QuickGELU
+from timm.layers import LayerNorm, QuickGELU, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from matvit import MatViT
 from matvit.model import AxesConfig
@@ -23,6 +23,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "clip": {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5), "act_layer": QuickGELU},
     "qk-norm": {"qk_norm": True, "act_layer": "gelu_tanh"},
     "no-bias": {"qkv_bias": False, "proj_bias": False, "act_layer": "gelu"},
+    "giant": {"mlp_layer": SwiGLUPacked, "mlp_ratio": 8, "act_layer": nn.SiLU, "init_values": 1e-5, "reg_tokens": 2},
+    "swiglu": {"mlp_layer": SwiGLU, "act_layer": nn.SiLU},
+    "siglip": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
     "no-positions": {"pos_embed": "none", "global_pool": "avgmax", "pool_include_prefix": True, "final_norm": False},
 }
 

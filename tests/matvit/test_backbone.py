@@ -32,12 +32,13 @@ ACCEPTED = {
     "vit_medium_patch16_gap_240": {"img_size": 32},
     "test_vit2": {"img_size": 32},
     "flexivit_small": {"img_size": 32},
+    "vit_giant_patch14_dinov2": {"img_size": 28, "embed_dim": 96, "num_heads": 4},
+    "vit_base_patch16_siglip_224": {"img_size": 32},
 }
 REFUSED = {
     "eva02_tiny_patch14_224": "Eva",
     "vit_small_patch16_dinov3": "Eva",
-    "vit_giant_patch14_dinov2": "feed-forward of another kind",
-    "vit_base_patch16_siglip_224": "pooling 'map'",
+    "aimv2_large_patch14_224": "patch embedding",
     "vit_small_patch16_18x2_224": "ParallelThingsBlock",
     "vit_base_patch16_xp_224": "ParallelScalingBlock",
     "vit_dwee_patch16_reg1_gap_256": "DiffAttention",
@@ -85,7 +86,7 @@ def _set(path: str, value: object) -> Callable[[VisionTransformer], None]:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (_set("blocks.2.mlp", SwiGLU(32, 64)), "SwiGLU"),
+        (_set("blocks.2.mlp", SwiGLU(32, 64, act_layer=nn.GELU)), "differ in more than FFN width"),
         (_set("blocks.2.mlp", GluMlp(32, 64)), "GluMlp"),
         (_set("blocks.1.mlp.norm", nn.LayerNorm(128)), "block 1 has a feed-forward of another kind"),
         (_set("blocks.1.mlp.act", nn.Tanh()), "activation Tanh"),
@@ -141,6 +142,9 @@ def test_weights_that_do_not_fit_are_refused(plain_vit: VisionTransformer) -> No
         {"reg_tokens": 10**12},
         {"activation": "swish"},
         {"class_token": False},
+        {"pool": "map"},
+        {"pool_heads": 4},
+        {"pool": "map", "pool_heads": 5, "pool_ffn_width": 8},
         {"norm_eps": 0},
         {"extra": 1},
     ],

@@ -52,9 +52,12 @@ def test_extracted_module_is_plain_timm_and_really_smaller(model: MatViT) -> Non
     small = model.extract("2S.2M")
     assert type(small) is VisionTransformer
     assert not small.training
-    assert [block.mlp.fc1.out_features for block in small.blocks] == [16, 16, 32, 32]
+    assert [block.mlp.fc2.in_features for block in small.blocks] == [16, 16, 32, 32]
     for block in small.blocks:
-        assert block.mlp.fc1.weight.shape == (block.mlp.fc2.in_features, 32)
+        width = block.mlp.fc2.in_features
+        incoming = [layer.weight for name, layer in block.mlp.named_children() if name.startswith("fc1")]
+        gated = model.config.gated
+        assert sum(weight.shape[0] for weight in incoming) == (1 + gated) * width
         assert block.mlp.fc2.weight.untyped_storage().nbytes() == block.mlp.fc2.weight.numel() * 4  # no view of XL
     small.reset_classifier(5)
     assert small(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
