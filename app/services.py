@@ -19,7 +19,17 @@ from matvit.progress import Progress, silent
 if TYPE_CHECKING:
     from matvit import MatViT
     from matvit_app.demo import DemoTable
-    from retrieval.types import CompactReport, Hits, IndexInfo, IngestReport, RepairReport, UpgradeReport
+    from retrieval.filters import Where
+    from retrieval.queries import Fusion
+    from retrieval.types import (
+        CompactReport,
+        DuplicateGroup,
+        Hits,
+        IndexInfo,
+        IngestReport,
+        RepairReport,
+        UpgradeReport,
+    )
 
 DEFAULT_CHECKPOINT = "matvit-small"
 DEFAULT_INDEX = Path("photos.index")  # in the current folder, for `index` and `search` alike
@@ -70,20 +80,52 @@ def ingest(
     return Index.open(path).ingest(sources, encoder=encoder, delete=delete, progress=progress)
 
 
-def search(images: Sequence[Path], *, path: Path, encoder: str, k: int) -> list[Hits]:
-    """The k most similar pictures of the index at `path` for each picture, found by the submodel `encoder`.
+def search(
+    like: Sequence[Path | int],
+    *,
+    path: Path,
+    encoder: str,
+    k: int | None,
+    min_score: float | None = None,
+    where: Where | None = None,
+    exclude_self: bool = False,
+    unlike: Sequence[Path] = (),
+    fusion: Fusion | None = None,
+) -> list[Hits]:
+    """What the index at `path` has that looks like each of `like` (pictures, or ids), found by the submodel `encoder`.
 
+    `fusion`: `like` and `unlike` are one query. The others are those of `Retriever.search`.
     Raises MatVitError: a damaged index, an encoder that is gone, a wrong spec, an unreadable picture.
     """
-    from retrieval import Retriever
+    from retrieval import Blend, Retriever
     from retrieval.loading import os_reason
 
-    for image in images:  # before the encoder is loaded, which takes seconds
-        try:
-            image.stat()
-        except OSError as error:
-            raise ImageError(what=os_reason(error), where=str(image), fix="name pictures that are there") from error
-    return Retriever.open(path).search_many(images, encoder=encoder, k=k)
+    for image in (*like, *unlike):  # before the encoder is loaded, which takes seconds
+        if isinstance(image, Path):
+            try:
+                image.stat()
+            except OSError as error:
+                raise ImageError(what=os_reason(error), where=str(image), fix="name pictures that are there") from error
+    return Retriever.open(path).search_many(
+        [Blend(like, unlike=unlike, fusion=fusion)] if fusion else like,
+        encoder=encoder,
+        k=k,
+        min_score=min_score,
+        where=where,
+        exclude_self=exclude_self,
+    )
+
+
+def duplicates(path: Path, *, min_score: float | None, progress: Progress = silent) -> list[DuplicateGroup]:
+    """See `retrieval.Retriever.duplicates`. Raises MatVitError: a damaged index."""
+    from retrieval import Retriever
+
+    return Retriever.open(path).duplicates(min_score=min_score, progress=progress)
+
+
+def group_json(group: DuplicateGroup) -> list[dict[str, Any]]:
+    """The form that `matvit duplicates --json` prints for one group."""
+    return [{**asdict(picture), "path": os.fspath(picture.path)} for picture in group]
 
 
 def compact(path: Path, *, progress: Progress = silent) -> CompactReport:
@@ -127,7 +169,7 @@ def ingest_json(report: IngestReport) -> dict[str, Any]:
 
 def hits_json(hits: Hits, *, encoder: str) -> dict[str, Any]:
     """The form that `matvit search --json` prints for one query; `encoder` is what was asked for."""
-    found = [{"rank": hit.rank, "id": hit.id, "path": os.fspath(hit.path), "score": hit.score} for hit in hits]
+    found = [{**asdict(hit), "path": os.fspath(hit.path)} for hit in hits]
     return {
         "query": hits.query,
         "encoder": encoder,

@@ -13,7 +13,21 @@ from typer.core import TyperCommand
 
 from matvit.errors import MatVitError, MissingExtraError
 from matvit_app.cli import app as app_command
-from matvit_app.cli import compact, demo, doctor, evaluate, extract, index, info, repair, search, train, upgrade, verify
+from matvit_app.cli import (
+    compact,
+    demo,
+    doctor,
+    duplicates,
+    evaluate,
+    extract,
+    index,
+    info,
+    repair,
+    search,
+    train,
+    upgrade,
+    verify,
+)
 from matvit_app.cli.output import say
 from matvit_app.doctor import extra_of
 
@@ -56,6 +70,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor.doctor,
     "verify": verify.verify,
     "compact": compact.compact,
+    "duplicates": duplicates.duplicates,
     "upgrade": upgrade.upgrade,
     "repair": repair.repair,
 }

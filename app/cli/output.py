@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,6 +54,12 @@ def write_table(
     console.print(table)
     if caption:
         console.print(Text(caption))
+
+
+def short_path(path: Path) -> str:
+    """`path`, relative to the current folder where it lies below it."""
+    here = Path.cwd()
+    return os.fspath(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def say(message: str) -> None:

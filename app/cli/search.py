@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, write_json, write_table
+from matvit_app.cli.output import JsonFlag, short_path, write_json, write_table
+from matvit_app.cli.where import parse_conditions
 
 if TYPE_CHECKING:
     from retrieval.types import Hits
@@ -17,14 +17,41 @@ if TYPE_CHECKING:
 
 def search(
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGES...", help="The pictures to search with.", show_default=False)
-    ],
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGES...]", help="The pictures to search with, each on its own.", show_default=False),
+    ] = None,
     *,
     path: Annotated[Path, typer.Option("--index", help="The index to search.")] = services.DEFAULT_INDEX,
+    items: Annotated[
+        list[int] | None, typer.Option("--item", metavar="ID", help="Search with a picture of the index; repeatable.")
+    ] = None,
     encoder: Annotated[
         str, typer.Option(metavar="SPEC", help="The submodel that searches: S, M, L, XL, or a spec such as 6S.6XL.")
     ] = "XL",
-    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Hits for each picture.")] = 10,
+    k: Annotated[
+        int | None, typer.Option("-k", "--k", min=1, help="Hits for each query. [default: 10; with --min-score: all]")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option(min=-1, max=1, help="Only hits that score at least this.", show_default=False)
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Only pictures whose metadata is so: label=dog, price>=3. Repeatable; several = mean any of them.",
+        ),
+    ] = None,
+    exclude_self: Annotated[
+        bool, typer.Option("--exclude-self", help="Leave out the query's own file, and files with its content.")
+    ] = False,
+    unlike: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="IMAGE", help="Less like this picture; repeatable. Makes all pictures one query."),
+    ] = None,
+    fuse: Annotated[
+        Literal["mean", "rank"] | None,
+        typer.Option(help="All pictures are one query: by their mean, or by the rank in the answer to each."),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Find the pictures of an index that look most like the given ones.
@@ -35,8 +62,23 @@ def search(
     Examples:
       matvit search picture.jpg --encoder S
       matvit search *.jpg --index products.index -k 3 --json
+      matvit search picture.jpg --where label=dog --where "year>=2020" --min-score 0.5
+      matvit search this.jpg that.jpg --unlike other.jpg --fuse rank
     """
-    answers = services.search(images, path=path, encoder=encoder, k=k)
+    like = [*(images or ()), *(items or ())]
+    if not like:
+        raise typer.BadParameter("there is nothing to search with; name pictures, or give --item")
+    answers = services.search(
+        like,
+        path=path,
+        encoder=encoder,
+        k=10 if k is None and min_score is None else k,
+        min_score=min_score,
+        where=parse_conditions(where or ()),
+        exclude_self=exclude_self,
+        unlike=unlike or (),
+        fusion=fuse or ("mean" if unlike else None),
+    )
     if json:
         write_json({"queries": [services.hits_json(hits, encoder=encoder) for hits in answers]})
         return
@@ -46,17 +88,24 @@ def search(
 
 def _show(hits: Hits) -> None:
     latency = hits.latency_ms
-    here = Path.cwd()
-    rows = [[str(hit.rank), f"{hit.score:.3f}", _short(hit.path, here)] for hit in hits]
+    rows = [
+        [
+            str(hit.rank),
+            f"{hit.score:.3f}",
+            short_path(hit.path),
+            ", ".join(f"{k}={v}" for k, v in hit.metadata.items()),
+        ]
+        for hit in hits
+    ]
     write_table(
-        ["rank", "score", "picture"],
+        ["rank", "score", "picture", "metadata"],
         rows,
         title=f"{hits.query}",
         caption=f"{hits.spec} on {hits.runtime}: {latency.total:.1f} ms = preprocess {latency.preprocess:.1f} "
         f"+ encode {latency.encode:.1f} + search {latency.search:.1f}",
-        text_columns=3,
+        text_columns=4,
     )
 
 
-def _short(path: Path, here: Path) -> str:
-    return os.fspath(path.relative_to(here) if path.is_relative_to(here) else path)
+def _text(metadata: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in metadata.items())

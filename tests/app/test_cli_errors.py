@@ -52,6 +52,20 @@ def test_search_with_a_missing_file_says_so_before_the_encoder_is_loaded(run, in
     refused(run("search", picture, tmp_path / "gone.jpg", "--index", index), "gone.jpg: no such file; name")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--where", "label"], ["'label' is no condition", "label=dog"]),
+        (["--where", "price>=3", "--where", "price=4"], ["another condition on 'price'"]),
+        (["--where", "lable=dogs"], ["no picture has 'lable'", "label"]),
+        (["--item", "10000"], ["no picture with id 10000"]),
+    ],
+)
+def test_search_with_what_cannot_be_meant(run, index, picture, arguments, words):
+    images = [picture] if "--where" in arguments else []
+    refused(run("search", *images, *arguments, "--index", index), *words)
+
+
 def test_search_with_a_file_that_is_no_picture(run, index, no_picture):
     refused(run("search", no_picture, "--index", index, "--json"), "notes.txt", "not a picture")
 
@@ -231,7 +245,7 @@ def test_app_on_an_index_that_is_none(run, photos):
     ("arguments", "words"),
     [
         (["seek"], ["seek"]),
-        (["search"], ["IMAGES"]),
+        (["search"], ["nothing to search with", "name pictures"]),
         (["search", "a.jpg", "--fast"], ["--fast"]),
         (["extract", "tiny"], ["--spec"]),
         (["app", "--port", "70000"], ["--port"]),

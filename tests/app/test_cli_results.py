@@ -82,7 +82,7 @@ def test_search_finds_the_picture_itself_first(run, index, photos):
     for query, answer in zip(queries, done.json["queries"], strict=True):
         assert list(answer) == ["query", "encoder", "spec", "runtime", "latency_ms", "hits"]
         assert list(answer["latency_ms"]) == ["preprocess", "encode", "search", "total"]
-        assert [list(hit) for hit in answer["hits"]] == [["rank", "id", "path", "score"]] * 3
+        assert [list(hit) for hit in answer["hits"]] == [["rank", "id", "path", "score", "metadata"]] * 3
         assert answer["query"] == answer["hits"][0]["path"] == str(query)
         assert answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
         assert [hit["rank"] for hit in answer["hits"]] == [1, 2, 3]
@@ -113,6 +113,43 @@ def test_any_file_name_survives_json_and_cannot_upset_a_terminal(run, own_index,
     shown = run("search", path, "--index", own_index, "-k", 2)
     assert shown.code == 0
     assert "\x1b[31m" not in shown.out
+
+
+def test_search_takes_conditions_thresholds_items_and_several_pictures_as_one_query(run, index, photos):
+    cat, dog = photos / "cats" / "0.png", photos / "dogs" / "0.png"
+
+    def hits(*arguments):
+        done = run("search", *arguments, "--index", index, "--json")
+        assert (done.code, done.err) == (0, "")
+        [query] = done.json["queries"]
+        return query["hits"]
+
+    assert {hit["metadata"]["label"] for hit in hits(cat, "--where", "label=dogs")} == {"dogs"}
+    assert len(hits(cat, "--where", "label=dogs", "--where", "label=cats")) == 8
+    assert len(hits(cat, "--min-score", -1)) == 8
+    own = hits(cat, "-k", 1)[0]
+    assert hits("--item", own["id"], "-k", 1)[0]["path"] == str(cat)
+    assert str(cat) not in [hit["path"] for hit in hits(cat, "--exclude-self")]
+    for options, name in (
+        (["--fuse", "mean", dog], f"{cat} + {dog}"),
+        (["--fuse", "rank", dog], f"{cat} + {dog}"),
+        (["--unlike", dog], f"{cat} - {dog}"),
+    ):
+        [query] = run("search", cat, *options, "--index", index, "-k", 3, "--json").json["queries"]
+        assert (query["query"], len(query["hits"])) == (name, 3)
+
+
+def test_duplicates_are_listed_in_groups(run, own_index):
+    pictures = own_index.parent / "photos"
+    shutil.copy(pictures / "cats" / "0.png", pictures / "dogs" / "copy.png")
+    assert run("index", pictures, "--index", own_index).code == 0
+    for arguments in (["--exact"], ["--min-score", "1"]):
+        [group] = run("duplicates", own_index, *arguments, "--json").json["groups"]
+        assert [list(picture) for picture in group] == [["id", "path", "score", "same_content"]] * 2
+        assert [Path(picture["path"]).name for picture in group] == ["0.png", "copy.png"]
+    shown = run("duplicates", own_index, "--exact")
+    assert shown.out.startswith("1 group, 2 pictures")
+    assert "copy.png" in shown.out
 
 
 # --- info and verify -----------------------------------------------------------------------------

@@ -20,7 +20,19 @@ COMMANDS = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
 OPTIONS = {
     "demo": ["--no-app", "--host", "--port", "--no-browser", "--json"],
     "index": ["images", "--index", "--encoder", "--delete", "--strict", "--json"],
-    "search": ["images", "--index", "--encoder", "-k", "--json"],
+    "search": [
+        "images",
+        "--index",
+        "--item",
+        "--encoder",
+        "-k",
+        "--min-score",
+        "--where",
+        "--exclude-self",
+        "--unlike",
+        "--fuse",
+        "--json",
+    ],
     "info": ["target", "--json"],
     "train": ["recipe", "--out", "--fresh", "--json"],
     "extract": ["checkpoint", "--spec", "--out", "--json"],
@@ -43,6 +55,7 @@ OPTIONS = {
     "doctor": ["--json"],
     "verify": ["target", "--sample", "--json"],
     "compact": ["path", "--json"],
+    "duplicates": ["path", "--min-score", "--exact", "--json"],
     "upgrade": ["path", "--encoder", "--drop-missing", "--json"],
     "repair": ["path", "--encoder", "--drop-lost", "--json"],
 }

@@ -1,0 +1,47 @@
+"""`matvit duplicates`: pictures of an index that are, or look, the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matvit_app import services
+from matvit_app.cli.output import JsonFlag, short_path, write_json, write_line, write_table
+from matvit_app.cli.progress import progress_bar
+
+
+def duplicates(
+    path: Annotated[Path, typer.Argument(metavar="INDEX", help="The index.")],
+    *,
+    min_score: Annotated[
+        float, typer.Option(min=-1, max=1, help="Cosine similarity from which on two pictures are linked.")
+    ] = 0.95,
+    exact: Annotated[bool, typer.Option("--exact", help="Only files with the same content: quick.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """List groups of pictures that look the same.
+
+    Every pair is compared, so the time grows with the square of the index. A group is all that links reach.
+    Nothing is deleted.
+
+    \b
+    Examples:
+      matvit duplicates photos.index
+      matvit duplicates photos.index --min-score 0.98 --json
+      matvit duplicates photos.index --exact
+    """
+    with progress_bar() as progress:
+        groups = services.duplicates(path, min_score=None if exact else min_score, progress=progress)
+    if json:
+        write_json({"groups": [services.group_json(group) for group in groups]})
+        return
+    rows = [
+        [str(number), short_path(picture.path), "same file" if picture.same_content else "", f"{picture.score:.3f}"]
+        for number, group in enumerate(groups, start=1)
+        for picture in group
+    ]
+    write_line(f"{len(groups)} group{'s' * (len(groups) != 1)}, {len(rows)} pictures")
+    if rows:
+        write_table(["group", "picture", "content", "score"], rows, text_columns=3)
