@@ -1,6 +1,6 @@
 # People and .ci/run use the same commands. `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help check lint format types test slow browser clean-install demo bench ci
+.PHONY: help check lint format types test slow browser clean-install demo bench soak ci
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -38,6 +38,9 @@ bench:  ## the measured claims of the README
 	python benchmarks/query_cost.py
 	python benchmarks/search.py
 	python benchmarks/open_index.py
+
+soak:  ## the index's hardest tests in their long forms, hours; writes docs/soak.md
+	python benchmarks/soak.py
 
 ci:  ## all of it, in a fresh environment
 	.ci/run

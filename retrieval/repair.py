@@ -64,7 +64,8 @@ def repair_index(folder: Path, *, encoder: ElasticEncoder | None, drop_lost: boo
                 (folder / name).mkdir(exist_ok=True)
         damage: list[str] = []
         base = _find_base(folder, damage)
-        return _Repair(folder, base, damage=damage, encoder=encoder, progress=progress).run(drop_lost=drop_lost)
+        repair = _Repair(folder, base, damage=damage, encoder=encoder, progress=progress)
+        return repair.run(drop_lost=drop_lost)
 
 
 class _Repair:
@@ -93,7 +94,7 @@ class _Repair:
         deletions = self._without_doubles(whole)
         held = {number for segment in whole for number in _live_ids(segment)}
         entries = list(self._bring_back(damaged, held))
-        unnamed = sum(segment.unnamed for segment in damaged)
+        unnamed = sum(segment.unnamed for segment in damaged) + self._lose_later(held)
         if (self._lost or unnamed) and not drop_lost:
             return self._report(unnamed, generation=self._base.generation, leftovers=0, whole=False)
         writer = GenerationWriter(self._folder, self._base)
@@ -122,6 +123,26 @@ class _Repair:
             generation=generation,
             whole=whole,
         )
+
+    def _lose_later(self, held: set[int]) -> int:
+        """List the items of segments that only later manifests, which are lost, have named; gives the unnamed ones."""
+        if self._base.generation >= max([0, *map(_number, _manifests(self._folder))]):
+            return 0
+        unnamed = 0
+        named = {entry.name for entry in self._base.segments}
+        for path in sorted((self._folder / SEGMENTS).glob(f"[0-9a-f]*/{ITEMS}")):
+            if path.parent.name in named:
+                continue
+            try:
+                items = [item for item in ItemStore(path).all() if item.id not in held and item.status == OK]
+            except (IndexFormatError, TypeError, ValueError):
+                items = []
+            for item in items:
+                if self._is_ours(item):
+                    self._lose(item, "it came with a generation whose manifest is lost")
+                else:
+                    unnamed += 1
+        return unnamed
 
     def _whole_deletions(self) -> dict[str, DeletionsEntry]:
         kept = {}
@@ -171,7 +192,7 @@ class _Repair:
         root, path = item.place
         parts = path.split(b"/") if isinstance(path, bytes) else [b".."]
         outside = not path or b"\0" in path or path.startswith(b"/") or b".." in parts
-        return root in self._base.roots and not outside and 0 <= item.id < self._base.next_id
+        return root in self._base.roots and not outside
 
     def _without_doubles(self, whole: Sequence[OpenSegment]) -> dict[str, DeletionsEntry]:
         """The deletions, with those made good that a later segment's ids prove."""

@@ -149,7 +149,13 @@ def test_lost_deletions_are_told_and_ids_stay_single(index, photos, elastic, pic
 
 def test_a_truncated_manifest_falls_back_to_an_older_generation_and_says_so(index, photos, elastic):
     os.truncate(manifest_of(index), 100)
+    before = files_of(index)
     report = Index.repair(index.path, encoder=elastic)
+    assert not report.whole
+    assert len(report.lost) + report.lost_unnamed > 0
+    assert files_of(index) == before
+    report = Index.repair(index.path, encoder=elastic, drop_lost=True)
+    assert report.whole
     assert any("is the newest that can be used" in sentence for sentence in report.damage)
     assert Index.open(index.path).verify() == []
 
