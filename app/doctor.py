@@ -19,6 +19,7 @@ from matvit.errors import MatVitError, MissingExtraError
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch", "torchvision", "timm"),
     "parquet": ("pyarrow",),
+    "fsspec": ("fsspec",),
     "app": ("streamlit", "altair"),
     "train": ("lightning_fabric", "yaml"),
 }

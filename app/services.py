@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -66,8 +67,9 @@ def ingest(
     """
     from retrieval.errors import IndexExistsError
     from retrieval.index import Index, build_index
+    from retrieval.sources import find_files
 
-    sources = list(images)
+    sources = find_files(images)  # before an encoder is loaded, which takes seconds
     encoder: MatViT | None
     if not is_index(path):
         encoder = load_encoder(checkpoint or DEFAULT_CHECKPOINT)
@@ -98,7 +100,7 @@ def search(
     Raises MatVitError: a damaged index, an encoder that is gone, a wrong spec, an unreadable picture.
     """
     from retrieval import Blend, Retriever
-    from retrieval.loading import os_reason
+    from retrieval.locations import os_reason
 
     for image in (*like, *unlike):  # before the encoder is loaded, which takes seconds
         if isinstance(image, Path):
@@ -125,7 +127,9 @@ def duplicates(path: Path, *, min_score: float | None, progress: Progress = sile
 
 def group_json(group: DuplicateGroup) -> list[dict[str, Any]]:
     """The form that `matvit duplicates --json` prints for one group."""
-    return [{**asdict(picture), "path": os.fspath(picture.path)} for picture in group]
+    from retrieval.locations import location
+
+    return [{**asdict(picture), "path": location(picture.path)} for picture in group]
 
 
 def compact(path: Path, *, progress: Progress = silent) -> CompactReport:
@@ -155,7 +159,9 @@ def repair(
 
 def ingest_json(report: IngestReport) -> dict[str, Any]:
     """The form that `matvit index --json` prints."""
-    skipped = [{"path": os.fspath(file.path), "reason": file.reason} for file in report.skipped]
+    from retrieval.locations import location
+
+    skipped = [{"path": location(file.path), "reason": file.reason} for file in report.skipped]
     return {
         "indexed": report.indexed,
         "unchanged": report.unchanged,
@@ -169,7 +175,9 @@ def ingest_json(report: IngestReport) -> dict[str, Any]:
 
 def hits_json(hits: Hits, *, encoder: str) -> dict[str, Any]:
     """The form that `matvit search --json` prints for one query; `encoder` is what was asked for."""
-    found = [{**asdict(hit), "path": os.fspath(hit.path)} for hit in hits]
+    from retrieval.locations import location
+
+    found = [{**asdict(hit), "path": location(hit.path)} for hit in hits]
     return {
         "query": hits.query,
         "encoder": encoder,
@@ -205,6 +213,8 @@ def info_of(target: str) -> dict[str, Any]:
     if not is_index(Path(target)):
         _check_is_checkpoint(target)
         return _encoder_info(load_encoder(target))
+    from retrieval.locations import location
+
     index = index_info(Path(target))
     if index.encoder_source is None:
         raise CheckpointError(
@@ -220,7 +230,14 @@ def info_of(target: str) -> dict[str, Any]:
         "index_type": index.index_type,
         "bytes": index.bytes,
         "skipped": len(index.skipped),
+        "skipped_reasons": _reasons(index),
+        "skipped_files": [{"path": location(file.path), "reason": file.reason} for file in index.skipped],
     }
+
+
+def _reasons(index: IndexInfo) -> dict[str, int]:
+    """How many files were skipped for each reason, the most frequent first; what is in brackets is one file's own."""
+    return dict(Counter(file.reason.partition(" (")[0] for file in index.skipped).most_common())
 
 
 def _check_is_checkpoint(target: str) -> None:

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from io import BufferedReader
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit: larger ones are refused before decoding, as bombs
+MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # by all scans of a progressive JPEG; cameras' and editors' have about ten
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _TILE = 1024  # pixels a side: pictures that need arithmetic are converted in such pieces
 _FIX = "give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file"
@@ -84,6 +85,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
         with _opened(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            _check_scans(image, source)
             if draft_size:
                 image.draft("RGB", (draft_size, draft_size))
             image.load()
@@ -96,7 +98,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
         ) from error
 
 
-def _opened(source: str | os.PathLike[str] | bytes | BufferedReader) -> Image.Image:
+def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image:
     """The file with its header read, without Pillow's warning of large pictures: the caller has its own limit."""
     # Filters of warnings are the process's: one thread at a time changes them and puts them back.
     with _WARNINGS, warnings.catch_warnings():
@@ -104,7 +106,17 @@ def _opened(source: str | os.PathLike[str] | bytes | BufferedReader) -> Image.Im
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
-def header_size(file: BufferedReader, *, path: str | os.PathLike[str]) -> tuple[int, int] | None:
+def _check_scans(image: Image.Image, source: str | os.PathLike[str] | bytes) -> None:
+    """A progressive JPEG goes over all its pixels once for each scan: thousands of them would take hours."""
+    if image.format not in {"JPEG", "MPO"} or "progressive" not in image.info:
+        return
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    scans = data.count(b"\xff\xda")
+    if scans * image.width * image.height > MAX_SCANNED_PIXELS:
+        raise ValueError(f"{scans} scans")
+
+
+def header_size(file: BinaryIO, *, path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """Width and height as the header of the open `file` says, nothing decoded; None when the header is damaged.
 
     Leaves the file at its beginning. Raises ImageError, naming `path`, when it is no picture in a supported format.

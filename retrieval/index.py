@@ -112,13 +112,15 @@ class Index:
 
     def ingest(
         self,
-        images: Images,
+        images: Images | Found,
         *,
         encoder: ElasticEncoder | None = None,
         delete: bool = False,
         progress: Progress = silent,
     ) -> IngestReport:
-        """Bring the index up to date with `images`: a folder, a file, a pattern, or several of those.
+        """Bring the index up to date with `images`: a folder, a file, a pattern, a list, a shard, a URL, or several.
+
+        docs/guides/indexing.md describes lists, shards and URLs.
 
         Files that the index holds with the same size and time, or the same content, are not embedded again.
         Files that cannot be used are skipped and listed. With `delete`, pictures whose file is gone from the
@@ -267,7 +269,7 @@ def items_of(snapshot: Snapshot, wanted: Iterable[int | str | os.PathLike[str]])
 
 
 def build_index(
-    images: Images, *, encoder: ElasticEncoder, path: str | os.PathLike[str], progress: Progress = silent
+    images: Images | Found, *, encoder: ElasticEncoder, path: str | os.PathLike[str], progress: Progress = silent
 ) -> tuple[Index, IngestReport]:
     """`Index.build`, with the report too. What a failed or interrupted run has published stays."""
     found = find_files(images)

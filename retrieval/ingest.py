@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -20,9 +20,12 @@ from matvit.progress import Progress, ProgressEvent
 from retrieval.encoders import check_shape, is_unit, normalised
 from retrieval.errors import IngestError
 from retrieval.items import OK, SKIPPED, Item
-from retrieval.loading import Known, Loaded, Loader, Task, os_reason
+from retrieval.known import Known, KnownItems
+from retrieval.loading import Loaded, Loader, Task
+from retrieval.locations import NO_TIME, Status, is_url, location, open_file, os_reason, split_member, status_of
+from retrieval.shards import Member, ShardError, Table, is_table, tar_members
 from retrieval.snapshot import Snapshot
-from retrieval.sources import Found, Roots, is_below, is_gone, lstat_error
+from retrieval.sources import TABLE, TAR, Found, FoundFile, Roots, is_below, is_gone, lstat_error
 from retrieval.types import IngestReport, SkippedFile
 from retrieval.writer import Entry, GenerationWriter
 
@@ -31,6 +34,7 @@ AHEAD = 2 * BATCH  # pictures decoded and waiting, at most: bounds the memory
 PUBLISH_ITEMS = 2048  # a kill loses at most so many pictures ...
 PUBLISH_SECONDS = 60.0  # ... or so much time
 MAX_FILE_BYTES = 512 * 2**20  # larger files are no photographs; reading one whole could exhaust the memory
+_TOO_LARGE = f"has more than {MAX_FILE_BYTES // 2**20} MiB"
 _PROGRESS_SECONDS = 0.1
 
 
@@ -46,9 +50,8 @@ class Ingest:
         self._found = found
         self._progress = progress
         self._roots = Roots(snapshot.manifest.roots, found.bases)
-        self._known = {
-            (item.root, item.path): Known(item=item, segment=segment) for segment, item in snapshot.live_items()
-        }
+        self._known = KnownItems(snapshot)
+        self._total = found.total()
         self._next_id = snapshot.manifest.next_id
         self._generation = snapshot.manifest.generation
         self._gone: dict[str, list[Known]] = {}  # to be forgotten, unless found elsewhere
@@ -68,7 +71,7 @@ class Ingest:
         gone, homes = self._find_gone()
         if delete:
             self._gone = gone
-            self._skipped = [file for file in self._skipped if os.fspath(file.path) not in homes]
+            self._skipped = [file for file in self._skipped if location(file.path) not in homes]
         try:
             self._read_and_encode()
             self._forget_gone()
@@ -97,14 +100,13 @@ class Ingest:
         And those of the named places, gone as well, that such items lay at or below.
         """
         gone: dict[str, list[Known]] = {}
-        missing = [os.fspath(file.path) for file in self._found.missing]
+        missing = [location(file.path) for file in self._found.missing]
         left: set[str] = set()
-        for known in self._known.values():
+        is_there = _Presence(self._found)
+        for known in self._known.all():
             path = self._snapshot.file_name(known.item.place)
-            if path in self._found.files:
-                continue
             homes = [place for place in missing if path == place or is_below(path, [place])]
-            if (homes or is_below(path, self._found.scopes)) and is_gone(lstat_error(path)):
+            if (homes or is_below(path, self._found.scopes)) and not is_there(path, known.item):
                 gone.setdefault(known.item.content_sha256, []).append(known)
                 left.update(homes)
         return gone, left
@@ -117,8 +119,7 @@ class Ingest:
 
     def _read_and_encode(self) -> None:
         waiting: deque[Future[Loaded | SkippedFile]] = deque()
-        held = {known.item.content_sha256: known for known in self._known.values() if known.item.status == OK}
-        loader = Loader(self._encoder, held)
+        loader = Loader(self._encoder, self._known.with_content)
         pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         try:
             for task in self._tasks():
@@ -132,23 +133,94 @@ class Ingest:
             pool.shutdown(cancel_futures=True)
 
     def _tasks(self) -> Iterator[Task]:
-        """The files that must be read; the others are counted here."""
-        for full_path in self._found.files:
-            root, path = self._roots.locate(full_path)
-            known = self._known.get((root, path))
+        """The pictures that must be read; the others are counted here."""
+        for file in self._found.files():
             try:
-                status = os.stat(full_path)  # noqa: PTH116 - a Path per file would double the time of a rerun
+                status = file.status or status_of(file.path)
             except OSError as error:
-                self._skip(full_path, os_reason(error))
+                self._skip(file.path, os_reason(error))
                 continue
-            if not stat.S_ISREG(status.st_mode):
-                self._skip(full_path, "not a regular file")
-            elif status.st_size > MAX_FILE_BYTES:
-                self._skip(full_path, f"has more than {MAX_FILE_BYTES // 2**20} MiB")
-            elif known and (known.item.size, known.item.mtime_ns) == (status.st_size, status.st_mtime_ns):
-                self._count_known(full_path, known.item)
+            if not status.regular:
+                self._skip(file.path, "not a regular file")
+            elif file.kind in {TAR, TABLE}:
+                yield from self._members(file.path, status, kind=file.kind)
             else:
-                yield Task(full_path=full_path, size=status.st_size, root=root, path=path, known=known)
+                yield from self._file(file, status)
+
+    def _file(self, file: FoundFile, status: Status) -> Iterator[Task]:
+        root, path = self._roots.locate(file.path)
+        known = self._known.at(root, path)
+        if file.problem is not None:
+            self._skip(file.path, file.problem)
+        elif status.size > MAX_FILE_BYTES:
+            self._skip(file.path, _TOO_LARGE)
+        elif known and _is_unchanged(known.item, status):
+            self._keep_known(file.path, known, file.metadata)
+        else:
+            yield Task(
+                full_path=file.path,
+                root=root,
+                path=path,
+                known=known,
+                open=partial(open_file, file.path),
+                status=status if is_url(file.path) else None,
+                metadata=file.metadata,
+            )
+
+    def _members(self, container: str, status: Status, *, kind: str) -> Iterator[Task]:
+        """The pictures of a shard or table; where it is damaged, those before that."""
+        try:
+            for member in tar_members(container) if kind == TAR else self._rows(container, status):
+                yield from self._member(container, member, status)
+        except ShardError as error:
+            self._skip(container, error.reason)
+        except OSError as error:
+            self._skip(container, os_reason(error))
+
+    def _rows(self, container: str, status: Status) -> Iterator[Member]:
+        """The rows of those row groups that hold something new; the others are counted here."""
+        table = Table(container)
+        try:
+            for number, rows in enumerate(table.groups()):
+                known = [self._known.at(*self._roots.locate(f"{container}#{row}")) for row in rows]
+                same = [one for one in known if one and _is_unchanged(one.item, status)]
+                if len(same) < len(rows):
+                    yield from table.members(number, rows.start)
+                    continue
+                for one in same:
+                    self._count_known(self._snapshot.file_name(one.item.place), one.item)
+        finally:
+            table.close()
+
+    def _member(self, container: str, member: Member, status: Status) -> Iterator[Task]:
+        full_path = f"{container}#{member.name}"
+        if member.problem is not None:
+            self._skip(full_path, member.problem)
+            return
+        root, path = self._roots.locate(full_path)
+        known = self._known.at(root, path)
+        if member.size > MAX_FILE_BYTES:
+            self._skip(full_path, _TOO_LARGE)
+        elif known and _is_unchanged(known.item, status):
+            self._keep_known(full_path, known, member.metadata)
+        else:
+            yield Task(
+                full_path=full_path,
+                root=root,
+                path=path,
+                known=known,
+                open=partial(member.open, container),
+                status=status,
+                metadata=member.metadata,
+            )
+
+    def _keep_known(self, full_path: str, known: Known, metadata: str | None) -> None:
+        """A file that did not change; what a list says of it may have."""
+        if metadata is not None and metadata != known.item.metadata:
+            item = replace(known.item, metadata=metadata, row=None)
+            self._pending.append(Entry(item=item, embedding=_embedding(known), replaces=known.segment.entry.name))
+            self._publish_when_due()
+        self._count_known(full_path, known.item)
 
     def _take(self, loaded: Loaded | SkippedFile) -> None:
         if isinstance(loaded, SkippedFile):
@@ -164,6 +236,9 @@ class Ingest:
         else:
             self._pending.append(_entry(loaded, self._item(loaded), None))
             self._skip(loaded.task.full_path, loaded.reason or "")
+        self._publish_when_due()
+
+    def _publish_when_due(self) -> None:
         due = time.monotonic() - self._published_at > PUBLISH_SECONDS
         if len(self._pending) >= PUBLISH_ITEMS or due:
             self._publish()
@@ -196,6 +271,7 @@ class Ingest:
             mtime_ns=loaded.mtime_ns,
             width=loaded.width,
             height=loaded.height,
+            metadata=loaded.task.metadata or (known.item.metadata if known else "{}"),
             status=SKIPPED if loaded.reason else OK,
             reason=loaded.reason,
             row=None,
@@ -255,11 +331,54 @@ class Ingest:
             ProgressEvent(
                 stage="index",
                 done=self._done,
-                total=len(self._found.files),
+                total=self._total,
                 unit="pictures",
                 note=f"{rate}{len(self._skipped)} skipped",
             )
         )
+
+
+class _Presence:
+    """Whether the picture of an item is still there: asks the disk, not what was found by its name."""
+
+    def __init__(self, found: Found) -> None:
+        self._found = found
+        self._members: tuple[str, frozenset[str] | int] = "", 0  # of the shard that was asked for last
+
+    def __call__(self, path: str, item: Item) -> bool:
+        container, member = split_member(path)
+        if is_url(container):
+            return self._found.holds(container) and (member is None or self._holds(container, member, item))
+        error = lstat_error(container)
+        if error is not None or member is None:
+            return not is_gone(error)
+        return self._holds(container, member, item)
+
+    def _holds(self, container: str, member: str, item: Item) -> bool:
+        try:
+            if _is_unchanged(item, status_of(container)):
+                return True
+            if self._members[0] != container:
+                self._members = container, _names(container)
+        except OSError:  # says nothing about what was in it
+            return True
+        names = self._members[1]
+        return int(member) < names if isinstance(names, int) else member in names
+
+
+def _names(container: str) -> frozenset[str] | int:
+    """The members of a tar shard, or the number of rows of a table. Raises OSError."""
+    if not is_table(container):
+        return frozenset(member.name for member in tar_members(container))
+    table = Table(container)
+    try:
+        return len(table)
+    finally:
+        table.close()
+
+
+def _is_unchanged(item: Item, status: Status) -> bool:
+    return status.mtime_ns != NO_TIME and (item.size, item.mtime_ns) == (status.size, status.mtime_ns)
 
 
 def _entry(loaded: Loaded, item: Item, embedding: FloatArray | None) -> Entry:

@@ -54,6 +54,7 @@ class Item:
     mtime_ns: int
     width: int | None  # pixels as stored, before any EXIF rotation; None when it could not be told
     height: int | None
+    metadata: str = "{}"  # the user's, a JSON object
     status: str  # OK or SKIPPED
     reason: str | None  # why it was skipped
     row: int | None  # into the segment's embeddings

@@ -5,39 +5,34 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError
 from matvit.preprocess import FloatArray, header_size
-from retrieval.items import Item
-from retrieval.snapshot import OpenSegment
+from retrieval.known import Known
+from retrieval.locations import Open, Status, one_line, os_reason
 from retrieval.types import SkippedFile
 
-LARGE_BYTES = 64 * 2**20  # one file above it at a time: they are read whole
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """An item that the index already has, and where."""
-
-    item: Item
-    segment: OpenSegment
+DECODED_BYTES = 8  # of memory for each pixel, at worst: a picture, and a copy of it in RGB
+MEMORY_BYTES = 1536 * 2**20  # for all pictures that are decoded at once; one at its largest fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One file that must be read, because it is new or its size or time changed."""
+    """One picture that must be read, because it is new or its size or time changed."""
 
-    full_path: str
-    size: int  # bytes
+    full_path: str  # its location, for messages
     root: str
     path: bytes
     known: Known | None  # what the index has under this very path
+    open: Open
+    status: Status | None = None  # of a shard or a store's file; None: the open file's own
+    metadata: str | None = None  # a JSON object; None: what the index has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +50,38 @@ class Loaded:
     same: Known | None = None  # an item with this content
 
 
+class MemoryBudget:
+    """Memory that threads share: they wait until theirs is free. One that needs more than all of it has it alone."""
+
+    def __init__(self, size: int) -> None:
+        """`size`: bytes."""
+        self._size = size
+        self._used = 0
+        self._free = threading.Condition()
+
+    @contextmanager
+    def reserve(self, size: int) -> Iterator[None]:
+        """Hold `size` bytes while the block runs."""
+        size = min(size, self._size)
+        with self._free:
+            self._free.wait_for(lambda: self._used + size <= self._size)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._free:
+                self._used -= size
+                self._free.notify_all()
+
+
 class Loader:
     """Reads files for one encoder. Safe from any thread."""
 
-    def __init__(self, encoder: ImageEncoder, held: Mapping[str, Known]) -> None:
-        """`held`: pictures that the index has, by their content's sha256; they are not decoded again."""
+    def __init__(self, encoder: ImageEncoder, held: Callable[[str], Known | None]) -> None:
+        """`held`: the picture that the index has, by its content's sha256; such are not decoded again."""
         self._encoder = encoder
         self._held = held
-        self._large = threading.Lock()
+        self._memory = MemoryBudget(MEMORY_BYTES)
 
     def load(self, task: Task) -> Loaded | SkippedFile:
         """Read and preprocess one file.
@@ -70,13 +89,15 @@ class Loader:
         A SkippedFile comes back when the file could not be read: it says nothing about the content, so the
         index does not remember it and the next run tries again.
         """
-        with self._large if task.size > LARGE_BYTES else nullcontext():
-            try:
-                with Path(task.full_path).open("rb") as file:
-                    loaded, data = _read(task, file)
-            except OSError as error:
-                return SkippedFile(path=Path(task.full_path), reason=os_reason(error))
-            return self._decode(loaded, data)
+        try:
+            with task.open() as file:
+                status = task.status or _status(file)
+                reason, size = _sniff(file, task)
+                pixels = size[0] * size[1] if size else 0
+                with self._memory.reserve(_length(file) + DECODED_BYTES * pixels if reason is None else 0):
+                    return self._decode(*_read(task, file, status, reason, size))
+        except OSError as error:
+            return SkippedFile(path=Path(task.full_path), reason=os_reason(error))
 
     def _decode(self, loaded: Loaded, data: bytes) -> Loaded:
         known = loaded.task.known
@@ -84,29 +105,43 @@ class Loader:
             return replace(loaded, reason=None, same=known)
         if loaded.reason is not None:
             return loaded
-        if same := self._held.get(loaded.content_sha256):
+        if same := self._held(loaded.content_sha256):
             return replace(loaded, same=same)
         try:
             return replace(loaded, pixels=self._encoder.preprocess([data]))
         except ImageError as error:
-            return replace(loaded, width=None, height=None, reason=_one_line(error.what))
+            return replace(loaded, width=None, height=None, reason=one_line(error.what))
 
 
-def _read(task: Task, file: BufferedReader) -> tuple[Loaded, bytes]:
-    """The file and, if it begins like a picture, its bytes: others, such as films, may be large."""
+def _status(file: BinaryIO) -> Status:
     status = os.fstat(file.fileno())
-    reason, data, size = None, b"", None
+    return Status(size=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+def _length(file: BinaryIO) -> int:
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return length
+
+
+def _sniff(file: BinaryIO, task: Task) -> tuple[str | None, tuple[int, int] | None]:
+    """Why it is no picture, and its width and height; only the beginning is read."""
     try:
-        size = header_size(file, path=task.full_path)
+        return None, header_size(file, path=task.full_path)
     except ImageError as error:
-        reason = error.what if status.st_size else "the file is empty"
-    if reason is None:
-        data = file.read()
+        return (error.what if _length(file) else "the file is empty"), None
+
+
+def _read(
+    task: Task, file: BinaryIO, status: Status, reason: str | None, size: tuple[int, int] | None
+) -> tuple[Loaded, bytes]:
+    """The file and, if it begins like a picture, its bytes: others, such as films, may be large."""
+    data = file.read() if reason is None else b""
     loaded = Loaded(
         task=task,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        content_sha256=hashlib.sha256(data).hexdigest() if data else hashlib.file_digest(file, "sha256").hexdigest(),
+        size=status.size,
+        mtime_ns=status.mtime_ns,
+        content_sha256=hashlib.sha256(data).hexdigest() if data else _sha256(file),
         width=size[0] if size else None,
         height=size[1] if size else None,
         reason=reason,
@@ -114,12 +149,8 @@ def _read(task: Task, file: BufferedReader) -> tuple[Loaded, bytes]:
     return loaded, data
 
 
-def os_reason(error: OSError) -> str:
-    """A short reason for a person."""
-    known: Mapping[type[OSError], str] = {FileNotFoundError: "no such file", PermissionError: "may not be read"}
-    return known.get(type(error)) or f"cannot be read ({error.strerror or type(error).__name__})"
-
-
-def _one_line(reason: str) -> str:
-    # Decoders quote bytes of damaged files: keep what a line of text and SQLite can hold.
-    return " ".join(reason.encode("utf-8", "replace").decode("utf-8").replace("\0", "").split())[:300]
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(2**18):
+        digest.update(piece)
+    return digest.hexdigest()

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from matvit.durable import write_atomic
 from retrieval.errors import IndexFormatError
 from retrieval.files import RESTORE, damaged, reading, sha256_bytes
+from retrieval.locations import is_url
 
 T = TypeVar("T")
 FileName = Literal["embeddings.f32", "items.sqlite"]  # of a segment
@@ -41,7 +42,8 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]  # far from where SQLite's and num
 
 def _absolute(folder: str) -> str:
     # Either system's: an index may be looked at on another one than it was made on.
-    if "\0" in folder or not (PurePosixPath(folder).is_absolute() or PureWindowsPath(folder).is_absolute()):
+    absolute = PurePosixPath(folder).is_absolute() or PureWindowsPath(folder).is_absolute() or is_url(folder)
+    if "\0" in folder or not absolute:
         raise ValueError("is no absolute folder")
     return folder
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from matvit.errors import ImageError
 from matvit.preprocess import FloatArray, header_size
 from retrieval.encoders import check_shape, is_unit, normalised
 from retrieval.items import Item, Place
-from retrieval.loading import os_reason
+from retrieval.locations import os_reason, read_picture, split_member, status_of
 
 BATCH = 32  # pictures encoded together
 _AHEAD = 2 * BATCH  # pictures decoded and waiting, at most
@@ -61,12 +60,11 @@ def embed_again(
 def _read(item: Item, path: str, encoder: ImageEncoder) -> tuple[Item, FloatArray | str]:
     """The item and its pixels (1, 3, H, W), or why there are none."""
     try:
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        status = status_of(split_member(path)[0])
+        if not status.regular:  # opening a pipe would wait for ever
             return item, "not a regular file"
-        with Path(path).open("rb") as file:
-            size = header_size(file, path=path)
-            data = file.read()
+        data = read_picture(path)
+        size = header_size(io.BytesIO(data), path=path)
         pixels = encoder.preprocess([data])
     except OSError as error:
         return item, os_reason(error)
@@ -75,8 +73,8 @@ def _read(item: Item, path: str, encoder: ImageEncoder) -> tuple[Item, FloatArra
     found = replace(
         item,
         content_sha256=hashlib.sha256(data).hexdigest(),
-        size=len(data),
-        mtime_ns=status.st_mtime_ns,
+        size=status.size,
+        mtime_ns=status.mtime_ns,
         width=size[0] if size else None,
         height=size[1] if size else None,
         row=None,

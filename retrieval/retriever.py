@@ -24,6 +24,7 @@ from retrieval.exact import Found, exact_scores
 from retrieval.filters import Where
 from retrieval.gallery import Gallery
 from retrieval.items import IntArray
+from retrieval.locations import read_picture
 from retrieval.queries import (
     PICTURE,
     Asked,
@@ -176,6 +177,17 @@ class Retriever:
             for positions in linked(gallery.vectors, same=same, min_score=score, progress=progress)
         ]
         return sorted(groups, key=lambda group: group[0].id)
+
+    def read_picture(self, number: int) -> bytes:
+        """The encoded bytes of the picture with this id, also of one in a shard or a store.
+
+        Raises SearchError for an id that the index does not hold, ImageError when its file cannot be read.
+        """
+        gallery = self._gallery
+        rows = np.flatnonzero(gallery.ids == number)
+        if not len(rows):
+            raise SearchError(what=f"holds no picture with id {number}", where=str(self.path), fix="see paths()")
+        return read_picture(gallery.snapshot.file_name(gallery.places[int(rows[0])]))
 
     def paths(self) -> dict[int, Path]:
         """The file of every picture that can be found, by id."""

@@ -1,4 +1,4 @@
-"""Which files are meant: folders, files and patterns -> absolute paths, and the roots that they belong to."""
+"""Which files are meant: folders, files, patterns, lists, shards, URLs -> places, and the roots that they belong to."""
 
 # Strings, because a Path per file would double the time of walking a large collection.
 # ruff: noqa: PTH100, PTH112, PTH118, PTH119, PTH120, PTH122, PTH207
@@ -8,50 +8,121 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import sqlite3
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from matvit.datasets import PICTURE_SUFFIXES
-from matvit.walk import walk_files
+from matvit.walk import walk_folders
 from retrieval.errors import IngestError
-from retrieval.loading import os_reason
+from retrieval.lists import Listed, is_list, read_list, read_table
+from retrieval.locations import (
+    Status,
+    filesystem,
+    is_url,
+    location,
+    os_reason,
+    remote_errors,
+    remote_status,
+    split_member,
+)
 from retrieval.manifest import is_index
+from retrieval.shards import ShardError, Table, is_table, is_tar
 from retrieval.types import SkippedFile
 
 PathLike = str | os.PathLike[str]
 Images = PathLike | Iterable[PathLike]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundFile:
+    """One file that was found: a picture, or one that holds pictures."""
+
+    path: str  # absolute, as `os.fsdecode` gives it, or a URL
+    kind: str  # PICTURE, TAR or TABLE
+    metadata: str | None  # a JSON object, from a list
+    problem: str | None  # why it cannot be taken
+    status: Status | None  # of a store that was listed; None: to be asked
+
+
+PICTURE, TAR, TABLE = "picture", "tar", "table"
+
+
 class Found:
-    """What `find_files` found. Paths are absolute strings, as `os.fsdecode` gives them."""
+    """What `find_files` found, each file once: in order, by `files`.
 
-    files: dict[str, None] = field(default_factory=dict)  # an ordered set
-    bases: list[str] = field(default_factory=list)  # folders that the files were named by
-    scopes: list[str] = field(default_factory=list)  # folders that were looked through
-    skipped: list[SkippedFile] = field(default_factory=list)  # folders that cannot be read
-    missing: list[SkippedFile] = field(default_factory=list)  # named, but not there
-    _real: dict[str, str] = field(default_factory=dict)  # folder -> its real path
-    _seen: set[str] = field(default_factory=set)  # real paths of folders that were walked, and of files
+    Kept in a private database of SQLite's, which goes to the disk when it is large.
+    """
 
-    def add_file(self, path: str) -> None:
-        """Take a file, once: also if links lead to its folder by several names."""
+    def __init__(self) -> None:
+        self.bases: dict[str, None] = {}  # folders that the files were named by, in order
+        self.scopes: list[str] = []  # folders, and files with pictures in them, that were looked through
+        self.skipped: list[SkippedFile] = []  # folders that cannot be read
+        self.missing: list[SkippedFile] = []  # named, but not there
+        self._real: dict[str, str] = {}  # folder -> its real path
+        self._walked: set[str] = set()  # real paths
+        self._files = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        weakref.finalize(self, self._files.close)
+        for line in ("PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", _FILES, "BEGIN"):
+            self._files.execute(line)
+
+    def __len__(self) -> int:
+        """Files; a tar shard counts as one."""
+        return int(self._files.execute("SELECT count(*) FROM files").fetchone()[0])
+
+    def files(self) -> Iterator[FoundFile]:
+        """Every file, in the order in which it was found."""
+        last = 0
+        query = "SELECT * FROM files WHERE number > ? ORDER BY number LIMIT 1000"
+        while rows := self._files.execute(query, (last,)).fetchall():
+            for number, _, path, kind, metadata, problem, size, mtime_ns in rows:
+                status = None if size is None else Status(size=size, mtime_ns=mtime_ns)
+                last = number
+                yield FoundFile(path=os.fsdecode(path), kind=kind, metadata=metadata, problem=problem, status=status)
+
+    def total(self) -> int | None:
+        """Pictures; None when only reading tar shards tells."""
+        kinds = dict(self._files.execute("SELECT kind, count(*) FROM files GROUP BY kind"))
+        return None if TAR in kinds or TABLE in kinds else kinds.get(PICTURE, 0)
+
+    def holds(self, path: str) -> bool:
+        """Whether a URL was found."""
+        return self._files.execute("SELECT 1 FROM files WHERE real = ?", (os.fsencode(path),)).fetchone() is not None
+
+    def add_file(
+        self,
+        path: str,
+        *,
+        kind: str = PICTURE,
+        metadata: str | None = None,
+        problem: str | None = None,
+        status: Status | None = None,
+    ) -> None:
+        """Take a file, once: also if links lead to its folder by several names. A list's metadata are kept."""
+        real = path if is_url(path) else self._real_path(path)
+        values = os.fsencode(real), os.fsencode(path), kind, metadata, problem
+        times = (None, None) if status is None else (status.size, status.mtime_ns)
+        self._files.execute(_INSERT, (*values, *times))
+
+    def _real_path(self, path: str) -> str:
         folder, name = os.path.split(path)
         if folder not in self._real:
             self._real[folder] = os.path.realpath(folder)
-        if self._is_new(os.path.join(self._real[folder], name)):
-            self.files[path] = None
+        return os.path.join(self._real[folder], name)
 
     def add_folder(self, folder: str) -> None:
         """Take the pictures below a folder, each folder once."""
 
         def leave_out(path: str) -> bool:
-            return is_index(Path(path)) or not self._is_new(os.path.join(os.path.realpath(path), ""))
+            return is_index(Path(path)) or not self._is_new(os.path.realpath(path))
 
-        for path in walk_files(folder, on_error=self._skip_folder, leave_out=leave_out):
-            if os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES:
-                self.add_file(path)
+        for files in walk_folders(folder, on_error=self._skip_folder, leave_out=leave_out):
+            for path in files:
+                if _is_picture(path):
+                    self.add_file(path)
 
     def folders_below(self, folder: str) -> list[str]:
         """This folder and those below it, each once, by its own name if it has one there."""
@@ -63,36 +134,68 @@ class Found:
             folders.append(path)
             return False
 
-        walk_files(folder, on_error=self._skip_folder, leave_out=leave_out)
+        deque(walk_folders(folder, on_error=self._skip_folder, leave_out=leave_out), maxlen=0)
         return folders
 
+    def note_folder(self, folder: str) -> None:
+        """A folder that is looked through."""
+        self.bases[folder] = None
+        self.scopes.append(folder)
+
     def _skip_folder(self, error: OSError) -> None:
-        reason = f"folder cannot be read ({error.strerror})"
-        folder = SkippedFile(path=Path(os.path.abspath(os.fsdecode(error.filename))), reason=reason)
+        self.skip(os.path.abspath(os.fsdecode(error.filename)), f"folder cannot be read ({error.strerror})")
+
+    def skip(self, path: str, reason: str) -> None:
+        """Something named that cannot be looked into."""
+        folder = SkippedFile(path=Path(path), reason=reason)
         if folder not in self.skipped:
             self.skipped.append(folder)
 
     def _is_new(self, real_path: str) -> bool:
-        before = len(self._seen)
-        self._seen.add(real_path)
-        return len(self._seen) > before
+        before = len(self._walked)
+        self._walked.add(real_path)
+        return len(self._walked) > before
 
 
-def find_files(images: Images) -> Found:
-    """The files that `images` (a folder, a file, a pattern, or several of those) means, in sorted order.
+_FILES = """
+CREATE TABLE files (
+    number INTEGER PRIMARY KEY, real BLOB UNIQUE, path BLOB, kind TEXT, metadata TEXT, problem TEXT,
+    size INTEGER, mtime_ns INTEGER
+)
+"""
+_INSERT = """
+INSERT INTO files (real, path, kind, metadata, problem, size, mtime_ns) VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (real) DO UPDATE SET metadata = excluded.metadata WHERE excluded.metadata IS NOT NULL
+"""
+
+
+def find_files(images: Images | Found) -> Found:
+    """The files that `images` means: a folder, a file, a pattern, a list, a shard, a URL, or several of those.
 
     Folders are walked with all their sub-folders, links to folders included, each folder once, for files
     that are named like pictures (`matvit.datasets.PICTURE_SUFFIXES`); hidden files and folders and other
-    indexes are left out. Named files are taken whatever their name. A missing one among several is listed.
-    Raises IngestError when there is nothing at all.
+    indexes are left out. Named files are taken whatever their name, except lists (.txt, .csv, .parquet with a
+    path column), whose pictures are meant, and shards (.tar, .parquet with a column of pictures). A missing
+    one among several is listed. Raises IngestError when there is nothing at all, or for a list that is none;
+    MissingExtraError for a URL without fsspec, or Parquet without pyarrow.
     """
+    if isinstance(images, Found):
+        return images
     named = [os.fspath(images)] if isinstance(images, str | os.PathLike) else [os.fspath(image) for image in images]
     found = Found()
     for name in named:
-        _add(found, name)
-    if not found.files:
-        raise _nothing(named, found.skipped)
+        name = location(name)  # noqa: PLW2901 - a URL that went through Path
+        if is_url(name) and not name.startswith("file://"):
+            _add_url(found, name)
+        else:
+            _add(found, name.removeprefix("file://"))
+    if not len(found):
+        raise _nothing(named, found)
     return found
+
+
+def _is_picture(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES
 
 
 def _add(found: Found, name: str) -> None:
@@ -102,12 +205,92 @@ def _add(found: Found, name: str) -> None:
         _add_existing(found, path)
     elif glob.has_magic(name):
         base = os.path.abspath(os.path.dirname(re.split(r"[*?\[]", name, maxsplit=1)[0]))
-        _note_folder(found, base)
+        found.note_folder(base)
         for match in _matches(found, name, base=base):
             _add_existing(found, match)
     else:
         listed = found.missing if is_gone(error) else found.skipped
         listed.append(SkippedFile(path=Path(path), reason=os_reason(error)))
+
+
+def _add_url(found: Found, url: str) -> None:
+    """The files of a store below a URL, or those that a pattern matches."""
+    system, path = filesystem(url)
+    try:
+        with remote_errors():
+            if glob.has_magic(path):
+                infos = system.glob(path, detail=True)
+                found.note_folder(system.unstrip_protocol(re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]))
+            elif system.isdir(path):
+                infos = system.find(path, detail=True)
+                found.note_folder(system.unstrip_protocol(path).rstrip("/"))
+            else:
+                infos = {path: system.info(path)}
+    except OSError as error:
+        (found.missing if is_gone(error) else found.skipped).append(
+            SkippedFile(path=Path(url), reason=os_reason(error))
+        )
+        return
+    for place, info in sorted(infos.items()):
+        one, status = system.unstrip_protocol(place), remote_status(info)
+        by_name = len(infos) == 1 or glob.has_magic(path)
+        if status.regular and (by_name or _is_picture(one)):
+            _add_file(found, one, status=status)
+
+
+def _add_existing(found: Found, path: str) -> None:
+    if os.path.isdir(path):
+        found.note_folder(path)
+        found.add_folder(path)
+    else:
+        _add_file(found, path)
+
+
+def _add_file(found: Found, path: str, *, status: Status | None = None) -> None:
+    """A file that was named: a picture, a list or a shard."""
+    if is_list(path):
+        for line in read_list(path):
+            _add_listed(found, line, source=path)
+        return
+    found.bases[os.path.dirname(path)] = None
+    if is_table(path):
+        _add_table(found, path, status)
+    elif is_tar(path):
+        found.scopes.append(path)
+        found.add_file(path, kind=TAR, status=status)
+    else:
+        found.add_file(path, status=status)
+
+
+def _add_table(found: Found, path: str, status: Status | None) -> None:
+    try:
+        table = Table(path)
+    except ShardError as error:
+        found.skip(path, error.reason)
+        return
+    try:
+        if table.image_column is None:
+            for line in read_table(table):
+                _add_listed(found, line, source=path)
+        else:
+            found.scopes.append(path)
+            found.add_file(path, kind=TABLE, status=status)
+    except ShardError as error:
+        found.skip(path, error.reason)
+    finally:
+        table.close()
+
+
+def _add_listed(found: Found, line: Listed, *, source: str) -> None:
+    error = None if is_url(line.path) else lstat_error(line.path)
+    if error is not None:
+        listed = found.missing if is_gone(error) else found.skipped
+        name = os.path.basename(source)
+        listed.append(SkippedFile(path=Path(line.path), reason=f"{os_reason(error)} (line {line.line} of {name})"))
+        return
+    folder = os.path.dirname(source)
+    found.bases[folder if is_below(line.path, [folder]) else os.path.dirname(line.path)] = None
+    found.add_file(line.path, metadata=line.metadata, problem=line.problem)
 
 
 def _matches(found: Found, pattern: str, *, base: str) -> list[str]:
@@ -148,30 +331,21 @@ def is_gone(error: OSError | None) -> bool:
     return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
-def _add_existing(found: Found, path: str) -> None:
-    if os.path.isdir(path):
-        _note_folder(found, path)
-        found.add_folder(path)
-    else:
-        found.bases.append(os.path.dirname(path))
-        found.add_file(path)
-
-
-def _note_folder(found: Found, folder: str) -> None:
-    found.bases.append(folder)
-    found.scopes.append(folder)
-
-
-def _nothing(named: list[str], skipped: list[SkippedFile]) -> IngestError:
-    if skipped:
-        first_skipped = skipped[0]
+def _nothing(named: list[str], found: Found) -> IngestError:
+    if found.skipped:
+        first_skipped = found.skipped[0]
         return IngestError(
-            what=first_skipped.reason, where=os.fspath(first_skipped.path), fix="check the disk and the permissions"
+            what=first_skipped.reason,
+            where=location(first_skipped.path),
+            fix="check the file, the disk and the permissions",
         )
     fix = "name a folder, a file or a pattern that holds pictures"
     if not named:
         return IngestError(what="no pictures were given", where="images", fix=fix)
     first = named[0]
+    if is_list(first) or is_table(first):
+        gone = f" ({location(found.missing[0].path)}: {found.missing[0].reason})" if found.missing else ""
+        return IngestError(what=f"the list names no picture that is there{gone}", where=first, fix=fix)
     if os.path.isdir(first):
         return IngestError(what="holds no pictures", where=f"folder {first}", fix=fix)
     if glob.has_magic(first):
@@ -195,7 +369,10 @@ class Roots:
 
     def locate(self, path: str) -> tuple[str, bytes]:
         """An absolute path as its root's name and the bytes of its path below it, "/" between parts."""
-        folder, name = os.path.split(path)
+        container, member = split_member(path) if "#" in path else (path, None)
+        folder, name = os.path.split(container)
+        if member is not None:
+            name = f"{name}#{member}"
         if folder not in self._found:
             root = self._search(folder)
             assert root is not None, "every file lies below one of the bases"
@@ -231,5 +408,5 @@ def _printable(folder: str) -> str:
 
 
 def is_below(path: str, folders: Iterable[str]) -> bool:
-    """Whether the absolute `path` lies below one of these absolute folders."""
-    return any(path.startswith(os.path.join(folder, "")) for folder in folders)
+    """Whether the absolute `path` lies below one of these absolute folders, or in one of these shards."""
+    return any(path.startswith((os.path.join(folder, ""), f"{folder}#")) for folder in folders)

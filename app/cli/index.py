@@ -19,7 +19,12 @@ _SHOWN = 10  # skipped files that are listed for people; --json lists all
 
 def index(
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGES...", help="Pictures, and folders of pictures.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Pictures, folders, patterns, lists (.txt, .csv, .parquet), shards (.tar, .parquet), URLs.",
+            show_default=False,
+        ),
     ],
     *,
     path: Annotated[
@@ -46,9 +51,14 @@ def index(
     Examples:
       matvit index ~/Pictures
       matvit index shop/ warehouse/ --index products.index --delete
+      matvit index products.csv 'shards/*.tar'
     """
     with progress_bar() as progress:
-        report = services.ingest(images, path=path, checkpoint=encoder, delete=delete, progress=progress)
+        try:
+            report = services.ingest(images, path=path, checkpoint=encoder, delete=delete, progress=progress)
+        except KeyboardInterrupt:
+            _show_interrupted(path)
+            raise
     if json:
         write_json(services.ingest_json(report))
     else:
@@ -57,7 +67,17 @@ def index(
         raise typer.Exit(code=1)
 
 
+def _show_interrupted(path: Path) -> None:
+    items = services.index_info(path).items if services.is_index(path) else 0
+    if items:
+        say(f"interrupted: {path} holds {items} pictures; run the same again to go on where it stopped")
+    else:
+        say("interrupted before any picture was indexed; run the same again")
+
+
 def _show(report: IngestReport, path: Path) -> None:
+    from retrieval.locations import location
+
     speed = f"{report.images_per_second:.0f} pictures/s, " if report.indexed else ""
     write_line(
         f"{path}: {report.indexed} indexed, {report.unchanged} unchanged, {report.deleted} deleted, "
@@ -67,6 +87,6 @@ def _show(report: IngestReport, path: Path) -> None:
         files = "1 file of the index is" if report.gone == 1 else f"{report.gone} files of the index are"
         say(f"{files} gone; --delete forgets {'it' if report.gone == 1 else 'them'}")
     for skipped in report.skipped[:_SHOWN]:
-        say(f"skipped {skipped.path}: {skipped.reason}")
+        say(f"skipped {location(skipped.path)}: {skipped.reason}")
     if len(report.skipped) > _SHOWN:
         say(f"skipped {len(report.skipped) - _SHOWN} more: --json lists them")

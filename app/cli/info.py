@@ -18,6 +18,9 @@ def info(
         typer.Argument(metavar="[CHECKPOINT|INDEX]", help="A bundled name, a checkpoint folder, a hub id, an index."),
     ] = services.DEFAULT_CHECKPOINT,
     *,
+    skipped: Annotated[
+        bool, typer.Option("--skipped", help="List the files of an index that are no pictures.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Show what an encoder's submodels cost, or what an index holds.
@@ -26,12 +29,16 @@ def info(
     Examples:
       matvit info
       matvit info photos.index
+      matvit info photos.index --skipped
     """
     found = services.info_of(target)
+    files = found.pop("skipped_files", [])
     if json:
-        write_json(found)
+        write_json(found | {"skipped_files": files} if skipped else found)
     else:
         _show(found)
+        for file in files if skipped else ():
+            write_line(f"skipped {file['path']}: {file['reason']}")
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -40,6 +47,8 @@ def _show(found: dict[str, Any]) -> None:
             f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, "
             f"{found['index_type']} search, generation {found['generation']}"
         )
+        for reason, count in found["skipped_reasons"].items():
+            write_line(f"skipped {count}: {reason}")
     write_line(f"encoder {found['encoder']}, {found['embedding_dim']} numbers a picture")
     write_line(f"space {found['space_id']}")
     write_line(f"cut along: {', '.join(found['axes'])}")

@@ -26,6 +26,7 @@ from matvit_app.ui.latency import STEPS, latency_chart
 from matvit_app.ui.pictures import STYLE, Tile, figure, plain, readable, thumbnail
 from matvit_data import DemoPhoto, demo_photos
 from retrieval import Retriever
+from retrieval.locations import location, read_picture, split_member, status_of
 from retrieval.manifest import read_pointer
 from retrieval.types import Hit
 
@@ -88,13 +89,14 @@ def _demo_by_file() -> dict[Path, DemoPhoto]:
 
 @st.cache_data(show_spinner=False, max_entries=2000, hash_funcs=_PATHS)
 def _thumbnail(path: Path, changed_ns: int) -> bytes:  # noqa: ARG001 (a changed file is read anew)
-    return thumbnail(path)
+    return thumbnail(read_picture(path))
 
 
 def _thumbnail_of(path: Path) -> bytes | None:
     try:
-        return _thumbnail(path, path.stat().st_mtime_ns)
-    except (ImageError, OSError):
+        file, _ = split_member(location(path))
+        return _thumbnail(path, status_of(file).mtime_ns)
+    except (MatVitError, OSError):
         return None
 
 
@@ -126,8 +128,16 @@ def _choose_picture(offered: list[Example]) -> Query | None:
     st.file_uploader("Or search with your own picture", type=UPLOADS, key="upload", on_change=_pick, args=(None,))
     if chosen is not None:
         names = {example.path: example.name for example in offered}
-        return Query(image=chosen, name=names.get(chosen) or _name(chosen), file=chosen)
+        return Query(image=_readable(chosen), name=names.get(chosen) or _name(chosen), file=chosen)
     return None if upload is None else _read_upload(upload.name, upload.getvalue())
+
+
+def _readable(path: Path) -> ImageSource:
+    """What the encoder reads: a file by its path, a picture in a shard or a store as its bytes."""
+    try:
+        return path if path.is_file() else read_picture(path)
+    except MatVitError:  # the search says so
+        return path
 
 
 def _pick(path: Path | None) -> None:

@@ -394,3 +394,26 @@ def test_repair_finds_a_lost_current_and_says_what_it_did(run, own_index, tmp_pa
     assert (shown.code, len(shown.json["lost"]), shown.json["whole"]) == (1, 1, False)
     assert run("repair", own_index, "--drop-lost", "--json").json["embedded"] == 7
     assert run("verify", own_index).code == 0
+
+
+def test_info_tells_skipped_files_by_reason_and_lists_them_on_demand(run, photos, checkpoint, tmp_path):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((photos / "cats" / "0.png").read_bytes())
+    for name in ("b.png", "c.png"):
+        (folder / name).write_bytes((folder / "a.png").read_bytes()[: -30 if name < "c" else -60])
+    index = tmp_path / "i"
+    assert run("index", folder, "--index", index, "--encoder", checkpoint).code == 0
+    found = run("info", index, "--json").json
+    assert (found["skipped"], found["skipped_reasons"]) == (2, {"damaged picture": 2})
+    assert "skipped_files" not in found
+    listed = run("info", index, "--skipped", "--json").json["skipped_files"]
+    assert [file["path"] for file in listed] == [str(folder / "b.png"), str(folder / "c.png")]
+    assert "skipped 2: damaged picture" in run("info", index).out
+    assert f"skipped {folder / 'b.png'}: damaged picture" in run("info", index, "--skipped").out
+
+
+def test_a_folder_without_pictures_is_told_before_an_encoder_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("matvit_app.services.load_encoder", None)  # any use would fail
+    done = run("index", tmp_path, "--index", tmp_path / "i")
+    assert (done.code, "holds no pictures" in done.err) == (2, True)

@@ -21,6 +21,26 @@ def test_ctrl_c_ends_with_130_and_says_nothing(run, monkeypatch):
     assert (done.code, done.out, done.err) == (130, "", "")
 
 
+def test_ctrl_c_while_indexing_says_how_to_go_on(run, photos, checkpoint, tmp_path, monkeypatch):
+    from retrieval.index import Index
+
+    place = tmp_path / "a.index"
+    assert run("index", photos / "cats", "--index", place, "--encoder", checkpoint).code == 0
+    monkeypatch.setattr(Index, "ingest", interrupted)
+    done = run("index", photos, "--index", place)
+    assert (done.code, done.out) == (130, "")
+    assert done.err == f"interrupted: {place} holds 4 pictures; run the same again to go on where it stopped\n"
+
+
+def test_ctrl_c_before_anything_was_indexed_leaves_no_index(run, photos, checkpoint, tmp_path, monkeypatch):
+    from retrieval.ingest import Ingest
+
+    monkeypatch.setattr(Ingest, "run", interrupted)
+    done = run("index", photos, "--index", tmp_path / "a.index", "--encoder", checkpoint)
+    assert (done.code, done.err.startswith("interrupted before any picture")) == (130, True)
+    assert not (tmp_path / "a.index").exists()
+
+
 def test_a_reader_that_closes_the_pipe_gets_no_traceback(checkpoint):
     reader, writer = os.pipe()
     os.close(reader)

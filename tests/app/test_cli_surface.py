@@ -33,7 +33,7 @@ OPTIONS = {
         "--fuse",
         "--json",
     ],
-    "info": ["target", "--json"],
+    "info": ["target", "--skipped", "--json"],
     "train": ["recipe", "--out", "--fresh", "--json"],
     "extract": ["checkpoint", "--spec", "--out", "--json"],
     "eval": [

@@ -12,8 +12,12 @@ from retrieval import Index, IngestError
 from retrieval.sources import Roots, find_files
 
 
+def paths(images):
+    return [file.path for file in find_files(images).files()]
+
+
 def names(images, below):
-    return [os.path.relpath(path, below) for path in find_files(images).files]
+    return [os.path.relpath(path, below) for path in paths(images)]
 
 
 def test_a_folder_is_walked_sorted_and_without_hidden_files(photos):
@@ -43,9 +47,9 @@ def test_loops_of_links_end_and_linked_folders_are_followed_once(photos, tmp_pat
 
 
 def test_an_index_among_the_pictures_is_left_out(photos, elastic):
-    before = find_files(photos).files
+    before = paths(photos)
     Index.create(photos / "my.index", encoder=elastic)
-    assert find_files(photos).files == before
+    assert paths(photos) == before
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,7 @@ def unreadable(monkeypatch):
 def test_a_folder_that_cannot_be_read_is_listed_and_the_others_are_walked(photos, unreadable):
     unreadable(photos / "sub")
     found = find_files([photos, str(photos / "**")])
-    assert len(found.files) == 7
+    assert len(found) == 7
     assert [(file.path, file.reason) for file in found.skipped] == [
         (photos / "sub", "folder cannot be read (Permission denied)")
     ]
@@ -132,7 +136,7 @@ def test_delete_keeps_what_merely_cannot_be_read(photos, elastic, tmp_path, unre
 
 def test_a_missing_one_among_several_is_listed_not_fatal(photos):
     found = find_files([photos, photos / "gone.png"])
-    assert len(found.files) == 10
+    assert len(found) == 10
     assert [(file.path, file.reason) for file in found.missing] == [(photos / "gone.png", "no such file")]
 
 

@@ -1,0 +1,142 @@
+"""Lists of pictures: a text file with a path on each line; CSV and Parquet with a path column and metadata columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from retrieval.errors import IngestError
+from retrieval.locations import is_url, one_line, open_file, os_reason
+from retrieval.metadata import to_json
+from retrieval.shards import Table
+
+PATH_COLUMNS = ("path", "file_name", "filename")  # the first that a table has; Hugging Face's name is the second
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_FIX = f"give it a column '{PATH_COLUMNS[0]}'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """One line of a list."""
+
+    path: str  # absolute, or a URL
+    metadata: str | None  # a JSON object
+    problem: str | None  # why its metadata cannot be taken
+    line: int  # from 1, for messages
+
+
+def is_list(name: str) -> bool:
+    """Whether a file is named like a list; a Parquet file is one when it has no pictures of its own."""
+    return name.lower().endswith((".txt", ".csv"))
+
+
+def read_list(place: str) -> Iterator[Listed]:
+    """The lines of a list; relative paths are relative to its folder. Raises IngestError, MissingExtraError."""
+    read = _read_csv if place.lower().endswith(".csv") else _read_text
+    try:
+        yield from read(place)
+    except OSError as error:
+        raise IngestError(what=f"the list {_verb(error)}", where=place, fix="check the path and the disk") from error
+
+
+def read_table(table: Table) -> Iterator[Listed]:
+    """The same for a Parquet file that has a path column. Raises IngestError."""
+    column = next((name for name in PATH_COLUMNS if name in table.columns), None)
+    if column is None:
+        raise IngestError(
+            what="has neither a column of pictures nor one of paths",
+            where=table.container,
+            fix=f"{_FIX} or a column 'image' with bytes",
+        )
+    for number, row in enumerate(table.rows(range(table.file.num_row_groups)), start=1):
+        name = row.pop(column)
+        if isinstance(name, str) and name:
+            yield _listed(table.container, name, row, number)
+
+
+def _verb(error: OSError) -> str:
+    reason = os_reason(error)
+    return reason if reason.startswith(("may", "cannot")) else f"cannot be read ({reason})"
+
+
+def _read_text(place: str) -> Iterator[Listed]:
+    with open_file(place) as file:
+        for number, line in enumerate(file, start=1):
+            name = os.fsdecode(line.rstrip(b"\r\n"))
+            if name and "\0" not in name:
+                yield _listed(place, name, {}, number)
+
+
+def _read_csv(place: str) -> Iterator[Listed]:
+    numeric = _numeric_columns(place)
+    for number, row in _csv_rows(place):
+        name = row.pop(_path_column(row, place), "")
+        values = {key: _value(cell, numeric=key in numeric) for key, cell in row.items() if cell}
+        if name:
+            yield _listed(place, name, values, number)
+
+
+def _value(cell: str, *, numeric: bool) -> str | int | float:
+    if not numeric:
+        return cell
+    return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
+
+
+def _numeric_columns(place: str) -> set[str]:
+    """Columns whose every cell is a number, so that ranges can be asked for; "007" is none."""
+    numeric: set[str] | None = None
+    for _, row in _csv_rows(place):
+        numeric = set(row) if numeric is None else numeric
+        numeric -= {name for name in numeric if row[name] and not _NUMBER.fullmatch(row[name])}
+    return numeric or set()
+
+
+def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
+    with io.TextIOWrapper(
+        open_file(place),
+        encoding="utf-8-sig",
+        errors="surrogateescape",
+        newline="",
+    ) as text:
+        reader = csv.DictReader(text, restval="")
+        try:
+            for row in reader:
+                if None in row:
+                    raise IngestError(
+                        what=f"line {reader.line_num} has more cells than the first line",
+                        where=place,
+                        fix="quote cells that hold commas",
+                    )
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise IngestError(
+                what=f"line {reader.line_num} is no CSV ({error})", where=place, fix="write it as comma-separated text"
+            ) from error
+        if reader.fieldnames is not None:
+            _path_column(dict.fromkeys(reader.fieldnames, ""), place)  # also when there is no other line
+
+
+def _path_column(row: Mapping[str, str], place: str) -> str:
+    for name in PATH_COLUMNS:
+        if name in row:
+            return name
+    columns = one_line(", ".join(row))
+    raise IngestError(what=f"the list has no path column, only: {columns}", where=place, fix=_FIX)
+
+
+def _listed(place: str, name: str, values: Mapping[str, Any], line: int) -> Listed:
+    metadata, problem = to_json(values)
+    return Listed(path=_resolved(place, name), metadata=metadata, problem=problem, line=line)
+
+
+def _resolved(place: str, name: str) -> str:
+    if is_url(name):
+        return name
+    if is_url(place):
+        return f"{place.rpartition('/')[0]}/{name}"
+    return os.path.abspath(os.path.join(os.path.dirname(place), name))  # noqa: PTH100, PTH118, PTH120

@@ -1,0 +1,216 @@
+"""Where a picture's bytes lie: a file, a URL, or a place inside a tar shard or a Parquet table.
+
+A location is text: "/photos/a.jpg", "s3://bucket/a.jpg", "/shards/0.tar#a.jpg", "/tables/0.parquet#17" (a row from 0).
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from matvit.errors import ImageError, MatVitError, MissingExtraError
+from retrieval.errors import IngestError
+
+NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
+_MEMBER = re.compile(r"(.+?\.(?:tar|parquet))#(.+)", re.IGNORECASE | re.DOTALL)
+_FOLDED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/)(?!/)")  # two letters at least: one is a drive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What tells whether a file changed."""
+
+    size: int  # bytes
+    mtime_ns: int  # NO_TIME when unknown
+    regular: bool = True  # no folder, pipe or device
+
+
+def is_url(name: str) -> bool:
+    """Whether `name` is the URL of a store, such as "s3://bucket/photos"."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) is not None
+
+
+def location(path: str | os.PathLike[str]) -> str:
+    """A hit's or a skipped file's path as text that can be read again: `Path` folds the slashes of a URL."""
+    text = os.fspath(path)
+    return _FOLDED.sub(r"\1/", text, count=1) if _FOLDED.match(text) else text
+
+
+def split_member(place: str) -> tuple[str, str | None]:
+    """A location as the file to open and the place inside it; None for a whole file."""
+    match = _MEMBER.fullmatch(place)
+    if match is None or os.path.lexists(place):  # a file may have such a name itself
+        return place, None
+    return match[1], match[2]
+
+
+def status_of(place: str) -> Status:
+    """Size and time of a file or URL. Raises OSError."""
+    if is_url(place):
+        system, path = filesystem(place)
+        with remote_errors():
+            return remote_status(system.info(path))
+    found = os.stat(place)  # noqa: PTH116 - a Path per file would double the time of a rerun
+    return Status(size=found.st_size, mtime_ns=found.st_mtime_ns, regular=stat.S_ISREG(found.st_mode))
+
+
+def open_file(place: str) -> BinaryIO:
+    """A file or URL, for reading. Raises OSError."""
+    if not is_url(place):
+        return Path(place).open("rb")
+    system, path = filesystem(place)
+    with remote_errors():
+        return cast(BinaryIO, io.BufferedReader(_Remote(system.open(path, "rb"))))
+
+
+def read_picture(path: str | os.PathLike[str]) -> bytes:
+    """The encoded bytes of the picture at a location, also as a hit's path has it. Raises ImageError."""
+    from retrieval.shards import read_member
+
+    place = location(path)
+    container, member = split_member(place)
+    try:
+        if member is not None:
+            return read_member(container, member)
+        with open_file(container) as file:
+            return file.read()
+    except OSError as error:
+        raise ImageError(what=os_reason(error), where=place, fix="put its file back, or index again") from error
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises MissingExtraError without fsspec, IngestError when the store's own package is missing or none is known.
+    """
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise MissingExtraError.for_extra("fsspec", purpose=f"reading {url}") from error
+    try:
+        system, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise IngestError(
+            what=f"this store cannot be read ({one_line(str(error))})",
+            where=url,
+            fix="install it, or copy the files here",
+        ) from error
+    return system, path
+
+
+@contextmanager
+def remote_errors() -> Iterator[None]:
+    """Stores raise their own errors: all are OSErrors to us, and so listed with their reason."""
+    try:
+        yield
+    except (OSError, MatVitError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, one_line(str(error) or type(error).__name__)) from error
+
+
+def remote_status(info: dict[str, Any]) -> Status:
+    """What fsspec's `info` says of one file."""
+    times = (info.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
+    time = next((time for time in times if time is not None), None)
+    return Status(size=int(info.get("size") or 0), mtime_ns=_nanoseconds(time), regular=info.get("type") == "file")
+
+
+def _nanoseconds(time: object) -> int:
+    try:
+        moment = datetime.fromisoformat(time) if isinstance(time, str) else time
+    except ValueError:
+        return NO_TIME
+    if isinstance(moment, datetime):
+        return int(moment.timestamp() * 1e6) * 1000  # whole microseconds: float seconds hold no more
+    return int(moment * 1e9) if isinstance(moment, int | float) else NO_TIME
+
+
+class _Remote(io.RawIOBase):
+    """A store's file whose errors are OSErrors."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with remote_errors():
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with remote_errors():
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class _Window(io.RawIOBase):
+    def __init__(self, file: BinaryIO, *, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+Open = Callable[[], BinaryIO]
+
+
+def window(file: BinaryIO, *, offset: int, size: int) -> BinaryIO:
+    """`size` bytes of a file from `offset` on, as a file of their own; closing it closes the file."""
+    return cast(BinaryIO, io.BufferedReader(_Window(file, offset=offset, size=size)))
+
+
+def one_line(reason: str) -> str:
+    """`reason` as what a line of text and SQLite can hold: decoders quote bytes of damaged files."""
+    return " ".join(reason.encode("utf-8", "replace").decode("utf-8").replace("\0", "").split())[:300]
+
+
+def os_reason(error: OSError) -> str:
+    """A short reason for a person."""
+    known = {FileNotFoundError: "no such file", PermissionError: "may not be read"}
+    return known.get(type(error)) or f"cannot be read ({error.strerror or type(error).__name__})"

@@ -1,0 +1,258 @@
+"""Pictures inside files: tar shards in webdataset's layout, and Parquet tables with a column of pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, BinaryIO
+
+from matvit.datasets import PICTURE_SUFFIXES
+from matvit.errors import MissingExtraError
+from retrieval.locations import one_line, open_file, status_of, window
+from retrieval.metadata import MAX_METADATA, to_json
+
+_ROWS = 64  # of a table, read together
+_DESCRIBES = {".json": "json", ".cls": "label", ".txt": "caption"}  # members beside a picture, as metadata
+
+
+class ShardError(OSError):
+    """A shard or table that cannot be read (further); the text is the short reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One picture inside a file."""
+
+    name: str  # what follows "#" in its location
+    metadata: str | None = None  # a JSON object
+    offset: int = 0  # of its bytes, in a tar
+    size: int = 0
+    data: bytes | None = None  # in a table
+    problem: str | None = None  # why it cannot be taken
+
+    def open(self, container: str) -> BinaryIO:
+        """Its bytes as a file. Raises OSError."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        return window(open_file(container), offset=self.offset, size=self.size)
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file is named like a tar shard."""
+    return name.lower().endswith(".tar")
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is named like a Parquet table."""
+    return name.lower().endswith(".parquet")
+
+
+def read_member(container: str, name: str) -> bytes:
+    """The bytes of one picture inside a file. Raises OSError."""
+    if is_table(container):
+        return _read_row(container, name)
+    status = status_of(container)
+    place = _offsets(container, status.size, status.mtime_ns).get(name)
+    if place is None:
+        raise FileNotFoundError(2, "no such member", f"{container}#{name}")
+    with Member(name=name, offset=place[0], size=place[1]).open(container) as file:
+        return file.read()
+
+
+@lru_cache(maxsize=4)
+def _offsets(container: str, size: int, mtime_ns: int) -> dict[str, tuple[int, int]]:  # noqa: ARG001 (a changed file is read anew)
+    with open_file(container) as file:
+        return {_name(entry): (entry.offset_data, entry.size) for entry in _headers(file, [])}
+
+
+# --- tar shards ----------------------------------------------------------------------------------
+
+
+def tar_members(container: str) -> Iterator[Member]:
+    """The pictures of a tar shard with the metadata of their group: members whose names agree up to the first dot.
+
+    Only headers and metadata are read. Raises ShardError where the shard is damaged, after what comes before that.
+    """
+    seen: set[str] = set()
+    damage: list[str] = []  # an error at once would take the group before with it
+    with open_file(container) as file:
+        for _, group in groupby(_headers(file, damage), key=_group):
+            entries = list(group)
+            metadata, problem = _group_metadata(entries, file)
+            for entry in entries:
+                name = _name(entry)
+                if os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES or os.path.basename(name).startswith("."):  # noqa: PTH119, PTH122
+                    continue
+                twice = "the shard has two members of this name" if name in seen else None
+                leads_out = "its name leads out of the shard" if ".." in name.split("/") or "\0" in name else None
+                seen.add(name)
+                yield Member(
+                    name=name,
+                    metadata=metadata,
+                    offset=entry.offset_data,
+                    size=entry.size,
+                    problem=leads_out or twice or problem,
+                )
+    if damage:
+        raise ShardError(damage[0])
+
+
+def _headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar; what is wrong with it is added to `damage`, and ends it."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (entry := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or else it keeps every header
+                if entry.isreg() and not entry.issparse():
+                    yield entry
+            # tarfile takes damage for the end.
+            file.seek(tar.offset)
+            if any(file.read(512)):
+                damage.append(f"damaged tar shard (at byte {tar.offset})")
+    except tarfile.TarError as error:
+        damage.append(f"damaged tar shard ({one_line(str(error))})")
+    except (ValueError, EOFError, OverflowError):
+        damage.append("damaged tar shard")
+
+
+def _name(entry: tarfile.TarInfo) -> str:
+    return entry.name.removeprefix("./")
+
+
+def _group(entry: tarfile.TarInfo) -> str:
+    folder, name = os.path.split(_name(entry))
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def _group_metadata(entries: Sequence[tarfile.TarInfo], file: BinaryIO) -> tuple[str | None, str | None]:
+    """The group's metadata, and what is wrong with it."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        kind = _DESCRIBES.get(os.path.splitext(entry.name)[1].lower())  # noqa: PTH122
+        if kind is None:
+            continue
+        if entry.size > MAX_METADATA:
+            return None, f"its metadata in {_name(entry)} has more than {MAX_METADATA // 1024} KiB"
+        file.seek(entry.offset_data)
+        try:
+            found |= _described(kind, file.read(entry.size).decode("utf-8"))
+        except (ValueError, RecursionError):
+            return None, f"its metadata in {one_line(_name(entry))} cannot be read"
+    return to_json(found)
+
+
+def _described(kind: str, text: str) -> dict[str, Any]:
+    if kind == "json":
+        value = json.loads(text)
+        return value if isinstance(value, dict) else {"json": value}
+    text = text.strip()
+    return {kind: int(text) if kind == "label" and text.isdecimal() else text}
+
+
+# --- Parquet tables --------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Table:
+    """An open Parquet file. Raises ShardError whenever it cannot be read, MissingExtraError without pyarrow."""
+
+    container: str
+    file: Any = field(init=False)  # pyarrow.parquet.ParquetFile
+
+    def __post_init__(self) -> None:
+        try:
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise MissingExtraError.for_extra("parquet", purpose=f"reading {self.container}") from error
+        source = open_file(self.container)
+        try:
+            self.file = pq.ParquetFile(source, buffer_size=2**20)
+        except Exception as error:  # pyarrow raises nearly anything on damaged bytes
+            source.close()
+            raise ShardError(f"is no readable parquet file ({one_line(str(error))})") from error
+
+    @property
+    def image_column(self) -> str | None:
+        """The column with pictures: a structure with bytes, as Hugging Face has it, or bytes themselves."""
+        import pyarrow as pa
+
+        for column in self.file.schema_arrow:
+            kind = column.type
+            if pa.types.is_struct(kind) and "bytes" in [inner.name for inner in kind]:
+                return str(column.name)
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+                return str(column.name)
+        return None
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns."""
+        return [str(name) for name in self.file.schema_arrow.names]
+
+    def __len__(self) -> int:
+        return int(self.file.metadata.num_rows)
+
+    def groups(self) -> list[range]:
+        """Row numbers of each row group: what is read at once."""
+        sizes = [self.file.metadata.row_group(number).num_rows for number in range(self.file.num_row_groups)]
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+    def rows(self, groups: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The rows of these row groups."""
+        try:
+            for batch in self.file.iter_batches(batch_size=_ROWS, row_groups=list(groups)):
+                yield from batch.to_pylist()
+        except Exception as error:
+            raise ShardError(f"damaged parquet file ({one_line(str(error))})") from error
+
+    def members(self, group: int, first: int) -> Iterator[Member]:
+        """The pictures of one row group, whose first row is `first`."""
+        column, classes = self.image_column, self._class_names()
+        assert column is not None
+        for number, row in enumerate(self.rows([group]), start=first):
+            image = row.pop(column)
+            data = image.get("bytes") if isinstance(image, dict) else image
+            label = row.get("label")
+            if isinstance(label, int) and 0 <= label < len(classes):
+                row["label"] = classes[label]
+            metadata, problem = to_json(row)
+            problem = problem or (None if data else "the row holds no bytes of a picture")
+            yield Member(name=str(number), metadata=metadata, data=data or b"", problem=problem)
+
+    def _class_names(self) -> list[str]:
+        metadata = self.file.schema_arrow.metadata or {}
+        try:
+            names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+        except (KeyError, TypeError, ValueError):
+            return []
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close(force=True)
+
+
+def _read_row(container: str, name: str) -> bytes:
+    table = Table(container)
+    try:
+        column = table.image_column
+        for number, rows in enumerate(table.groups()):
+            if name.isdecimal() and int(name) in rows and column is not None:
+                image = table.file.read_row_group(number, columns=[column]).column(0)[int(name) - rows.start].as_py()
+                data = image.get("bytes") if isinstance(image, dict) else image
+                if data:
+                    return bytes(data)
+    finally:
+        table.close()
+    raise FileNotFoundError(2, "no such row", f"{container}#{name}")

@@ -1,0 +1,255 @@
+"""Pictures from lists, tar shards, Parquet tables and stores: what is read, kept, told and forgotten."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tarfile
+
+import pytest
+
+from matvit.errors import ImageError, MissingExtraError
+from retrieval import Index, IngestError, Retriever, SearchError
+from retrieval.locations import location, read_picture, split_member
+from retrieval.sources import find_files
+
+
+def metadata(index):
+    found = {}
+    for _, item in index._snapshot.live_items():
+        found[os.fsdecode(item.path)] = json.loads(item.metadata)
+    return found
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def write_table(path, columns, **options):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+@pytest.fixture
+def build(tmp_path, elastic):
+    return lambda images: Index.build(images, encoder=elastic, path=tmp_path / "i")
+
+
+def test_a_text_list_names_pictures_relative_to_itself(photos, build):
+    (photos / "list.txt").write_bytes(b"1.png\r\n\nsub/7.png\n" + os.fsencode(photos / "2.png") + b"\ngone.png\n")
+    index = build(photos / "list.txt")
+    assert metadata(index).keys() == {"1.png", "2.png", "sub/7.png"}
+    [missing] = find_files(photos / "list.txt").missing
+    assert (missing.path, missing.reason) == (photos / "gone.png", "no such file (line 5 of list.txt)")
+
+
+def test_a_csv_list_gives_metadata_and_numbers_are_numbers(photos, build):
+    (photos / "list.csv").write_text("label,path,price,code\ncat,1.png,2.5,007\ndog,2.png,3,12\n,3.png,,\n")
+    index = build([photos, photos / "list.csv"])  # whichever comes first
+    found = metadata(index)
+    assert found["1.png"] == {"label": "cat", "price": 2.5, "code": "007"}
+    assert found["2.png"] == {"label": "dog", "price": 3, "code": "12"}
+    assert (found["3.png"], found["4.png"], len(found)) == ({}, {}, 10)
+
+
+def test_a_lists_new_metadata_are_kept_without_reading_the_pictures(photos, build, elastic, monkeypatch):
+    (photos / "list.csv").write_text("path,label\n1.png,cat\n")
+    index = build([photos, photos / "list.csv"])
+    (photos / "list.csv").write_text("path,label\n1.png,dog\n")
+    monkeypatch.setattr(type(elastic.encoder()), "preprocess", None)  # any use would fail
+    report = index.ingest(photos / "list.csv")
+    assert (report.indexed, report.unchanged, metadata(index)["1.png"]) == (0, 1, {"label": "dog"})
+    index.ingest(photos)  # says nothing of labels
+    assert metadata(index)["1.png"] == {"label": "dog"}
+    assert index.verify() == []
+
+
+def test_a_parquet_list_gives_metadata(photos, build):
+    write_table(
+        photos / "list.parquet", {"file_name": ["1.png", "2.png"], "year": [1999, None], "x": [float("nan"), 1.0]}
+    )
+    assert metadata(build(photos / "list.parquet")) == {"1.png": {"year": 1999}, "2.png": {"x": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("l.csv", "a,b\n1,2\n", "the list has no path column, only: a, b; give it a column 'path'"),
+        ("l.csv", "path,b\n1.png,2,3\n", "line 2 has more cells than the first line"),
+        ("l.csv", "", "the list names no picture that is there"),
+        ("l.txt", "nothing\n", "the list names no picture that is there ("),
+        ("l.parquet", "no parquet", "is no readable parquet file"),
+    ],
+)
+def test_a_list_that_is_none_is_one_sentence(tmp_path, name, content, sentence):
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(IngestError) as caught:
+        find_files(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: {sentence}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def shard(tmp_path, picture):
+    members = {
+        "./a/0.json": b'{"price": 3}',
+        "./a/0.png": picture(0),
+        "./a/0.cls": b"7",
+        "./a/1.png": picture(1),
+        "./a/1.txt": "gr\u00fcn".encode(),
+        "./a/2.bin": b"something else",
+    }
+    return write_tar(tmp_path / "shard.tar", members)
+
+
+def test_a_tar_shard_gives_pictures_with_their_groups_metadata(shard, build, elastic, picture):
+    index = build(shard)
+    assert metadata(index) == {
+        "shard.tar#a/0.png": {"price": 3, "label": 7},
+        "shard.tar#a/1.png": {"caption": "gr\u00fcn"},
+    }
+    retriever = Retriever.open(index.path, encoder=elastic)
+    [hit] = retriever.search(picture(1), k=1)
+    assert str(hit.path) == f"{shard}#a/1.png"
+    assert retriever.read_picture(hit.id) == read_picture(hit.path) == picture(1)
+    with pytest.raises(SearchError, match="no picture with id 99"):
+        retriever.read_picture(99)
+    shard.unlink()
+    with pytest.raises(ImageError, match="no such file"):
+        retriever.read_picture(hit.id)
+
+
+def test_a_shard_that_did_not_change_is_not_read_and_a_changed_one_by_its_members_content(
+    shard, build, picture, elastic, monkeypatch
+):
+    index = build(shard)
+    with monkeypatch.context() as patch:
+        patch.setattr("retrieval.loading.Loader.load", None)  # any use would fail
+        assert index.ingest(shard).unchanged == 2
+    write_tar(shard, {"new.png": picture(5), "a/1.png": picture(1), "a/1.cls": b"dog"})
+    report = index.ingest(shard, delete=True)
+    assert (report.indexed, report.unchanged, report.deleted) == (1, 1, 1)
+    assert metadata(index) == {"shard.tar#a/1.png": {"label": "dog"}, "shard.tar#new.png": {}}
+    assert index.verify() == []
+
+
+@pytest.mark.parametrize("cut", [300, 700, 2100])
+def test_a_damaged_shard_is_told_and_what_comes_before_is_taken(shard, photos, build, cut):
+    data = bytearray(shard.read_bytes())
+    shard.write_bytes(data[:-cut] if cut == 300 else bytes(data[:cut]))
+    index = build([photos / "1.png", shard])
+    report = index.ingest([photos / "1.png", shard])
+    assert index.verify() == []
+    if cut != 300:  # or else only padding is lost
+        assert [file.reason.startswith(("damaged tar shard", "damaged picture")) for file in report.skipped] == [True]
+
+
+def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(shard, build):
+    data = bytearray(shard.read_bytes())
+    place = data.index(b"./a/1.png")
+    data[place + 150] ^= 0xFF  # its checksum
+    shard.write_bytes(data)
+    index = build(shard)
+    [skipped] = index.ingest(shard).skipped
+    assert (skipped.path, skipped.reason) == (shard, f"damaged tar shard (at byte {place})")
+    assert index.info().items == 1
+
+
+def test_members_that_lead_out_come_twice_or_have_bad_metadata_are_skipped_with_their_reason(tmp_path, picture, build):
+    bad = {"ok.png": picture(1), "x/../../up.png": picture(2), "j.json": b"{", "j.png": picture(3)}
+    path = write_tar(tmp_path / "s.tar", bad)
+    with tarfile.open(path, "a") as tar:
+        entry = tarfile.TarInfo("ok.png")
+        tar.addfile(entry, io.BytesIO())
+    index = build(path)
+    assert {location(file.path).rpartition("#")[2]: file.reason for file in index.ingest(path).skipped} == {
+        "x/../../up.png": "its name leads out of the shard",
+        "ok.png": "the shard has two members of this name",
+        "j.png": "its metadata in j.json cannot be read",
+    }
+    assert metadata(index) == {"s.tar#ok.png": {}}
+
+
+def test_a_parquet_table_of_pictures_gives_rows_and_class_names(tmp_path, picture, build, elastic):
+    pa = pytest.importorskip("pyarrow")
+    names = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": picture(n), "path": f"{n}.png"} for n in range(5)] + [None, {"bytes": b"text", "path": "x"}]
+    table = pa.table({"image": pa.array(rows, kind), "label": [0, 1, 1, 0, 0, 1, 1], "n": list(range(7))})
+    table = table.replace_schema_metadata({b"huggingface": json.dumps(names).encode()})
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "train.parquet"
+    pq.write_table(table, path, row_group_size=2)
+    index = build(path)
+    report = index.ingest(path)
+    assert (report.unchanged, [file.reason for file in report.skipped]) == (
+        5,
+        ["the row holds no bytes of a picture", "not a picture in a supported format"],
+    )
+    assert metadata(index)["train.parquet#1"] == {"label": "dog", "n": 1}
+    retriever = Retriever.open(index.path, encoder=elastic)
+    [hit] = retriever.search(picture(3), k=1)
+    assert str(hit.path) == f"{path}#3"
+    assert retriever.read_picture(hit.id) == picture(3)
+
+
+def test_a_file_whose_name_looks_like_a_place_in_a_shard_is_itself(tmp_path, picture):
+    (tmp_path / "a.tar#b.png").write_bytes(picture(1))
+    assert split_member(str(tmp_path / "a.tar#b.png")) == (str(tmp_path / "a.tar#b.png"), None)
+    assert read_picture(tmp_path / "a.tar#b.png") == picture(1)
+
+
+@pytest.fixture
+def store(picture):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    for number in range(3):
+        memory.pipe(f"/shop/sub/{number}.png", picture(number))
+    memory.pipe("/shop/notes.md", b"no picture")
+    yield memory
+    memory.rm("/shop", recursive=True)
+
+
+def test_a_store_is_read_changed_and_forgotten_like_a_folder(store, build, elastic, picture):
+    index = build("memory://shop")
+    retriever = Retriever.open(index.path, encoder=elastic)
+    [hit] = retriever.search(picture(2), k=1)
+    assert location(hit.path) == "memory://shop/sub/2.png"
+    assert retriever.read_picture(hit.id) == picture(2)
+    assert index.ingest("memory://shop").unchanged == 3
+    store.pipe("/shop/sub/1.png", picture(9))
+    store.rm("/shop/sub/0.png")
+    report = index.ingest("memory://shop/sub/*.png", delete=True)
+    assert (report.indexed, report.unchanged, report.deleted) == (1, 1, 1)
+    assert index.verify() == []
+
+
+def test_without_fsspec_a_url_names_the_install_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(MissingExtraError, match=r"matvit-retrieval\[fsspec\]"):
+        find_files("s3://bucket/photos")
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/photos", "memory://not-there"])
+def test_a_store_that_is_not_there_is_one_sentence(url):
+    pytest.importorskip("fsspec")
+    with pytest.raises(IngestError) as caught:
+        find_files(url)
+    assert "\n" not in str(caught.value)
+    assert url in str(caught.value)
+
+
+def test_a_file_url_is_the_file(photos):
+    assert len(find_files(f"file://{photos}")) == 10
