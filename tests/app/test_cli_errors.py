@@ -159,7 +159,7 @@ def test_index_an_empty_folder(run, checkpoint, tmp_path):
 
 def test_index_nothing_but_a_file_that_is_no_picture(run, checkpoint, no_picture, tmp_path):
     made = tmp_path / "new.index"
-    refused(run("index", no_picture, "--index", made, "--encoder", checkpoint), "notes.txt", "not a picture")
+    refused(run("index", no_picture, "--index", made, "--encoder", checkpoint), "notes.txt", "names no picture")
     assert not made.exists()
 
 
