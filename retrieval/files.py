@@ -72,6 +72,19 @@ def check_size(path: Path, *, size: int) -> None:
         raise damaged(path, f"has {found} bytes instead of {size}")
 
 
+@contextmanager
+def keeping_lists() -> Iterator[None]:
+    """Turn a refusal to SQLite's private databases, which large lists of files are kept in, into IngestError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise IngestError(
+            what=f"the list of files cannot be kept ({error})",
+            where="temporary folder",
+            fix="make room there, or set SQLITE_TMPDIR to another, and run the same again: nothing published is lost",
+        ) from error
+
+
 def check_file(path: Path, *, size: int, sha256: str) -> None:
     """Raises IndexFormatError unless the file is there with exactly this content."""
     check_size(path, size=size)

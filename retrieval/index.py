@@ -16,7 +16,7 @@ from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, describe, load_encoder
 from retrieval.errors import IndexExistsError, IngestError
-from retrieval.files import writing
+from retrieval.files import keeping_lists, writing
 from retrieval.ingest import Ingest
 from retrieval.lock import NAME as LOCK
 from retrieval.lock import writer_lock
@@ -221,7 +221,7 @@ class Index:
     ) -> IngestReport:
         entry = self._snapshot.manifest.encoder
         encoder = encoder or self._encoder or load_encoder(entry, index=self.path)
-        with self._writing() as writer:
+        with keeping_lists(), self._writing() as writer:
             entry, snapshot = writer.manifest.encoder, self._snapshot
             check_space(encoder, entry, index=self.path)
             run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)

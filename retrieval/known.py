@@ -8,8 +8,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from retrieval.errors import IndexFormatError
-from retrieval.files import RESTORE
 from retrieval.items import OK, Item
 from retrieval.manifest import ITEMS
 from retrieval.snapshot import OpenSegment, Snapshot
@@ -33,17 +31,12 @@ class KnownItems:
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
-        """Raises IndexFormatError when a segment's items cannot be read."""
+        """Raises sqlite3.Error when the disk refuses; the segments were checked when the snapshot was opened."""
         self._segments = {segment.entry.name: segment for segment in snapshot.segments}
         self._connection = sqlite3.connect("", uri=True, isolation_level=None, check_same_thread=False)
         weakref.finalize(self, self._connection.close)
         self._lock = threading.Lock()
-        try:
-            self._fill()
-        except sqlite3.Error as error:
-            raise IndexFormatError(
-                what=f"the items cannot be read ({error})", where=str(snapshot.folder), fix=RESTORE
-            ) from error
+        self._fill()
 
     def _fill(self) -> None:
         run = self._connection.execute

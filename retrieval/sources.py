@@ -18,6 +18,7 @@ from pathlib import Path
 from matvit.datasets import PICTURE_SUFFIXES
 from matvit.walk import walk_folders
 from retrieval.errors import IngestError
+from retrieval.files import keeping_lists
 from retrieval.lists import Listed, is_list, read_list, read_table
 from retrieval.locations import (
     Status,
@@ -182,6 +183,14 @@ def find_files(images: Images | Found) -> Found:
     if isinstance(images, Found):
         return images
     named = [os.fspath(images)] if isinstance(images, str | os.PathLike) else [os.fspath(image) for image in images]
+    with keeping_lists():
+        found = _find(named)
+        if not len(found):
+            raise _nothing(named, found)
+    return found
+
+
+def _find(named: list[str]) -> Found:
     found = Found()
     for name in named:
         name = location(name)  # noqa: PLW2901 - a URL that went through Path
@@ -189,8 +198,6 @@ def find_files(images: Images | Found) -> Found:
             _add_url(found, name)
         else:
             _add(found, name.removeprefix("file://"))
-    if not len(found):
-        raise _nothing(named, found)
     return found
 
 

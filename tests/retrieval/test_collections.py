@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sqlite3
 import sys
 import tarfile
 
@@ -253,3 +254,12 @@ def test_a_store_that_is_not_there_is_one_sentence(url):
 
 def test_a_file_url_is_the_file(photos):
     assert len(find_files(f"file://{photos}")) == 10
+
+
+def test_a_disk_without_room_for_the_list_of_files_is_one_sentence(photos, monkeypatch):
+    def refuse(*arguments, **named):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    with pytest.raises(IngestError, match=r"the list of files cannot be kept \(database or disk is full\); make room"):
+        find_files(photos)
