@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matvit.errors import CheckpointError, ImageError
 from matvit.progress import Progress, silent
@@ -198,6 +198,31 @@ def is_index(path: Path) -> bool:
     return looks_like_one(path)
 
 
+def index_types() -> tuple[str, ...]:
+    """What `set_search` takes."""
+    from retrieval.manifest import IndexType
+
+    return ("auto", *get_args(IndexType))
+
+
+def set_search(path: Path, *, index_type: str | None, max_ram: int | None, progress: Progress = silent) -> IndexInfo:
+    """How the index at `path` is searched from now on: see `retrieval.Index.set_search`; None leaves it as it is."""
+    from retrieval import Index
+
+    index = Index.open(path)
+    return index.info() if index_type is None else index.set_search(index_type, max_ram=max_ram, progress=progress)
+
+
+def search_json(index: IndexInfo) -> dict[str, Any]:
+    """How an index is searched, in the form that `matvit info` and `matvit index` print with --json."""
+    return {
+        "index_type": index.index_type,
+        "index_reason": index.index_reason,
+        "index_parameters": index.index_parameters,
+        "recall_at_10": index.recall_at_10,
+    }
+
+
 def index_info(path: Path) -> IndexInfo:
     """What the index at `path` holds; its embeddings are not read. Raises IndexFormatError."""
     from retrieval import Index
@@ -227,7 +252,7 @@ def info_of(target: str) -> dict[str, Any]:
         "path": target,
         "items": index.items,
         "generation": index.generation,
-        "index_type": index.index_type,
+        **search_json(index),
         "bytes": index.bytes,
         "skipped": len(index.skipped),
         "skipped_reasons": _reasons(index),

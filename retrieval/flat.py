@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Protocol
 
 import faiss
 import numpy as np
@@ -90,8 +91,15 @@ def float32_slack(dim: int) -> float:
     return 1.01 * dim * 2.0**-23
 
 
+class Rows(Protocol):
+    """(N, D) float32 vectors: an array, or what reads them when asked for."""
+
+    def __getitem__(self, positions: IntArray, /) -> FloatArray:
+        """(M,) int64 positions -> (M, D)."""
+
+
 def best_of(
-    queries: FloatArray, vectors: FloatArray, rows: IntArray, positions: IntArray, *, ids: IntArray, k: int
+    queries: FloatArray, vectors: Rows, rows: IntArray, positions: IntArray, *, ids: IntArray, k: int
 ) -> list[tuple[IntArray, ScoreArray]]:
     """Of M pairs of a query (`rows`) and a vector (`positions`), both (M,): per query its k best, ties by id.
 

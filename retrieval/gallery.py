@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from matvit.preprocess import FloatArray
+from retrieval.backends.cache import open_search
 from retrieval.errors import SearchError
 from retrieval.exact import Found, Vectors, exact_search
 from retrieval.filters import Column, Where, parse_where
-from retrieval.flat import FlatSearch
 from retrieval.items import IntArray, Place
 from retrieval.manifest import read_current
 from retrieval.snapshot import Snapshot
@@ -58,11 +58,7 @@ class Gallery:
                 places.append(picture.place)
                 metadata.append(sys.intern(picture.metadata))
                 digests.append(bytes.fromhex(picture.content_sha256))
-        vectors = FlatSearch(
-            ids,
-            (segment.embeddings()[rows] for segment, rows in live),
-            dim=snapshot.manifest.encoder.embedding_dim,
-        )
+        vectors = open_search(snapshot, ids)
         return cls(snapshot=snapshot, ids=ids, places=places, digests=digests, vectors=vectors, _metadata=metadata)
 
     @cached_property

@@ -162,6 +162,7 @@ class Index:
             for left in writer.compact():
                 total = max(total, left)
                 progress(ProgressEvent(stage="compact", done=total - left, total=total, unit="segments"))
+            _refresh_search(writer, progress=progress)
             writer.clean()
         return CompactReport(
             segments_before=len(before.segments),
@@ -205,6 +206,26 @@ class Index:
         """
         return repair_index(Path(path).absolute(), encoder=encoder, drop_lost=drop_lost, progress=progress)
 
+    def set_search(
+        self, index_type: str = "auto", *, max_ram: int | None = None, progress: Progress = silent
+    ) -> IndexInfo:
+        """Choose how the index is searched: "exact", "hnsw", "ivfpq", "sq", or "auto" by size and memory.
+
+        `max_ram`: bytes that the searched vectors may take; only "auto" looks at it. An approximate index is measured
+        on held-out vectors; if its recall@10 stays under 0.99 the index stays exact, which `index_reason` then says.
+        Later ingests build it again when a tenth has changed; until then, what is new is searched exactly beside it.
+        Raises IngestError (an unknown type, or the disk refuses), IndexFormatError or IndexLockedError.
+        """
+        from retrieval.backends import INDEX_TYPES
+
+        if index_type not in (known := ("auto", *INDEX_TYPES)):
+            raise IngestError(
+                what=f"'{index_type}' is no index type", where="index_type", fix=f"use one of: {', '.join(known)}"
+            )
+        with self._writing() as writer:
+            _refresh_search(writer, index_type=index_type, max_ram=max_ram, progress=progress)
+        return self.info()
+
     def info(self) -> IndexInfo:
         """What this generation holds."""
         return self._snapshot.info()
@@ -228,6 +249,7 @@ class Index:
             report = run.run(delete=delete)
             while writer.merge_small():
                 pass
+            _refresh_search(writer, progress=progress)
         self._encoder = encoder
         return report
 
@@ -266,6 +288,14 @@ def items_of(snapshot: Snapshot, wanted: Iterable[int | str | os.PathLike[str]])
         what = f"holds no item with id {first}" if isinstance(first, int) else f"holds no file {first!r}"
         raise IngestError(what=what, where=str(snapshot.folder), fix="give ids and paths as a search gives them")
     return found
+
+
+def _refresh_search(
+    writer: GenerationWriter, *, progress: Progress, index_type: str | None = None, max_ram: int | None = None
+) -> None:
+    from retrieval.backends.cache import refresh  # imports faiss
+
+    refresh(writer, index_type=index_type, max_ram=max_ram, progress=progress)
 
 
 def build_index(

@@ -23,6 +23,7 @@ from retrieval.files import RESTORE, damaged, reading, sha256_bytes
 from retrieval.locations import is_url
 
 T = TypeVar("T")
+IndexType = Literal["exact", "hnsw", "ivfpq", "sq"]
 FileName = Literal["embeddings.f32", "items.sqlite"]  # of a segment
 
 FORMAT_VERSION = 1
@@ -30,6 +31,7 @@ CURRENT = "CURRENT"
 GENERATIONS = "generations"
 SEGMENTS = "segments"
 DELETIONS = "deletions"
+CACHE = "cache"
 EMBEDDINGS: FileName = "embeddings.f32"
 ITEMS: FileName = "items.sqlite"
 
@@ -37,6 +39,7 @@ ITEMS: FileName = "items.sqlite"
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SegmentName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 DeletionsName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}\.i64$")]
+CacheName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}\.faiss$")]
 Count = Annotated[int, Field(ge=0, lt=2**62)]  # far from where SQLite's and numpy's integers end
 
 
@@ -93,6 +96,24 @@ class EncoderEntry(_Model):
     embedding_dim: Annotated[int, Field(gt=0)]
 
 
+class ApproximateEntry(_Model):
+    """The approximate index over some of the segments: a cache, which can be built anew from their embeddings."""
+
+    file: CacheName
+    bytes: Count
+    sha256: Sha256
+    segments: dict[SegmentName, Count]  # their rows are in it in this order, deleted ones too
+    parameters: dict[str, int]  # it was made with; by kind
+    effort: Annotated[int, Field(gt=0)]  # HNSW's efSearch, IVF's nprobe
+    depth: Annotated[int, Field(gt=0)]  # candidates that exact scores decide on, for ten hits
+    recall_at_10: Annotated[float, Field(ge=0, le=1)]  # against exact search, on held-out vectors
+
+    @property
+    def rows(self) -> int:
+        """R, vectors in the index."""
+        return sum(self.segments.values())
+
+
 class Manifest(_Model):
     """One immutable published state of an index."""
 
@@ -101,7 +122,9 @@ class Manifest(_Model):
     parent: int | None
     created: datetime  # UTC
     encoder: EncoderEntry
-    index_type: Literal["exact"] = "exact"
+    index_type: IndexType = "exact"
+    index_reason: str | None = None  # why this type, when it was chosen or asked for
+    approximate: ApproximateEntry | None = None  # None: every vector is compared
     roots: dict[str, Root]  # name -> absolute folder
     segments: tuple[SegmentEntry, ...]
     deletions: dict[SegmentName, DeletionsEntry]
@@ -112,6 +135,8 @@ class Manifest(_Model):
         names = {entry.name for entry in self.segments}
         if len(names) < len(self.segments) or not names.issuperset(self.deletions):
             raise ValueError("names a segment twice, or deletions of none")
+        if (self.index_type == "exact") != (self.approximate is None):
+            raise ValueError("does not describe the index of its type")
         return self
 
 

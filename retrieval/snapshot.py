@@ -104,6 +104,7 @@ class Snapshot:
             size = sum(path.stat().st_size for path in heads)
         size += sum(file.bytes for entry in manifest.segments for file in entry.files.values())
         size += sum(entry.bytes for entry in manifest.deletions.values())
+        size += 0 if manifest.approximate is None else manifest.approximate.bytes
         return cls(folder=folder, pointer=pointer, manifest=manifest, segments=segments, bytes=size)
 
     def full_path(self, place: Place) -> Path:
@@ -128,6 +129,9 @@ class Snapshot:
             items=sum(len(segment.live_rows()) for segment in self.segments),
             generation=manifest.generation,
             index_type=manifest.index_type,
+            index_reason=manifest.index_reason,
+            index_parameters=_parameters(manifest),
+            recall_at_10=None if manifest.approximate is None else manifest.approximate.recall_at_10,
             bytes=self.bytes,
             embedding_dim=encoder.embedding_dim,
             space_id=encoder.space_id,
@@ -143,6 +147,11 @@ class Snapshot:
                 for item in segment.live(segment.skipped)
             ),
         )
+
+
+def _parameters(manifest: Manifest) -> dict[str, int]:
+    entry = manifest.approximate
+    return {} if entry is None else {**entry.parameters, "effort": entry.effort, "depth": entry.depth}
 
 
 def place_name(manifest: Manifest, place: Place) -> str:

@@ -81,6 +81,9 @@ class IndexInfo:
     items: int  # pictures that can be found
     generation: int
     index_type: str
+    index_reason: str | None  # why this type; None where nobody chose
+    index_parameters: dict[str, int]  # of an approximate index: built with, and searched with
+    recall_at_10: float | None  # of an approximate index against exact search, on held-out vectors
     bytes: int  # of all files that the generation names
     embedding_dim: int
     space_id: str

@@ -16,15 +16,18 @@ from matvit.preprocess import FloatArray
 from retrieval.files import remove_temporaries, sha256_bytes, sha256_file, writing
 from retrieval.items import Item, write_items
 from retrieval.manifest import (
+    CACHE,
     DELETIONS,
     EMBEDDINGS,
     GENERATIONS,
     ITEMS,
     SEGMENTS,
+    ApproximateEntry,
     DeletionsEntry,
     EncoderEntry,
     FileEntry,
     FileName,
+    IndexType,
     Manifest,
     SegmentEntry,
     manifest_name,
@@ -64,8 +67,12 @@ class GenerationWriter:
         manifest = self.manifest
         named = {segment.name for segment in manifest.segments} | {entry.file for entry in manifest.deletions.values()}
         named.add(manifest_name(manifest.generation))
+        if manifest.approximate is not None:
+            named.add(manifest.approximate.file)
         with writing(self.folder):
-            for name in ("", GENERATIONS, SEGMENTS, DELETIONS):
+            for name in ("", GENERATIONS, SEGMENTS, DELETIONS, CACHE):
+                if not (self.folder / name).is_dir():  # only an index with an approximate part has a cache
+                    continue
                 remove_temporaries(self.folder / name)
                 for path in (self.folder / name).iterdir() if name else ():
                     if path.name not in named:
@@ -101,6 +108,18 @@ class GenerationWriter:
             for name, ids in _stopped(entries, deleted).items():
                 deletions[name] = self.write_deletions(name, ids)
             self._publish(segments=segments, deletions=deletions, roots=dict(roots), next_id=next_id)
+
+    def publish_search(self, index_type: IndexType, *, reason: str, approximate: ApproximateEntry | None) -> None:
+        """Make one more generation that is searched in another way. Raises IngestError when the disk refuses."""
+        changed = {"index_type": index_type, "index_reason": reason, "approximate": approximate}
+        self.manifest = manifest = self.manifest.model_copy(update=changed)
+        with writing(self.folder):
+            self._publish(
+                segments=manifest.segments,
+                deletions=manifest.deletions,
+                roots=manifest.roots,
+                next_id=manifest.next_id,
+            )
 
     def merge_small(self) -> bool:
         """Make one segment of many small ones, as one more generation; False when there are not so many.
@@ -205,6 +224,9 @@ class GenerationWriter:
             parent=self.manifest.generation,
             created=datetime.now(UTC),
             encoder=encoder or self.manifest.encoder,
+            index_type=self.manifest.index_type,
+            index_reason=self.manifest.index_reason,
+            approximate=self.manifest.approximate,
             roots=roots,
             segments=segments,
             deletions=deletions,

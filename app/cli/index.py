@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,6 +41,22 @@ def index(
         ),
     ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Forget pictures whose files are gone.")] = False,
+    index_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="How it is searched: exact, hnsw, ivfpq, sq, or auto by size and --max-ram. [default: as it is]",
+            show_default=False,
+        ),
+    ] = None,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What the searched vectors may take, such as 500MB or 2GB; for --index-type auto.",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if a file was skipped.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -53,16 +70,22 @@ def index(
       matvit index shop/ warehouse/ --index products.index --delete
       matvit index products.csv 'shards/*.tar'
     """
+    if index_type is not None and index_type not in (known := services.index_types()):
+        raise typer.BadParameter(f"'{index_type}' is none of {', '.join(known)}", param_hint="--index-type")
+    limit = None if max_ram is None else _bytes(max_ram)
     with progress_bar() as progress:
         try:
             report = services.ingest(images, path=path, checkpoint=encoder, delete=delete, progress=progress)
         except KeyboardInterrupt:
             _show_interrupted(path)
             raise
+        info = services.set_search(path, index_type=index_type, max_ram=limit, progress=progress)
     if json:
-        write_json(services.ingest_json(report))
+        write_json(services.ingest_json(report) | services.search_json(info))
     else:
         _show(report, path)
+        if index_type is not None:
+            say(described(services.search_json(info)))
     if strict and report.skipped:
         raise typer.Exit(code=1)
 
@@ -73,6 +96,20 @@ def _show_interrupted(path: Path) -> None:
         say(f"interrupted: {path} holds {items} pictures; run the same again to go on where it stopped")
     else:
         say("interrupted before any picture was indexed; run the same again")
+
+
+def _bytes(size: str) -> int:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]?)B?", size)
+    if found is None:
+        raise typer.BadParameter(f"'{size}' is no size: give one such as 500MB or 2GB", param_hint="--max-ram")
+    return round(float(found[1]) * 1000.0 ** " kMGT".index(found[2] or " "))
+
+
+def described(search: dict[str, Any]) -> str:
+    """How an index is searched, in one line."""
+    reason = f" ({search['index_reason']})" if search["index_reason"] else ""
+    recall = "" if search["recall_at_10"] is None else f", recall@10 {search['recall_at_10']:.3f} of exact search"
+    return f"{search['index_type']} search{reason}{recall}"
 
 
 def _show(report: IngestReport, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from matvit_app import services
+from matvit_app.cli.index import described
 from matvit_app.cli.output import JsonFlag, write_json, write_line, write_table
 
 _SOURCE = "measured on its validation pictures when the encoder was trained (see its training.json), not on yours."
@@ -45,7 +46,7 @@ def _show(found: dict[str, Any]) -> None:
     if "items" in found:
         write_line(
             f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, "
-            f"{found['index_type']} search, generation {found['generation']}"
+            f"{described(found)}, generation {found['generation']}"
         )
         for reason, count in found["skipped_reasons"].items():
             write_line(f"skipped {count}: {reason}")

@@ -34,7 +34,8 @@ def own_index(run, photos, checkpoint, tmp_path):
 def test_index_reports_what_it_did(run, photos, checkpoint, tmp_path):
     done = run("index", photos, "--index", tmp_path / "new.index", "--encoder", checkpoint, "--json")
     assert (done.code, done.err) == (0, "")
-    assert list(done.json) == ["indexed", "unchanged", "deleted", "gone", "skipped", "images_per_second", "seconds"]
+    report = ["indexed", "unchanged", "deleted", "gone", "skipped", "images_per_second", "seconds"]
+    assert list(done.json) == [*report, "index_type", "index_reason", "index_parameters", "recall_at_10"]
     assert (done.json["indexed"], done.json["unchanged"], done.json["skipped"]) == (8, 0, [])
 
 
@@ -417,3 +418,16 @@ def test_a_folder_without_pictures_is_told_before_an_encoder_is_loaded(run, tmp_
     monkeypatch.setattr("matvit_app.services.load_encoder", None)  # any use would fail
     done = run("index", tmp_path, "--index", tmp_path / "i")
     assert (done.code, "holds no pictures" in done.err) == (2, True)
+
+
+def test_index_type_and_memory_choose_how_an_index_is_searched(run, photos, checkpoint, tmp_path):
+    path = tmp_path / "new.index"
+    done = run("index", photos, "--index", path, "--encoder", checkpoint, "--index-type", "auto", "--max-ram", "1GB")
+    assert done.code == 0
+    assert "exact search (" in done.err
+    assert "of 1000 MB allowed)" in done.err
+    for arguments in (["--index-type", "tree"], ["--max-ram", "much"]):
+        refused = run("index", photos, "--index", path, *arguments)
+        assert (refused.code, refused.out) == (2, "")
+        assert arguments[0] in refused.err
+        assert arguments[1] in refused.err

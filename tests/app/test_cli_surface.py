@@ -19,7 +19,7 @@ COMMANDS = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
 # Scripts rely on these. Adding one is a decision: write it here and in docs/reference. Removing one breaks people.
 OPTIONS = {
     "demo": ["--no-app", "--host", "--port", "--no-browser", "--json"],
-    "index": ["images", "--index", "--encoder", "--delete", "--strict", "--json"],
+    "index": ["images", "--index", "--encoder", "--delete", "--index-type", "--max-ram", "--strict", "--json"],
     "search": [
         "images",
         "--index",

@@ -1,0 +1,80 @@
+"""Building an approximate index: it is measured on held-out vectors, and looks wider until its recall is enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from matvit.preprocess import FloatArray
+from matvit.progress import Progress, ProgressEvent
+from retrieval.backends.approximate import ApproximateSearch
+from retrieval.backends.kinds import Kind, Setting
+from retrieval.backends.rows import MappedRows
+from retrieval.flat import FlatSearch
+from retrieval.items import IntArray
+from retrieval.threads import single_threaded
+
+RECALL = 0.99  # of the ten nearest, at least so many are found
+_HELD_OUT = 200  # queries that recall is measured with
+_TRAINING = 100_000  # vectors that quantisers learn from, at most
+_BLOCK = 8192  # vectors added together
+_K = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A faiss index of R vectors in `build_order`, and how it must be searched."""
+
+    index: Any
+    setting: Setting
+    recall: float  # recall@10 against exact search, mean over the held-out queries
+
+
+def build_order(rows: int) -> tuple[IntArray, int]:
+    """In which order R rows are in an index, the held-out ones last; and how many those are. The same for equal R."""
+    held_out = np.unique(np.linspace(0, rows - 1, min(_HELD_OUT, rows // 10)).astype(np.int64))
+    return np.concatenate([np.setdiff1d(np.arange(rows), held_out), held_out]), len(held_out)
+
+
+def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
+    """An index of that kind over `raw`, R rows; None when its recall@10 stays under RECALL however wide it looks.
+
+    Recall is measured while the held-out vectors are not in it; then they are added.
+    """
+    order, held_out = build_order(len(raw))
+    rest, queries = order[: len(order) - held_out], raw[order[len(order) - held_out :]]
+    index = kind.make(len(rest), queries.shape[1])
+    if not index.is_trained:
+        sample = np.sort(np.random.default_rng(0).choice(rest, min(len(rest), _TRAINING), replace=False))
+        progress(ProgressEvent(stage="train the index", done=0, total=1, unit="quantisers"))
+        with single_threaded():
+            index.train(raw[sample])
+    done = 0
+    for block in raw.blocks(rest, _BLOCK):
+        index.add(block)
+        done += len(block)
+        progress(ProgressEvent(stage="build the index", done=done, total=len(order), unit="vectors"))
+    found = _measure(kind, index, raw, rest, queries)
+    if found is None:
+        return None
+    index.add(queries)
+    return Built(index=index, setting=found[0], recall=found[1])
+
+
+def _measure(
+    kind: Kind, index: Any, raw: MappedRows, rest: IntArray, queries: FloatArray
+) -> tuple[Setting, float] | None:
+    exact = FlatSearch(rest, raw.blocks(rest, _BLOCK), dim=index.d)
+    truth = [set(rest[positions].tolist()) for positions, _ in exact.search(queries, k=_K)]
+    if not truth:
+        return None
+    places = np.arange(len(rest), dtype=np.int64)
+    for setting in kind.settings():
+        search = ApproximateSearch(rest, raw.subset(rest), index=index, kind=kind, setting=setting, positions=places)
+        answers = [set(rest[positions].tolist()) for positions, _ in search.search(queries, k=_K)]
+        recall = float(np.mean([len(a & t) / len(t) for a, t in zip(answers, truth, strict=True)]))
+        if recall >= RECALL:
+            return setting, recall
+    return None

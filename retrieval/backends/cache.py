@@ -1,0 +1,149 @@
+"""The approximate index of an index folder: built and published by the writer, read by retrievers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import faiss
+import numpy as np
+
+from matvit.durable import write_atomic
+from matvit.progress import Progress
+from retrieval.backends import EXACT, KINDS
+from retrieval.backends.approximate import ApproximateSearch
+from retrieval.backends.build import RECALL, build, build_order
+from retrieval.backends.choice import choose
+from retrieval.backends.kinds import Setting
+from retrieval.backends.rows import MappedRows
+from retrieval.errors import IndexFormatError
+from retrieval.files import check_file, damaged, sha256_bytes, writing
+from retrieval.flat import FlatSearch
+from retrieval.items import IntArray
+from retrieval.manifest import CACHE, ApproximateEntry, IndexType
+from retrieval.snapshot import Snapshot
+from retrieval.writer import GenerationWriter
+
+_STALE = 0.1  # so much of what counts may be missing from the approximate index, or be dead in it
+_LOOPS = 2**31  # more than any index of ours asks of faiss's reader
+
+
+def open_search(snapshot: Snapshot, ids: IntArray) -> FlatSearch | ApproximateSearch:
+    """What searches the generation's N live rows, `ids` (N,) in the order of its segments.
+
+    An approximate index that is missing or damaged is not used: every vector is then compared, until the next
+    writer builds it again. Raises IndexFormatError when embeddings are damaged.
+    """
+    manifest = snapshot.manifest
+    live = [(segment.embeddings(), segment.live_rows()) for segment in snapshot.segments]
+    entry = manifest.approximate
+    if entry is not None:
+        try:
+            index = _read(snapshot.folder, entry, dim=manifest.encoder.embedding_dim)
+        except IndexFormatError:
+            entry = None
+    if entry is None:
+        return FlatSearch(ids, (array[rows] for array, rows in live), dim=manifest.encoder.embedding_dim)
+    return ApproximateSearch(
+        ids,
+        MappedRows(live, dim=manifest.encoder.embedding_dim),
+        index=index,
+        kind=KINDS[manifest.index_type],
+        setting=Setting(effort=entry.effort, depth=entry.depth),
+        positions=_positions(snapshot, entry)[build_order(entry.rows)[0]],
+    )
+
+
+def refresh(writer: GenerationWriter, *, index_type: str | None, max_ram: int | None, progress: Progress) -> None:
+    """Publish the newest generation with an index of `index_type`, "auto" or a name of INDEX_TYPES.
+
+    None: the type that it has, built anew where the cache is missing, damaged or stale.
+    Raises IngestError when the disk refuses, IndexFormatError when embeddings are damaged.
+    """
+    snapshot = Snapshot.open(writer.folder)
+    manifest = snapshot.manifest
+    if index_type is None:
+        if manifest.index_type == EXACT or not _is_stale(snapshot):
+            return
+        index_type, reason = manifest.index_type, manifest.index_reason or ""
+    else:
+        rows, dim = sum(len(segment.live_rows()) for segment in snapshot.segments), manifest.encoder.embedding_dim
+        chosen = choose(rows, dim, max_ram=max_ram) if index_type == "auto" else (index_type, "as asked")
+        index_type, reason = chosen
+        if (index_type, reason) == (manifest.index_type, manifest.index_reason) and not _is_stale(snapshot):
+            return
+    entry = None if index_type == EXACT else _build(snapshot, index_type, progress)
+    if entry is None and index_type != EXACT:
+        reason = f"{index_type} was left: recall@10 stays under {RECALL} ({reason})"
+        index_type = EXACT
+    writer.publish_search(cast(IndexType, index_type), reason=reason, approximate=entry)
+
+
+def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> ApproximateEntry | None:
+    kind, dim = KINDS[index_type], snapshot.manifest.encoder.embedding_dim
+    arrays = [(segment.embeddings(), np.arange(segment.entry.rows)) for segment in snapshot.segments]
+    raw = MappedRows(arrays, dim=dim)
+    built = build(kind, raw, progress=progress) if len(raw) else None
+    if built is None:
+        return None
+    names = [segment.entry.name for segment in snapshot.segments]
+    data = faiss.serialize_index(built.index).tobytes()
+    sha256 = sha256_bytes(data)
+    file = f"{sha256_bytes(' '.join((*names, sha256)).encode('ascii'))[:16]}.faiss"
+    with writing(snapshot.folder):
+        (snapshot.folder / CACHE).mkdir(exist_ok=True)
+        write_atomic(snapshot.folder / CACHE / file, data)
+    return ApproximateEntry(
+        file=file,
+        bytes=len(data),
+        sha256=sha256,
+        segments={segment.entry.name: segment.entry.rows for segment in snapshot.segments},
+        parameters=kind.parameters(len(raw), dim),
+        effort=built.setting.effort,
+        depth=built.setting.depth,
+        recall_at_10=built.recall,
+    )
+
+
+def _is_stale(snapshot: Snapshot) -> bool:
+    entry = snapshot.manifest.approximate
+    if entry is None:
+        return snapshot.manifest.index_type != EXACT
+    path = snapshot.folder / CACHE / entry.file
+    try:
+        check_file(path, size=entry.bytes, sha256=entry.sha256)
+    except IndexFormatError:
+        return True
+    live = sum(len(segment.live_rows()) for segment in snapshot.segments)
+    held = int((_positions(snapshot, entry) >= 0).sum())
+    return live - held > _STALE * live or entry.rows - held > _STALE * entry.rows
+
+
+def _read(folder: Path, entry: ApproximateEntry, *, dim: int) -> Any:
+    path = folder / CACHE / entry.file
+    check_file(path, size=entry.bytes, sha256=entry.sha256)  # faiss itself does not notice flipped bits
+    faiss.set_deserialization_vector_byte_limit(2 * entry.bytes)
+    faiss.set_deserialization_loop_limit(_LOOPS)
+    try:
+        index = faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise damaged(path, "is no index that this faiss reads") from error
+    if index.ntotal != entry.rows or index.d != dim:
+        raise damaged(path, f"does not hold {entry.rows} vectors of width {dim}")
+    return index
+
+
+def _positions(snapshot: Snapshot, entry: ApproximateEntry) -> IntArray:
+    """(R,) for each row of the approximate index's segments: its place among the live rows; -1 if it counts no more.
+
+    A segment is named by the hash of what it holds, so one of an equal name has equal rows.
+    """
+    start, placed = 0, dict[str, IntArray]()
+    for segment in snapshot.segments:
+        rows = segment.live_rows()
+        places = np.full(segment.entry.rows, -1, dtype=np.int64)
+        places[rows] = np.arange(start, start + len(rows))
+        placed[segment.entry.name] = places
+        start += len(rows)
+    merged_away = {name: np.full(rows, -1, dtype=np.int64) for name, rows in entry.segments.items()}
+    return np.concatenate([np.empty(0, dtype=np.int64), *((merged_away | placed)[name] for name in entry.segments)])
