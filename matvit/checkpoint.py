@@ -1,7 +1,7 @@
 """Checkpoints: a folder (or hub repository) that holds one trained elastic encoder.
 
 config.json          format version, name, architecture, axes, preprocessing, weight file, space_id
-model.safetensors    the full encoder's tensors; submodels are slices of it
+model.safetensors    the full encoder's tensors, of which submodels are slices, and what these own besides
 pareto.json          per submodel: FLOPs, parameters, measured quality and latency
 training.json        recipe, data, seed, code version and metrics of the run that made it
 README.md            model card
@@ -23,7 +23,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
@@ -35,8 +44,9 @@ from matvit.identity import space_id
 from matvit.model import AxesConfig, MatViT
 from matvit.model_card import model_card
 from matvit.preprocess import Preprocessing
+from matvit.private import PrivateConfig
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION = 2  # written only where version 1 has no place for what is to be kept
 CONFIG, WEIGHTS, PARETO, TRAINING, CARD = (
     "config.json",
     "model.safetensors",
@@ -46,6 +56,7 @@ CONFIG, WEIGHTS, PARETO, TRAINING, CARD = (
 )
 Storage = Literal["float32", "int8"]
 _Kind = Literal["new", "old"]
+_PRIVATE = "private."  # begins the names of the tensors that submodels own
 
 
 class PreprocessingConfig(BaseModel):
@@ -76,13 +87,20 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     name: str
     encoder: backbone.ViTConfig
     axes: AxesConfig
+    private: PrivateConfig | None = None  # with version 2 alone
     preprocessing: PreprocessingConfig
     weights: WeightsConfig
     space_id: str
+
+    @model_validator(mode="after")
+    def _version(self) -> CheckpointConfig:
+        if (self.format_version == 2) != (self.private is not None):
+            raise ValueError("private parameters make a checkpoint version 2, and nothing else does")
+        return self
 
 
 class ParetoRow(BaseModel):
@@ -141,16 +159,18 @@ def load(source: str | Path, *, revision: str | None = None) -> MatViT:
     """
     folder = locate(source, revision=revision)
     config = read_config(folder)
-    tensors = read_tensors(folder, config)
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in read_tensors(folder, config).items()}
+    own = {name.removeprefix(_PRIVATE): tensors.pop(name) for name in list(tensors) if name.startswith(_PRIVATE)}
     try:
         model = MatViT(
-            backbone.build(config.encoder, {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}),
+            backbone.build(config.encoder, tensors),
             preprocessing=Preprocessing(**config.preprocessing.model_dump()),
             axes=config.axes,
             name=config.name,
         )
     except (BackboneError, SpecError) as error:
         raise _damaged(folder / CONFIG, error.what) from error
+    _fill_private(model, config.private, own, folder / WEIGHTS)
     model.source, model.revision = _provenance(source, folder)
     model.weights_sha256 = config.weights.sha256
     model.pareto = tuple(_read_checked(folder / PARETO, _PARETO, missing=[]))
@@ -160,6 +180,16 @@ def load(source: str | Path, *, revision: str | None = None) -> MatViT:
     if found != config.space_id:
         raise _damaged(folder / CONFIG, f"its space_id {config.space_id:.8} is not the weights' {found:.8}")
     return model
+
+
+def _fill_private(model: MatViT, config: PrivateConfig | None, own: dict[str, torch.Tensor], path: Path) -> None:
+    if config is not None:
+        model.add_private(config)
+    expected = {} if model.private is None else model.private.state_dict()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: one.shape for name, one in expected.items()}:
+        raise _damaged(path, "its private parameters are not those that config.json says")
+    if model.private is not None:
+        model.private.load_state_dict(own)
 
 
 def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> None:
@@ -211,7 +241,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 
 
 def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantization.FloatArray]:
-    """The full encoder's tensors, de-quantised to float32, after checking the file's hash.
+    """The tensors, de-quantised to float32, after checking the file's hash.
 
     Raises CheckpointError when the file is missing, not the one that the config names, or not stored as it says.
     """
@@ -234,7 +264,10 @@ def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantizati
 
 
 def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
-    tensors = {name: tensor.detach().float().cpu().numpy() for name, tensor in model.vit.state_dict().items()}
+    named = model.vit.state_dict()
+    if model.private is not None:
+        named |= model.private.state_dict(prefix=_PRIVATE)
+    tensors = {name: tensor.detach().float().cpu().numpy() for name, tensor in named.items()}
     _refuse_non_finite(tensors)
     stored, computed = tensors, tensors
     if storage == "int8":
@@ -243,18 +276,24 @@ def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
     weights = save_safetensors({name: stored[name] for name in sorted(stored)})
     _refuse_non_finite(computed)  # rounding to int8 can push the largest float32 over the edge
     config = CheckpointConfig(
-        format_version=FORMAT_VERSION,
+        format_version=1 if model.private is None else 2,
         name=model.name,
         encoder=model.config,
         axes=model.axes,
+        private=None if model.private is None else model.private.config,
         preprocessing=PreprocessingConfig(**model.preprocessing.to_json()),
         weights=WeightsConfig(
             file="model.safetensors", bytes=len(weights), sha256=hashlib.sha256(weights).hexdigest(), storage=storage
         ),
-        space_id=space_id(computed, model.config, model.preprocessing),
+        space_id=space_id(
+            {name: tensor for name, tensor in computed.items() if not name.startswith(_PRIVATE)},
+            model.config,
+            model.preprocessing,
+        ),
     )
+    absent = {"private"} if config.private is None else set()  # older programs refuse fields that they do not know
     return {
-        CONFIG: _json(config.model_dump(mode="json")),
+        CONFIG: _json(config.model_dump(mode="json", exclude=absent)),
         WEIGHTS: weights,
         PARETO: _json(list(model.pareto)),
         TRAINING: _json(model.record),

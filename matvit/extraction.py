@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -24,7 +25,8 @@ def extract(model: MatViT, spec: SubmodelSpec) -> VisionTransformer:
     # deepcopy takes a replacement for every object that it meets in the memo: the full-width
     # layers are never copied, only their slices.
     memo: dict[int, object] = {}
-    kept = [model.vit.blocks[index] for index in spec.kept_blocks]
+    with torch.no_grad():
+        kept = [model.block_of(index, spec.widths[index]) for index in spec.kept_blocks]
     for block, index in zip(kept, spec.kept_blocks, strict=True):
         width = spec.widths[index]
         memo[id(block.attn)] = cut_heads(block.attn, spec.heads)

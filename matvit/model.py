@@ -21,6 +21,7 @@ from matvit.errors import BackboneError, SpecError
 from matvit.feed_forward import nested_ffn
 from matvit.heads import nested_attention
 from matvit.preprocess import Preprocessing
+from matvit.private import PrivateConfig, PrivateParameters
 from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.torch_encoder import TorchEncoder
 
@@ -68,6 +69,7 @@ class MatViT(nn.Module):
         self.preprocessing = preprocessing
         self.name = name
         self.vit = vit
+        self.private: PrivateParameters | None = None  # what S, M and L own besides their slices
         self.source: str | None = None
         self.revision: str | None = None  # the hub repository's commit
         self.weights_sha256: str | None = None
@@ -89,6 +91,18 @@ class MatViT(nn.Module):
             image_size_step=axes.image_size_step,
         )
         self.axes = axes
+
+    def add_private(self, config: PrivateConfig) -> None:
+        """From now on S, M and L own private parameters, zero at first: no submodel computes anything else yet."""
+        self.private = PrivateParameters(self.vit, config)
+
+    def block_of(self, index: int, width: int) -> Block:
+        """Block `index` as a submodel of `width` hidden units there computes it: with what its granularity owns."""
+        block: Block = self.vit.blocks[index]
+        if self.private is None:
+            return block
+        own = self.private.of(index, width=width, full_width=self.config.ffn_widths[index])
+        return block if own is None else own.merged(block)
 
     @classmethod
     def from_timm(
@@ -156,7 +170,7 @@ class MatViT(nn.Module):
         vit = self.vit
         tokens = vit.norm_pre(positions.embed(vit, self.config, images))  # (B, N, D)
         for index, width in widths.items():
-            tokens = self.block_forward(vit.blocks[index], tokens, width, heads)
+            tokens = self.block_forward(self.block_of(index, width), tokens, width, heads)
         embedding: Tensor = vit.forward_head(vit.norm(tokens), pre_logits=True)
         return embedding
 

@@ -47,6 +47,11 @@ class Granularity(StrEnum):
         """Hidden units that this granularity keeps of an FFN of `full_width` hidden units."""
         return max(1, full_width // self.divisor)
 
+    @classmethod
+    def named(cls, width: int, full_width: int) -> Granularity | None:
+        """The granularity of `width` of `full_width` units; the largest, as those of very narrow FFNs coincide."""
+        return next((one for one in reversed(cls) if one.width_of(full_width) == width), None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class EncoderShape:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from matvit import MatViT
 from matvit.model import AxesConfig
+from matvit.private import PrivateConfig
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -52,6 +53,20 @@ def model(vit: VisionTransformer) -> MatViT:
     """The elastic encoder of `vit`, cut along every axis; shared, so tests leave it as it is."""
     model = MatViT.from_timm(vit)
     model.open_axes(AxesConfig(heads=True, keep_order=(3, 0, 1, 2), image_size_step=8))
+    return model
+
+
+@pytest.fixture(scope="session")
+def owning(vit: VisionTransformer) -> MatViT:
+    """The same, with private parameters that change what S, M and L compute; shared, so tests leave it as it is."""
+    model = MatViT.from_timm(vit)
+    model.open_axes(AxesConfig(heads=True, keep_order=(3, 0, 1, 2), image_size_step=8))
+    model.add_private(PrivateConfig(rank=2))
+    assert model.private is not None
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.private.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -37,6 +37,20 @@ def test_extracted_encoder_equals_nested_forward(
     _equal(copy.deepcopy(model).double(), spec, images.double(), 1e-12)
 
 
+@settings(max_examples=8, deadline=None)
+@given(sizes=st.tuples(*[st.sampled_from([16, 32, 64, 128, 7])] * 4), heads=HEADS, depth=DEPTHS, pixels=RESOLUTIONS)
+def test_what_submodels_own_is_merged_when_they_are_extracted(
+    owning: MatViT, sizes: tuple[int, ...], heads: int, depth: int, pixels: int
+) -> None:
+    spec = SubmodelSpec.of(owning.shape, sizes, heads=heads, depth=depth, image_size=pixels)
+    images = torch.randn(2, 3, pixels, pixels)
+    _equal(owning, spec, images, 1e-5)
+    _equal(copy.deepcopy(owning).double(), spec, images.double(), 1e-12)
+    small = owning.extract(spec)
+    assert sum(parameter.numel() for parameter in small.parameters()) == owning.num_params(spec)
+    assert small.state_dict().keys() <= owning.vit.state_dict().keys()
+
+
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), small=WIDTHS, depth=DEPTHS)
 def test_a_slice_of_a_slice_is_a_slice(model: MatViT, data: st.DataObject, small: tuple[int, ...], depth: int) -> None:

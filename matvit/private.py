@@ -1,0 +1,122 @@
+"""What a granularity owns besides its slice: a delta to each tensor of its blocks, merged before it computes.
+
+Matrices have deltas of low rank (Hu et al., "LoRA", arXiv 2106.09685), vectors (biases, norms, layer scales)
+full ones, both zero at first. XL owns none: it, and so every index that it made, stays as it is.
+
+Letters in shape comments: R rank, n and m a tensor's sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from matvit.spec import Granularity
+
+OWNERS = (Granularity.S, Granularity.M, Granularity.L)
+
+
+class PrivateConfig(BaseModel):
+    """How much S, M and L own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(ge=1, le=2**10)  # of a matrix's delta
+
+
+class PrivateBlock(nn.Module):
+    """The deltas of one block at one granularity: `up.T @ down` to each matrix (n, m), `vector` to each vector (n,)."""
+
+    def __init__(self, block: Block, *, width: int, rank: int) -> None:
+        super().__init__()
+        self.width = width
+        # Vectors as rows, and `up` lying: int8 storage keeps one scale a row. Module names may not hold dots.
+        self.down, self.up, self.vector = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for name, tensor in _sliced(block, width).items():
+            key = _key(name)
+            if tensor.ndim == 1:
+                self.vector[key] = nn.Parameter(tensor.new_zeros(1, len(tensor)))
+                continue
+            rows, columns = tensor.shape
+            random = torch.randn(rank, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
+            self.down[key] = nn.Parameter(random.to(tensor))  # (R, m)
+            self.up[key] = nn.Parameter(tensor.new_zeros(rank, rows))  # (R, n)
+
+    def merged(self, block: Block) -> Block:
+        """`block` cut to this granularity's hidden units, with its deltas added; gradients reach both."""
+        return _with_tensors(
+            block, {name: self._changed(name, old) for name, old in _sliced(block, self.width).items()}
+        )
+
+    def _changed(self, name: str, tensor: Tensor) -> Tensor:
+        key = _key(name)
+        if tensor.ndim == 1:
+            changed: Tensor = tensor + self.vector[key][0]
+        else:
+            changed = tensor + self.up[key].T @ self.down[key]
+        return changed
+
+
+class PrivateParameters(nn.Module):
+    """The private blocks of S, M and L."""
+
+    def __init__(self, vit: VisionTransformer, config: PrivateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleDict(
+            {
+                owner.value: nn.ModuleList(
+                    PrivateBlock(block, width=owner.width_of(block.mlp.fc1.out_features), rank=config.rank)
+                    for block in vit.blocks
+                )
+                for owner in OWNERS
+            }
+        )
+
+    def of(self, index: int, *, width: int, full_width: int) -> PrivateBlock | None:
+        """What the granularity of `width` owns in block `index`; None for XL's width and for one without a name."""
+        owner = Granularity.named(width, full_width)
+        if owner not in OWNERS:
+            return None
+        found: PrivateBlock = self.blocks[owner.value][index]  # type: ignore[index]  # a ModuleList
+        return found
+
+
+def _key(name: str) -> str:
+    """A parameter's name without dots; it ends in "weight", which int8 storage goes by."""
+    return f"{name.replace('.', '-')}-weight"
+
+
+def _sliced(block: Block, width: int) -> dict[str, Tensor]:
+    """The block's tensors by name, the feed-forward's cut to its first `width` hidden units."""
+    tensors: dict[str, Tensor] = dict(block.named_parameters())
+    for name in ("mlp.fc1.weight", "mlp.fc1.bias"):
+        if name in tensors:
+            tensors[name] = tensors[name][:width]
+    tensors["mlp.fc2.weight"] = tensors["mlp.fc2.weight"][:, :width]
+    return tensors
+
+
+def _with_tensors(block: Block, tensors: Mapping[str, Tensor]) -> Block:
+    """A block of the same kind that computes with `tensors`: parameters of its own where they are part of no graph."""
+
+    def rebuilt(module: nn.Module, prefix: str) -> nn.Module:
+        shallow = copy.copy(module)
+        shallow._parameters, shallow._modules = dict(module._parameters), dict(module._modules)
+        for name, child in module._modules.items():
+            shallow._modules[name] = None if child is None else rebuilt(child, f"{prefix}{name}.")
+        for name, old in module._parameters.items():
+            if old is not None:
+                new = tensors[prefix + name]
+                # As torch.func.functional_call does: a tensor in a parameter's place.
+                shallow._parameters[name] = (
+                    nn.Parameter(new, requires_grad=old.requires_grad) if new.grad_fn is None else new  # type: ignore[assignment]
+                )
+        return shallow
+
+    return rebuilt(block, "")
