@@ -62,6 +62,18 @@ def slices(mlp: FeedForward, width: int) -> dict[int, object]:
     return cut | {id(layer): linear(*part) for layer, part in zip(_incoming_layers(mlp), parts, strict=True)}
 
 
+def sliced_parameters(mlp: FeedForward, width: int) -> dict[str, Tensor]:
+    """The tensors of the first `width` hidden units, by their names in `mlp`; gradients reach its own."""
+    tensors: dict[str, Tensor] = dict(mlp.named_parameters())
+    for name in tensors:
+        if name == "fc2.weight":
+            tensors[name] = tensors[name][:, :width]
+        elif not name.startswith("fc2."):  # the hidden units' rows; a packed gate's and its value's
+            halves = tensors[name].split(mlp.fc2.in_features)
+            tensors[name] = torch.cat([half[:width] for half in halves]) if len(halves) > 1 else halves[0][:width]
+    return tensors
+
+
 def permute(mlp: FeedForward, order: Tensor) -> None:
     """Reorders the hidden units in place: unit i becomes what unit order[i] was."""
     for layer in _incoming_layers(mlp):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from matvit import feed_forward
 from matvit.spec import Granularity
 
 OWNERS = (Granularity.S, Granularity.M, Granularity.L)
@@ -71,7 +72,7 @@ class PrivateParameters(nn.Module):
         self.blocks = nn.ModuleDict(
             {
                 owner.value: nn.ModuleList(
-                    PrivateBlock(block, width=owner.width_of(block.mlp.fc1.out_features), rank=config.rank)
+                    PrivateBlock(block, width=owner.width_of(block.mlp.fc2.in_features), rank=config.rank)
                     for block in vit.blocks
                 )
                 for owner in OWNERS
@@ -95,11 +96,8 @@ def _key(name: str) -> str:
 def _sliced(block: Block, width: int) -> dict[str, Tensor]:
     """The block's tensors by name, the feed-forward's cut to its first `width` hidden units."""
     tensors: dict[str, Tensor] = dict(block.named_parameters())
-    for name in ("mlp.fc1.weight", "mlp.fc1.bias"):
-        if name in tensors:
-            tensors[name] = tensors[name][:width]
-    tensors["mlp.fc2.weight"] = tensors["mlp.fc2.weight"][:, :width]
-    return tensors
+    cut = feed_forward.sliced_parameters(block.mlp, width)
+    return tensors | {f"mlp.{name}": tensor for name, tensor in cut.items()}
 
 
 def _with_tensors(block: Block, tensors: Mapping[str, Tensor]) -> Block:
@@ -110,6 +108,8 @@ def _with_tensors(block: Block, tensors: Mapping[str, Tensor]) -> Block:
         shallow._parameters, shallow._modules = dict(module._parameters), dict(module._modules)
         for name, child in module._modules.items():
             shallow._modules[name] = None if child is None else rebuilt(child, f"{prefix}{name}.")
+        if isinstance(shallow, nn.Linear):
+            shallow.out_features, shallow.in_features = tensors[f"{prefix}weight"].shape
         for name, old in module._parameters.items():
             if old is not None:
                 new = tensors[prefix + name]
