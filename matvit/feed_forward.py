@@ -64,13 +64,15 @@ def slices(mlp: FeedForward, width: int) -> dict[int, object]:
 
 def sliced_parameters(mlp: FeedForward, width: int) -> dict[str, Tensor]:
     """The tensors of the first `width` hidden units, by their names in `mlp`; gradients reach its own."""
-    tensors: dict[str, Tensor] = dict(mlp.named_parameters())
-    for name in tensors:
+    tensors: dict[str, Tensor] = {}
+    for name, whole in mlp.named_parameters():
         if name == "fc2.weight":
-            tensors[name] = tensors[name][:, :width]
-        elif not name.startswith("fc2."):  # the hidden units' rows; a packed gate's and its value's
-            halves = tensors[name].split(mlp.fc2.in_features)
-            tensors[name] = torch.cat([half[:width] for half in halves]) if len(halves) > 1 else halves[0][:width]
+            tensors[name] = whole[:, :width]
+        elif name.startswith("fc2."):
+            tensors[name] = whole
+        else:  # the hidden units' rows: once, or a packed gate's and its value's
+            halves = torch.split(whole, mlp.fc2.in_features)
+            tensors[name] = torch.cat([half[:width] for half in halves])
     return tensors
 
 
