@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from matvit.errors import CheckpointError, ImageError
+from matvit.errors import CheckpointError, DatasetError, ImageError
 from matvit.progress import Progress, silent
 
 if TYPE_CHECKING:
     from matvit import MatViT
+    from matvit.adapting import Adaptation
     from matvit_app.demo import DemoTable
     from retrieval.filters import Where
     from retrieval.queries import Fusion
@@ -365,6 +366,62 @@ def train(recipe: str, *, out: Path, resume: bool, progress: Progress = silent) 
         "seconds": time.monotonic() - started,
         "metrics": model.record.get("metrics", {}),
     }
+
+
+def adapt(checkpoint: str, *, images: Path, out: Path, minutes: float, progress: Progress = silent) -> Adaptation:
+    """Tunes what S, M and L own on the pictures below `images`, and saves the encoder at `out` if that helped.
+
+    Raises MatVitError: too few pictures, a missing checkpoint, an `out` that holds something else.
+    """
+    from matvit import checkpoint as checkpoints
+    from matvit.adapting import adapt as run
+
+    files = _pictures_below(images)
+    model = load_encoder(checkpoint)
+    checkpoints.refuse_to_replace(out.resolve())  # before the minutes are spent
+    storage = checkpoints.read_config(checkpoints.locate(checkpoint)).weights.storage
+    result = run(model, files, minutes=minutes, progress=progress)
+    if result.kept:
+        model.pareto = tuple(_without_stale_quality(model, row) for row in model.pareto)
+        model.record = {**model.record, "adapted": adaptation_json(result, out=None)}
+        model.save_pretrained(out, storage=storage)
+    return result
+
+
+def adaptation_json(result: Adaptation, *, out: Path | None) -> dict[str, Any]:
+    """The form that `matvit adapt --json` prints; without `out` and paths, that of a checkpoint's record."""
+    described: dict[str, Any] = {
+        "pictures": result.pictures,
+        "held_back": result.held_back,
+        "steps": result.steps,
+        "kept": list(result.kept),
+        "before": {name: asdict(measured) for name, measured in result.before.items()},
+        "after": {name: asdict(measured) for name, measured in result.after.items()},
+    }
+    if out is None:
+        return described
+    skipped = [{"path": path, "reason": reason} for path, reason in result.skipped]
+    return {"checkpoint": str(out) if result.kept else None, **described, "skipped": skipped}
+
+
+def _pictures_below(folder: Path) -> list[str]:
+    from matvit.datasets import PICTURE_SUFFIXES
+    from matvit.walk import walk_files
+
+    def refuse(error: OSError) -> None:
+        raise DatasetError(
+            what=f"cannot be read ({error.strerror})", where=str(folder), fix="give a folder of pictures"
+        )
+
+    return [path for path in walk_files(folder, on_error=refuse) if Path(path).suffix.lower() in PICTURE_SUFFIXES]
+
+
+def _without_stale_quality(model: MatViT, row: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of a submodel holds no longer once its granularity owns something else."""
+    spec = model.shape.spec(row["spec"])
+    if spec.widths == model.shape.ffn_widths:
+        return row
+    return {**row, "quality": {}}
 
 
 # --- the demo ------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
     NaN or infinite, or when the files cannot be written; an earlier checkpoint is then left as it was.
     """
     target = Path(folder).resolve()
-    _refuse_to_replace(target)
+    refuse_to_replace(target)
     files = _files(model, storage)
     unfinished = _beside(target, "new")
     try:
@@ -352,8 +352,8 @@ def _refuse_half_swapped(target: Path) -> None:
         )
 
 
-def _refuse_to_replace(target: Path) -> None:
-    """Replacing a checkpoint deletes its folder: nothing else of the user's may be in it."""
+def refuse_to_replace(target: Path) -> None:
+    """Raises CheckpointError when `target` holds anything but a checkpoint: replacing one deletes its folder."""
     if not target.exists():
         return
     if target.is_dir():

@@ -12,8 +12,8 @@ import typer
 from typer.core import TyperCommand
 
 from matvit.errors import MatVitError, MissingExtraError
-from matvit_app.cli import app as app_command
 from matvit_app.cli import (
+    adapt,
     compact,
     demo,
     doctor,
@@ -28,6 +28,7 @@ from matvit_app.cli import (
     upgrade,
     verify,
 )
+from matvit_app.cli import app as app_command
 from matvit_app.cli.output import say
 from matvit_app.doctor import extra_of
 
@@ -66,6 +67,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
     "extract": extract.extract,
     "eval": evaluate.evaluate,
+    "adapt": adapt.adapt,
     "app": app_command.app,
     "doctor": doctor.doctor,
     "verify": verify.verify,

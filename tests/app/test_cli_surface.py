@@ -51,6 +51,7 @@ OPTIONS = {
         "--write-table",
         "--json",
     ],
+    "adapt": ["checkpoint", "--images", "--out", "--minutes", "--json"],
     "app": ["index", "--host", "--port", "--no-browser", "--json"],
     "doctor": ["--json"],
     "verify": ["target", "--sample", "--json"],

@@ -1,0 +1,90 @@
+"""`matvit adapt`: a checkpoint of the same space, a table, and nothing written where nothing is gained."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matvit import MatViT
+from matvit_app import services
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    random = np.random.default_rng(0)
+    for number in range(45):
+        Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((28, 28)).save(
+            folder / f"{number}.png"
+        )
+    (folder / "bad.jpg").write_bytes(b"no picture")
+    return folder
+
+
+def test_adapting_keeps_the_space_and_records_what_was_gained(run, checkpoint, many, tmp_path):
+    out = tmp_path / "adapted"
+    done = run("adapt", checkpoint, "--images", many, "--out", out, "--minutes", "0.1", "--json")
+    assert done.code == 0, done
+    old, new = MatViT.from_pretrained(checkpoint), MatViT.from_pretrained(out)
+    assert new.space_id == old.space_id
+    assert new.weights_sha256 != old.weights_sha256
+    assert (done.json["pictures"], done.json["held_back"]) == (36, 9)
+    assert new.record["adapted"]["kept"] == done.json["kept"] != []
+    assert [row["path"].endswith("bad.jpg") for row in done.json["skipped"]] == [True]
+    assert "bad.jpg" in done.err
+
+
+def test_nothing_gained_is_bad_news_and_writes_nothing(run, checkpoint, many, tmp_path, monkeypatch):
+    from matvit import adapting
+
+    monkeypatch.setattr(adapting, "_LEARNING_RATE", 0.0)
+    done = run("adapt", checkpoint, "--images", many, "--out", tmp_path / "adapted", "--minutes", "0.01")
+    assert done.code == 1
+    assert "nothing was gained" in done.err
+    assert "agreement@10 before" in done.out
+    assert not (tmp_path / "adapted").exists()
+
+
+def test_ctrl_c_leaves_the_old_checkpoint_whole(run, checkpoint, many, tmp_path, monkeypatch):
+    from matvit import adapting
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    old = tmp_path / "mine"
+    MatViT.from_pretrained(checkpoint).save_pretrained(old)
+    before = (old / "model.safetensors").read_bytes()
+    monkeypatch.setattr(adapting, "_train", interrupted)
+    assert run("adapt", old, "--images", many, "--out", old).code == 130
+    assert (old / "model.safetensors").read_bytes() == before
+    assert services.verify(str(old)).problems == ()
+
+
+def test_measures_of_submodels_that_changed_leave_the_table(run, checkpoint, many, tmp_path):
+    model = MatViT.from_pretrained(checkpoint)
+    cost = {"flops": 1, "params": 1, "relative_flops": 1.0, "quality": {"recall@1": 0.5}}
+    model.pareto = tuple({"name": spec, "spec": spec, **cost} for spec in ("S", "XL"))
+    model.save_pretrained(tmp_path / "old")
+    assert run("adapt", tmp_path / "old", "--images", many, "--out", tmp_path / "new", "--minutes", "0.1").code == 0
+    rows = json.loads((tmp_path / "new" / "pareto.json").read_text())
+    assert {row["spec"]: row["quality"] for row in rows} == {"S": {}, "XL": {"recall@1": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "words"),
+    [
+        ("photos", "new", "8 of 8 pictures can be read, and 40 are needed"),
+        ("gone", "new", "No such file or directory"),
+        ("many", "foreign", "which is no part of a checkpoint"),
+    ],
+)
+def test_bad_input_is_one_sentence(run, checkpoint, photos, many, tmp_path, images, out, words):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    folder = {"photos": photos, "many": many, "gone": tmp_path / "gone"}[images]
+    done = run("adapt", checkpoint, "--images", folder, "--out", tmp_path / out, "--minutes", "0.01")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done
+    assert words in done.err
