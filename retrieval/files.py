@@ -12,7 +12,7 @@ from pathlib import Path
 from matvit.durable import TEMPORARY
 from retrieval.errors import IndexFormatError, IngestError
 
-RESTORE = "restore the index from a copy, or index the pictures again in a new folder"
+RESTORE = "try matvit repair, which never makes it worse, or restore the index from a copy"
 
 
 def sha256_bytes(data: bytes) -> str:
