@@ -215,7 +215,7 @@ def _link_segment(source: Path, target: Path) -> None:
     building.mkdir()
     for file in source.iterdir():
         try:
-            os.link(file, building / file.name)  # noqa: PTH - the files are synced, and never written again
+            os.link(file, building / file.name)  # the files are synced, and never written again
         except OSError:  # a file system without links
             shutil.copy2(file, building / file.name)
             with (building / file.name).open("rb+") as copy:
