@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class _Links:
 
 
 def linked(
-    vectors: Vectors, *, same: Iterable[tuple[int, ...]], min_score: float | None, progress: Progress = silent
+    vectors: Vectors, *, same: Iterable[Sequence[int]], min_score: float | None, progress: Progress = silent
 ) -> list[IntArray]:
     """Groups of two or more positions, each group and their list ascending.
 

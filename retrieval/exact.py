@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from matvit.preprocess import FloatArray
-from retrieval.flat import ScoreArray, float32_slack
+from retrieval.flat import ScoreArray, best_of, float32_slack
 from retrieval.items import IntArray
 
 Found = tuple[IntArray, ScoreArray]
@@ -89,13 +89,8 @@ class _Candidates:
 def _decide(
     vectors: Vectors, query: FloatArray, positions: IntArray, *, ids: IntArray, k: int | None, min_score: float | None
 ) -> Found:
-    parts = [
-        exact_scores(vectors.vectors(positions[start : start + _BLOCK]), query)
-        for start in range(0, len(positions), _BLOCK)
-    ]
-    scores = np.concatenate([np.empty(0, dtype=np.float64), *parts])
-    best = np.lexsort((ids[positions], -scores))
-    if min_score is not None:
-        best = best[scores[best] >= min_score]
-    best = best[:k]
-    return positions[best], scores[best]
+    rows = np.zeros(len(positions), dtype=np.int64)  # all of them with the one query
+    most = len(positions) if k is None else k
+    [(best, scores)] = best_of(query[np.newaxis], vectors.vectors, rows, positions, ids=ids, k=most)
+    enough = scores >= (-np.inf if min_score is None else min_score)
+    return best[enough], scores[enough]

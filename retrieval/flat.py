@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Protocol
 
 import faiss
 import numpy as np
@@ -59,7 +58,7 @@ class FlatSearch:
             return [empty for _ in queries]
         few = len(queries) <= _FEW and k + _MARGIN <= _MOST
         rows, positions = self._few(queries, k=k) if few else _sweep(queries, self._vectors, k=k, slack=self._slack)
-        return best_of(queries, self._vectors, rows, positions, ids=self._ids, k=k)
+        return best_of(queries, self.vectors, rows, positions, ids=self._ids, k=k)
 
     def _few(self, queries: FloatArray, *, k: int) -> tuple[IntArray, IntArray]:
         """What `_sweep` finds, quicker for a few queries."""
@@ -91,19 +90,19 @@ def float32_slack(dim: int) -> float:
     return 1.01 * dim * 2.0**-23
 
 
-class Rows(Protocol):
-    """(N, D) float32 vectors: an array, or what reads them when asked for."""
-
-    def __getitem__(self, positions: IntArray, /) -> FloatArray:
-        """(M,) int64 positions -> (M, D)."""
-
-
 def best_of(
-    queries: FloatArray, vectors: Rows, rows: IntArray, positions: IntArray, *, ids: IntArray, k: int
+    queries: FloatArray,
+    read: Callable[[IntArray], FloatArray],
+    rows: IntArray,
+    positions: IntArray,
+    *,
+    ids: IntArray,
+    k: int,
 ) -> list[tuple[IntArray, ScoreArray]]:
     """Of M pairs of a query (`rows`) and a vector (`positions`), both (M,): per query its k best, ties by id.
 
-    Gives positions and float64 scores, best first. `queries` (Q, D), `vectors` (N, D), `ids` (N,).
+    Gives positions and float64 scores, best first. `queries` (Q, D), `ids` (N,); `read` gives the vectors at
+    (P,) positions, (P, D) float32.
     """
     wide = queries.astype(np.float64)
     scores: ScoreArray = np.empty(len(rows), dtype=np.float64)
@@ -111,7 +110,7 @@ def best_of(
         part = slice(start, start + _PART)
         # Sums along the contiguous axis, so every row is added in the same order and equal rows score the same;
         # a matrix product would depend on where the row lies.
-        scores[part] = (vectors[positions[part]] * wide[rows[part]]).sum(axis=1)
+        scores[part] = (read(positions[part]) * wide[rows[part]]).sum(axis=1)
     order = np.lexsort((ids[positions], -scores, rows))
     starts = np.searchsorted(rows[order], np.arange(len(queries) + 1))
     best = (order[start : min(start + k, end)] for start, end in pairwise(starts.tolist()))

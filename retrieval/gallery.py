@@ -44,7 +44,7 @@ class Gallery:
 
     @classmethod
     def _read(cls, snapshot: Snapshot) -> Gallery:
-        """All that searching needs is in memory afterwards: a writer may remove the files, and none stays open."""
+        """A writer may remove the files afterwards: what searching needs is in memory, or mapped."""
         live = [(segment, segment.live_rows()) for segment in snapshot.segments]
         none = np.empty(0, dtype=np.int64)
         ids = np.concatenate([none, *(segment.row_ids[rows] for segment, rows in live)])
@@ -66,16 +66,24 @@ class Gallery:
         """Position by id."""
         return {number: position for position, number in enumerate(self.ids.tolist())}
 
+    def position_of(self, number: int) -> int:
+        """The position of the picture with this id. Raises SearchError when there is none."""
+        if number not in self.positions:
+            raise SearchError(
+                what=f"holds no picture with id {number}", where=str(self.snapshot.folder), fix="see paths()"
+            )
+        return self.positions[number]
+
     @cached_property
     def _by_file(self) -> Mapping[str, int]:
         return {self.snapshot.file_name(place): position for position, place in enumerate(self.places)}
 
     @cached_property
-    def by_digest(self) -> Mapping[bytes, tuple[int, ...]]:
+    def by_digest(self) -> Mapping[bytes, Sequence[int]]:
         """Positions of the pictures whose files have the same content, ascending."""
-        found: dict[bytes, tuple[int, ...]] = {}
+        found: dict[bytes, list[int]] = {}
         for position, digest in enumerate(self.digests):
-            found[digest] = (*found.get(digest, ()), position)
+            found.setdefault(digest, []).append(position)
         return found
 
     def same_picture(self, *, file: str | None, digest: bytes | None) -> set[int]:

@@ -97,10 +97,7 @@ def _part(part: Any, gallery: Gallery) -> ImageSource | int:
             where="search",
             fix="give a path, a file's bytes, a PIL image, or the id of an item",
         )
-    if index(part) not in gallery.positions:
-        raise SearchError(
-            what=f"holds no picture with id {index(part)}", where=str(gallery.snapshot.folder), fix="see paths()"
-        )
+    gallery.position_of(index(part))  # raises
     return index(part)
 
 

@@ -259,7 +259,7 @@ def _find_base(folder: Path, damage: list[str]) -> Manifest:
         pointer = read_pointer(folder)
     except IndexFormatError as error:
         damage.append(f"{error.where}: {error.what}")
-        return _newest(folder, _manifests(folder), damage)
+        return _newest(folder, damage)
     path = folder / GENERATIONS / pointer.name
     with reading(path):
         data = path.read_bytes() if path.is_file() else b""
@@ -272,13 +272,13 @@ def _find_base(folder: Path, damage: list[str]) -> Manifest:
     damage.append(f"{path}: is not what was published{', but for one bit' if mended else ''}")
     if mended:
         return parse_manifest(mended, path=path)
-    return _newest(folder, _manifests(folder), damage)
+    return _newest(folder, damage)
 
 
-def _newest(folder: Path, paths: Sequence[Path], damage: list[str]) -> Manifest:
+def _newest(folder: Path, damage: list[str]) -> Manifest:
     """The newest whole generation, else the newest that can be read."""
-    readable = []
-    for path in sorted(paths, key=_number, reverse=True):
+    found: Manifest | None = None
+    for path in sorted(_manifests(folder), key=_number, reverse=True):
         with reading(path):
             data = path.read_bytes()
         _refuse_newer(data, path)
@@ -287,16 +287,16 @@ def _newest(folder: Path, paths: Sequence[Path], damage: list[str]) -> Manifest:
         except IndexFormatError as error:
             damage.append(f"{error.where}: {error.what}")
             continue
-        readable.append(manifest)
         if _is_whole(folder, manifest):
+            found = manifest
             break
-    if not readable:
+        found = found or manifest
+    if found is None:
         raise IndexFormatError(
             what="no manifest can be read, so nothing says what its files are",
             where=str(folder),
             fix="restore the index from a copy, or index the pictures again in a new folder",
         )
-    found = readable[-1] if _is_whole(folder, readable[-1]) else readable[0]
     damage.append(
         f"generation {found.generation} is the newest that can be used; run matvit index again for what is not in it"
     )

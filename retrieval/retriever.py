@@ -55,7 +55,8 @@ class Retriever:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, encoder: ElasticEncoder | None = None) -> Retriever:
-        """Open an index for searching, every byte checked; its vectors and paths are read into memory.
+        """Open an index for searching, every byte checked; its paths are read into memory, its vectors too if they are
+        searched exactly.
 
         `encoder` None: the one that built the index, loaded when a search first needs it.
         Raises IndexFormatError, or EncoderMismatchError when `encoder` is of another embedding space.
@@ -184,10 +185,7 @@ class Retriever:
         Raises SearchError for an id that the index does not hold, ImageError when its file cannot be read.
         """
         gallery = self._gallery
-        rows = np.flatnonzero(gallery.ids == number)
-        if not len(rows):
-            raise SearchError(what=f"holds no picture with id {number}", where=str(self.path), fix="see paths()")
-        return read_picture(gallery.snapshot.file_name(gallery.places[int(rows[0])]))
+        return read_picture(gallery.snapshot.file_name(gallery.places[gallery.position_of(number)]))
 
     def paths(self) -> dict[int, Path]:
         """The file of every picture that can be found, by id."""

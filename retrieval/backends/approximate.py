@@ -59,7 +59,7 @@ class ApproximateSearch:
         rows = np.repeat(np.arange(len(queries)), [len(a) + len(b) for a, b in zip(found, beside, strict=True)])
         none = np.empty(0, dtype=np.int64)
         positions = np.concatenate([none, *(part for pair in zip(found, beside, strict=True) for part in pair)])
-        return best_of(queries, self._raw, rows, positions, ids=self._ids, k=k)
+        return best_of(queries, self.vectors, rows, positions, ids=self._ids, k=k)
 
     def _candidates(self, queries: FloatArray, *, depth: int) -> list[IntArray]:
         """Per query, positions of about `depth` vectors near it; all there are when `depth` is as many."""

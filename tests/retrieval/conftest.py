@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
-from collections.abc import Callable, Sequence
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ from matvit.spec import EncoderShape, SubmodelSpec
 SHAPE = EncoderShape(ffn_widths=(64, 64), num_heads=2, image_size=8)
 PREPROCESSING = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 DIM = 16
+Failing = Callable[..., AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,27 @@ def elastic() -> FakeElastic:
 def picture() -> Callable[[int], bytes]:
     """picture(seed) -> PNG bytes, different for every seed."""
     return picture_bytes
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    """`with failing("fsync", at=3)`: the fourth call of `os.fsync` fails as on a full disk (or with `code`)."""
+
+    @contextmanager
+    def fail(name: str, *, at: int, code: int = errno.ENOSPC) -> Iterator[None]:
+        calls = itertools.count()
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            if next(calls) == at:
+                raise OSError(code, os.strerror(code))
+            return real(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, call)
+            yield
+
+    return fail
 
 
 @pytest.fixture

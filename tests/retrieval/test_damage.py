@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import resource
@@ -12,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -199,31 +198,15 @@ def test_an_older_manifest_is_upgraded_step_by_step(index, monkeypatch):
     assert Index.open(index.path).info().items == 9
 
 
-@contextmanager
-def failing(monkeypatch, name, *, at):
-    """The `at`-th call of `os.<name>` (from 0) fails as on a full disk."""
-    calls = iter(range(10**6))
-    real = getattr(os, name)
-
-    def call(*arguments, **named):
-        if next(calls) == at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(*arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, name, call)
-        yield
-
-
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_disk_that_fails_at_any_step_leaves_a_whole_index(index, photos, elastic, picture, monkeypatch, name):
+def test_a_disk_that_fails_at_any_step_leaves_a_whole_index(index, photos, elastic, picture, failing, name):
     (photos / "new.png").write_bytes(picture(80))
     (photos / "5.png").unlink()
     for at in range(100):
         folder = index.path.with_name(f"{name}-{at}")
         shutil.copytree(index.path, folder)
         try:
-            with failing(monkeypatch, name, at=at):
+            with failing(name, at=at):
                 Index.open(folder).ingest(photos, encoder=elastic, delete=True)
         except IngestError as error:
             assert "No space left on device" in str(error)  # noqa: PT017 - the last attempt must succeed
@@ -443,14 +426,16 @@ def test_nothing_stays_when_no_file_is_a_picture(tmp_path, elastic, made_before)
 
 
 @pytest.mark.parametrize("published", [0, 1, 2])
-def test_a_build_that_meets_a_full_disk_keeps_what_was_published(tmp_path, photos, elastic, monkeypatch, published):
+def test_a_build_that_meets_a_full_disk_keeps_what_was_published(
+    tmp_path, photos, elastic, monkeypatch, failing, published
+):
     monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
     publish = GenerationWriter.publish
 
     def fill_the_disk(writer, *arguments, **named):
         if writer.manifest.generation > published:
-            with failing(monkeypatch, "fsync", at=0):
+            with failing("fsync", at=0):
                 publish(writer, *arguments, **named)
         publish(writer, *arguments, **named)
 
@@ -462,11 +447,11 @@ def test_a_build_that_meets_a_full_disk_keeps_what_was_published(tmp_path, photo
         assert Index.open(tmp_path / "i").info().items == 4 * published
 
 
-def test_an_object_shows_what_a_failed_run_has_published(tmp_path, photos, elastic, monkeypatch):
+def test_an_object_shows_what_a_failed_run_has_published(tmp_path, photos, elastic, monkeypatch, failing):
     monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
     index = Index.create(tmp_path / "i", encoder=elastic)
-    with failing(monkeypatch, "fsync", at=14), pytest.raises(IngestError):
+    with failing("fsync", at=14), pytest.raises(IngestError):
         index.ingest(photos)
     assert index.generation == Index.open(index.path).generation > 1
 

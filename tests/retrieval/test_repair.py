@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -186,22 +187,12 @@ def test_a_newer_index_is_refused_not_rolled_back(index):
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_repair_that_fails_at_any_step_makes_nothing_worse(index, elastic, picture, monkeypatch, name):
+def test_a_repair_that_fails_at_any_step_makes_nothing_worse(index, elastic, picture, failing, name):
     expected = contents(index, elastic, picture)
     flip(first_segment(index) / "embeddings.f32", 5)
-    real = getattr(os, name)
     for at in range(30):
         folder = Path(shutil.copytree(index.path, index.path.with_name(f"at-{at}")))
-        calls = []
-
-        def call(*arguments, at=at, calls=calls):
-            calls.append(arguments)
-            if len(calls) - 1 == at:
-                raise OSError(5, "Input/output error")
-            return real(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, call)
+        with failing(name, at=at, code=errno.EIO):
             try:
                 Index.repair(folder, encoder=elastic)
             except Exception as error:

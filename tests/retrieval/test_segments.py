@@ -118,25 +118,16 @@ def test_verify_while_a_writer_replaces_every_segment_finds_no_problem(index, ph
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_merge_that_fails_at_any_step_loses_nothing(index, photos, elastic, picture, monkeypatch, name):
+def test_a_merge_that_fails_at_any_step_loses_nothing(index, photos, elastic, picture, monkeypatch, failing, name):
     monkeypatch.setattr(GenerationWriter, "merge_small", lambda writer: False)
     (photos / "3.png").unlink()
     index.ingest(photos, delete=True)
     add_one_at_a_time(index, photos, picture, MERGE_SEGMENTS)
     monkeypatch.undo()
-    real, failed = getattr(os, name), 0
+    failed = 0
     for at in range(20):
         folder = Path(shutil.copytree(index.path, index.path.with_name(f"at-{at}")))
-        calls = []
-
-        def call(*arguments, at=at, calls=calls):
-            calls.append(arguments)
-            if len(calls) - 1 == at:
-                raise OSError(28, "No space left on device")
-            return real(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, call)
+        with failing(name, at=at):
             try:
                 Index.open(folder).ingest(photos, encoder=elastic)
             except retrieval.IngestError:

@@ -147,20 +147,10 @@ def test_a_staged_upgrade_of_another_encoder_is_begun_anew(index, other, elastic
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_an_upgrade_that_fails_at_any_step_leaves_one_whole_space(index, elastic, other, picture, monkeypatch, name):
+def test_an_upgrade_that_fails_at_any_step_leaves_one_whole_space(index, elastic, other, picture, failing, name):
     expected = ids(index, elastic, picture)
-    real = getattr(os, name)
     for at in range(60):
-        calls = []
-
-        def call(*arguments, at=at, calls=calls):
-            calls.append(arguments)
-            if len(calls) - 1 == at:
-                raise OSError(28, "No space left on device")
-            return real(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, call)
+        with failing(name, at=at):
             try:
                 Index.open(index.path).upgrade(other)
             except IngestError as error:
