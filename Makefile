@@ -39,7 +39,7 @@ bench:  ## the measured claims of the README
 	python benchmarks/search.py
 	python benchmarks/open_index.py
 
-soak:  ## the index's hardest tests in their long forms, hours; writes docs/soak.md
+soak:  ## the index's hardest tests in their long forms, on all cores; writes docs/soak.md
 	python benchmarks/soak.py
 
 ci:  ## all of it, in a fresh environment

@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,9 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
             _check_scans(image, source)
             if draft_size:
                 image.draft("RGB", (draft_size, draft_size))
-            image.load()
+            large = image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+            with _unwarned() if large else nullcontext():  # TIFF's decoder warns once more
+                image.load()
             return _to_rgb(_upright(_with_pixels(image)))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         raise ImageError(
@@ -100,10 +103,16 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
 
 def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image:
     """The file with its header read, without Pillow's warning of large pictures: the caller has its own limit."""
+    with _unwarned():
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
     # Filters of warnings are the process's: one thread at a time changes them and puts them back.
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        yield
 
 
 def _check_scans(image: Image.Image, source: str | os.PathLike[str] | bytes) -> None:

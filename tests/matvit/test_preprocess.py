@@ -354,9 +354,12 @@ def test_bombs_are_refused_by_their_header(sides: tuple[int, int]) -> None:
     assert refusal(png_of_claimed_size(*sides)).what == "has more than 178 megapixels"
 
 
-def test_a_large_picture_below_the_limit_is_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {"compression": "tiff_lzw"})])
+def test_a_large_picture_below_the_limit_is_read_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow warns above it, and refuses twice as much
-    source, filters = encode(Image.new("RGBA", (10, 6)), "PNG"), list(warnings.filters)
+    source, filters = encode(Image.new("RGBA", (10, 6)), kind, **options), list(warnings.filters)
     with ThreadPoolExecutor(4) as pool:  # a warning is an error in these tests
         assert {image.size for image in pool.map(open_image, [source] * 200)} == {(10, 6)}
     assert list(warnings.filters) == filters

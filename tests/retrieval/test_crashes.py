@@ -24,6 +24,7 @@ from retrieval import Index, Retriever
 
 KILLS = int(os.environ.get("MATVIT_SOAK_KILLS", "30"))
 POWER = int(os.environ.get("MATVIT_SOAK_POWER", "1"))  # disks that a loss of power may leave, at each sync
+SHARD = os.environ.get("MATVIT_SOAK_SHARD")  # of a soak, 0 or more: its seed
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EMFILE)
 OPERATIONS = ("ingest", "delete", "compact", "upgrade", "repair")
 
@@ -115,7 +116,7 @@ def check_between(now, before, after):
 
 def test_a_kill_at_any_moment_leaves_a_whole_index_that_can_go_on(base, photos, elastic):
     before, after = expected(base, photos, elastic)
-    chance = random.Random(KILLS)
+    chance = random.Random(f"kills {SHARD}")
     server = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("crashes.py"))],
         stdin=subprocess.PIPE,
@@ -210,7 +211,7 @@ def test_losing_power_at_any_sync_leaves_the_state_before_or_after(base, photos,
     before, after = expected(base, photos, elastic)
     folder = base.with_name("victim.index")
     shutil.copytree(base, folder)
-    chance = random.Random(POWER)
+    chance = random.Random(f"power {SHARD}")
     disk = PowerLoss(folder, chance)
     generations, images = [Index.open(folder).generation], []
 
@@ -302,7 +303,7 @@ class _Written:
 def test_a_refused_write_is_one_clear_error_and_loses_nothing(base, photos, elastic, monkeypatch, op, number):
     before, after = expected(base, photos, elastic)
     # Together the three reach every write; each of them does in a soak.
-    first, stride = (0, 1) if POWER > 1 else (ERRNOS.index(number), len(ERRNOS))
+    first, stride = (0, 1) if SHARD else (ERRNOS.index(number), len(ERRNOS))
     for at in range(first, 300, stride):
         folder = base.with_name("victim.index")
         shutil.copytree(base, folder)

@@ -1,0 +1,90 @@
+"""Damaged, careless and malicious pictures: each is indexed or skipped with a reason, soon, in bounded memory.
+
+`make soak` tries more of them: MATVIT_SOAK_IMAGES.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import runpy
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from retrieval import Index
+from retrieval.loading import MEMORY_BYTES
+
+HELPERS = runpy.run_path(str(Path(__file__).with_name("mutations.py")))
+IMAGES = int(os.environ.get("MATVIT_SOAK_IMAGES", "400"))
+SHARD = int(os.environ.get("MATVIT_SOAK_SHARD", "0"))
+CHUNK = 1000  # pictures on the disk at a time
+SECONDS = 15.0  # of a processor, for one picture; docs/decisions/0010 has the measured ones
+
+STATUS = Path("/proc/self/status")
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged metadata
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.skipif(not STATUS.exists(), reason="memory is read from Linux")
+def test_every_mutated_picture_is_indexed_or_skipped_with_a_reason(tmp_path, elastic, monkeypatch):
+    slowest = _watch(monkeypatch, type(elastic.encoder()))
+    first = SHARD * IMAGES
+    settled = 0
+    for start in range(first, first + IMAGES, CHUNK):
+        folder = tmp_path / f"from-{start}"
+        _write(folder, range(start, min(start + CHUNK, first + IMAGES)))
+        faulthandler.dump_traceback_later(600, exit=True)  # a hang ends here, and says where
+        _check(folder, tmp_path / "i", elastic)
+        faulthandler.cancel_dump_traceback_later()
+        settled = settled or _mib("VmRSS")
+    assert slowest[0] < SECONDS, slowest
+    assert _mib("VmHWM") < MEMORY_BYTES // 2**20 + 500
+    assert _mib("VmRSS") < settled + 200
+    print(f"\nsoak slowest picture, s: {slowest[0]:.2f}\nsoak peak of memory, MiB: {_mib('VmHWM')}")
+
+
+def _write(folder, seeds):
+    folder.mkdir()
+    for seed in seeds:
+        name, data = HELPERS["mutated"](seed)
+        (folder / name).write_bytes(data)
+
+
+def _check(folder, path, elastic):
+    given = len(list(folder.iterdir()))
+    index = Index.build(folder, encoder=elastic, path=path)
+    info = index.info()
+    assert info.items + len(info.skipped) == given
+    assert len({file.path for file in info.skipped}) == len(info.skipped)
+    for file in info.skipped:
+        assert re.fullmatch(r"\S.{3,199}", file.reason), file
+        assert file.reason.isprintable(), file
+    assert index.verify() == []
+    again = index.ingest(folder)
+    assert (again.indexed, again.unchanged, len(again.skipped)) == (0, info.items, len(info.skipped))
+    shutil.rmtree(folder)
+    shutil.rmtree(path)
+
+
+def _watch(monkeypatch, encoder):
+    """The most processor time that one picture took."""
+    slowest, real = [0.0], encoder.preprocess
+
+    def preprocess(self, images):
+        start = time.thread_time()
+        try:
+            return real(self, images)
+        finally:
+            slowest[0] = max(slowest[0], time.thread_time() - start)
+
+    monkeypatch.setattr(encoder, "preprocess", preprocess)
+    return slowest
+
+
+def _mib(name):
+    return int(re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())[1]) // 1024
