@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matvit.errors import MatVitError, MissingExtraError
+from matvit.threads import usable_cores
 
 # Optional packages by extra, as modules are imported. A test compares them with pyproject.toml.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -130,18 +130,12 @@ def _runtimes() -> tuple[str, ...]:
 def _threads(has_torch: bool) -> dict[str, int]:
     import faiss
 
-    threads = {"cpus": _usable_cpus(), "faiss": int(faiss.omp_get_max_threads())}
+    threads = {"cpus": usable_cores(), "faiss": int(faiss.omp_get_max_threads())}
     if has_torch:
         import torch
 
         threads["torch"] = torch.get_num_threads()
     return threads
-
-
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):  # a container may own fewer than the machine has
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _checkpoints(has_torch: bool) -> tuple[CheckpointState, ...]:

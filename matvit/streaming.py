@@ -17,8 +17,8 @@ from matvit.near_copies import difference_hash
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
 from matvit.spec import SubmodelSpec
+from matvit.threads import usable_cores
 
-_DECODERS = 2  # threads
 _BATCHES_AHEAD = 2  # decoded while the encoders work; bounds the memory held
 
 
@@ -104,7 +104,7 @@ def _decoded(
     batch_size: int,
 ) -> Iterator[list[_Decoded | SkippedPicture]]:
     by_size = {spec.image_size: encoder for spec, encoder in encoders.items()}
-    with ThreadPoolExecutor(_DECODERS) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         waiting: deque[list[Future[_Decoded | SkippedPicture]]] = deque()
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]

@@ -30,8 +30,7 @@ class Task:
     root: str
     path: bytes
     known: Known | None  # what the index has under this very path
-    open: Open
-    status: Status | None = None  # of a shard or a store's file; None: the open file's own
+    open: Open  # its bytes, and the status of its file, or of the shard that it is in
     metadata: str | None = None  # a JSON object; None: what the index has
 
 
@@ -90,8 +89,8 @@ class Loader:
         index does not remember it and the next run tries again.
         """
         try:
-            with task.open() as file:
-                status = task.status or _status(file)
+            file, status = task.open()
+            with file:
                 reason, size = _sniff(file, task)
                 pixels = size[0] * size[1] if size else 0
                 with self._memory.reserve(_length(file) + DECODED_BYTES * pixels if reason is None else 0):
@@ -111,11 +110,6 @@ class Loader:
             return replace(loaded, pixels=self._encoder.preprocess([data]))
         except ImageError as error:
             return replace(loaded, width=None, height=None, reason=one_line(error.what))
-
-
-def _status(file: BinaryIO) -> Status:
-    status = os.fstat(file.fileno())
-    return Status(size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 def _length(file: BinaryIO) -> int:

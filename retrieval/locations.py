@@ -72,16 +72,31 @@ def open_file(place: str) -> BinaryIO:
         return cast(BinaryIO, io.BufferedReader(_Remote(system.open(path, "rb"))))
 
 
-def read_picture(path: str | os.PathLike[str]) -> bytes:
-    """The encoded bytes of the picture at a location, also as a hit's path has it. Raises ImageError."""
+def open_with_status(place: str, status: Status | None = None) -> tuple[BinaryIO, Status]:
+    """A file, and its size and time now; a URL, whose `status` is known. Raises OSError."""
+    file = open_file(place)
+    if status is None:
+        found = os.fstat(file.fileno())
+        status = Status(size=found.st_size, mtime_ns=found.st_mtime_ns)
+    return file, status
+
+
+def open_picture(place: str) -> tuple[BinaryIO, Status]:
+    """The encoded bytes of the picture at a location as a file, with the status of its file. Raises OSError."""
     from retrieval.shards import read_member
 
-    place = location(path)
     container, member = split_member(place)
+    status = status_of(container)
+    if not status.regular:  # opening a pipe would wait for ever
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open_file(container) if member is None else io.BytesIO(read_member(container, member)), status
+
+
+def read_picture(path: str | os.PathLike[str]) -> bytes:
+    """The encoded bytes of the picture at a location, also as a hit's path has it. Raises ImageError."""
+    place = location(path)
     try:
-        if member is not None:
-            return read_member(container, member)
-        with open_file(container) as file:
+        with open_picture(place)[0] as file:
             return file.read()
     except OSError as error:
         raise ImageError(what=os_reason(error), where=place, fix="put its file back, or index again") from error
@@ -197,7 +212,7 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-Open = Callable[[], BinaryIO]
+Open = Callable[[], tuple[BinaryIO, Status]]
 
 
 def window(file: BinaryIO, *, offset: int, size: int) -> BinaryIO:

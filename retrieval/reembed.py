@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
-
-import numpy as np
+from functools import partial
 
 from matvit.encoder import ImageEncoder
-from matvit.errors import ImageError
-from matvit.preprocess import FloatArray, header_size
-from retrieval.encoders import check_shape, is_unit, normalised
+from matvit.preprocess import FloatArray
 from retrieval.items import Item, Place
-from retrieval.locations import os_reason, read_picture, split_member, status_of
-
-BATCH = 32  # pictures encoded together
-_AHEAD = 2 * BATCH  # pictures decoded and waiting, at most
+from retrieval.loading import Task
+from retrieval.locations import open_picture
+from retrieval.pipeline import NO_EMBEDDING, Embedded, embed_all
+from retrieval.types import SkippedFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Embedded:
+class EmbeddedAgain:
     """One picture, embedded once more or not; `item` is as its file is now."""
 
     item: Item
@@ -34,65 +28,37 @@ class Embedded:
 
 def embed_again(
     items: Iterable[Item], *, file_name: Callable[[Place], str], encoder: ImageEncoder
-) -> Iterator[Embedded]:
+) -> Iterator[EmbeddedAgain]:
     """Every one of `items`, in order. A file that has changed is embedded as it is now.
 
     Raises EmbeddingError for an encoder that gives embeddings of another shape than it says.
     """
-    waiting: deque[Future[tuple[Item, FloatArray | str]]] = deque()
-    batch: list[tuple[Item, FloatArray | str]] = []
-    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
-    try:
+    waiting: deque[Item] = deque()
+
+    def tasks() -> Iterator[Task]:
         for item in items:
-            waiting.append(pool.submit(_read, item, file_name(item.place), encoder))
-            if len(waiting) >= _AHEAD:
-                batch.append(waiting.popleft().result())
-            if len(batch) == BATCH:
-                yield from _encode(batch, encoder)
-                batch = []
-        batch += [future.result() for future in waiting]
-        for start in range(0, len(batch), BATCH):
-            yield from _encode(batch[start : start + BATCH], encoder)
-    finally:
-        pool.shutdown(cancel_futures=True)
+            waiting.append(item)
+            place = file_name(item.place)
+            yield Task(full_path=place, root=item.root, path=item.path, known=None, open=partial(open_picture, place))
+
+    with closing(embed_all(tasks(), encoder=encoder, held=lambda _: None)) as results:
+        for embedded in results:
+            yield _again(waiting.popleft(), embedded)
 
 
-def _read(item: Item, path: str, encoder: ImageEncoder) -> tuple[Item, FloatArray | str]:
-    """The item and its pixels (1, 3, H, W), or why there are none."""
-    try:
-        status = status_of(split_member(path)[0])
-        if not status.regular:  # opening a pipe would wait for ever
-            return item, "not a regular file"
-        data = read_picture(path)
-        size = header_size(io.BytesIO(data), path=path)
-        pixels = encoder.preprocess([data])
-    except OSError as error:
-        return item, os_reason(error)
-    except ImageError as error:
-        return item, error.what
+def _again(item: Item, embedded: Embedded) -> EmbeddedAgain:
+    loaded = embedded.loaded
+    if isinstance(loaded, SkippedFile) or loaded.reason is not None:
+        return EmbeddedAgain(item=item, embedding=None, reason=loaded.reason)
     found = replace(
         item,
-        content_sha256=hashlib.sha256(data).hexdigest(),
-        size=status.size,
-        mtime_ns=status.mtime_ns,
-        width=size[0] if size else None,
-        height=size[1] if size else None,
+        content_sha256=loaded.content_sha256,
+        size=loaded.size,
+        mtime_ns=loaded.mtime_ns,
+        width=loaded.width,
+        height=loaded.height,
         row=None,
     )
-    return found, pixels
-
-
-def _encode(batch: Sequence[tuple[Item, FloatArray | str]], encoder: ImageEncoder) -> Iterator[Embedded]:
-    pixels = [found for _, found in batch if not isinstance(found, str)]
-    embeddings: Iterator[FloatArray] = iter(())
-    if pixels:
-        rows = encoder.encode(np.concatenate(pixels))
-        check_shape(rows, rows=len(pixels), dim=encoder.embedding_dim)
-        embeddings = iter(rows)
-    for item, found in batch:
-        if isinstance(found, str):
-            yield Embedded(item=item, embedding=None, reason=found)
-        elif is_unit(embedding := next(embeddings)).all():
-            yield Embedded(item=item, embedding=normalised(embedding), reason=None)
-        else:
-            yield Embedded(item=item, embedding=None, reason="the encoder gave no finite unit-length embedding")
+    return EmbeddedAgain(
+        item=found, embedding=embedded.embedding, reason=NO_EMBEDDING if embedded.embedding is None else None
+    )

@@ -27,7 +27,7 @@ from retrieval.manifest import (
     read_manifest,
     read_pointer,
 )
-from retrieval.reembed import Embedded, embed_again
+from retrieval.reembed import EmbeddedAgain, embed_again
 from retrieval.snapshot import OpenSegment, Snapshot
 from retrieval.types import SkippedFile, UpgradeReport
 from retrieval.writer import Entry, GenerationWriter
@@ -58,7 +58,7 @@ class Upgrade:
                 fix="give another encoder, or leave it as it is",
             )
         self._pending: list[Entry] = []
-        self._missing: list[Embedded] = []
+        self._missing: list[EmbeddedAgain] = []
         self._embedded = 0
 
     def run(self, *, drop_missing: bool) -> UpgradeReport:
@@ -141,7 +141,7 @@ class Upgrade:
             self._progress(ProgressEvent(stage="upgrade", done=done, total=len(pictures), unit="pictures", note=note))
         self._publish()
 
-    def _add(self, item: Item, embedded: Embedded | None, known: Staged) -> None:
+    def _add(self, item: Item, embedded: EmbeddedAgain | None, known: Staged) -> None:
         before = known.get(item.id)
         self._pending.append(
             Entry(
@@ -194,7 +194,7 @@ def _is_done(item: Item, known: Staged) -> bool:
     return item.id in known and replace(known[item.id][1], row=None) == replace(item, row=None)
 
 
-def _as_missing(missing: Embedded) -> Item:
+def _as_missing(missing: EmbeddedAgain) -> Item:
     """A skipped item that keeps the id. It has no size, time or content: an ingest reads the file when it is back."""
     return replace(
         missing.item,

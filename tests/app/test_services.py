@@ -32,7 +32,7 @@ def test_a_disk_that_fills_up_keeps_the_index_as_far_as_it_came(checkpoint, phot
             publish(writer, *arguments, **named)
 
     publish = GenerationWriter.publish
-    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
     monkeypatch.setattr(GenerationWriter, "publish", fill_the_disk)
     with pytest.raises(IngestError, match="No space left on device"):

@@ -238,7 +238,7 @@ def interrupts(monkeypatch, *, at):
 
 
 def test_two_interrupts_at_any_steps_leave_a_whole_index(index, photos, elastic, picture, monkeypatch):
-    monkeypatch.setattr(retrieval.ingest, "BATCH", 1)
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 1)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 1)  # so that it publishes in mid-run, too
     (photos / "new.png").write_bytes(picture(80))
     (photos / "5.png").unlink()
@@ -289,7 +289,7 @@ import runpy, sys, time
 import retrieval.ingest
 from retrieval import Index
 
-retrieval.ingest.BATCH, retrieval.ingest.PUBLISH_ITEMS = 4, 8
+retrieval.pipeline.BATCH, retrieval.ingest.PUBLISH_ITEMS = 4, 8
 helpers = runpy.run_path(sys.argv[1])
 encode = helpers["FakeEncoder"].encode
 helpers["FakeEncoder"].encode = lambda self, pixels: (time.sleep(0.01), encode(self, pixels))[1]
@@ -429,7 +429,7 @@ def test_nothing_stays_when_no_file_is_a_picture(tmp_path, elastic, made_before)
 def test_a_build_that_meets_a_full_disk_keeps_what_was_published(
     tmp_path, photos, elastic, monkeypatch, failing, published
 ):
-    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
     publish = GenerationWriter.publish
 
@@ -448,7 +448,7 @@ def test_a_build_that_meets_a_full_disk_keeps_what_was_published(
 
 
 def test_an_object_shows_what_a_failed_run_has_published(tmp_path, photos, elastic, monkeypatch, failing):
-    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
     index = Index.create(tmp_path / "i", encoder=elastic)
     with failing("fsync", at=14), pytest.raises(IngestError):

@@ -315,7 +315,7 @@ def test_progress_counts_every_file_once(tmp_path, photos, elastic):
 
 
 def test_a_long_run_publishes_as_it_goes_and_shares_segments(tmp_path, photos, elastic, monkeypatch):
-    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
     index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
     assert index.generation == 4
@@ -324,11 +324,9 @@ def test_a_long_run_publishes_as_it_goes_and_shares_segments(tmp_path, photos, e
     assert index.verify() == []
 
 
-def fail_at(call, error):
-    calls = iter(range(1000))
-
+def fail_on(embedding, error):
     def spoil(embeddings):
-        if next(calls) == call:
+        if np.isclose(embeddings, embedding).all(axis=1).any():
             raise error
         return embeddings
 
@@ -337,11 +335,12 @@ def fail_at(call, error):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
 def test_whatever_ends_a_run_what_is_complete_is_kept(tmp_path, photos, elastic, monkeypatch, error):
-    monkeypatch.setattr(retrieval.ingest, "BATCH", 2)
-    monkeypatch.setattr(retrieval.ingest, "AHEAD", 4)
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "AHEAD", 4)
     index = Index.create(tmp_path / "i", encoder=elastic)
+    fifth = elastic.encoder().embed([photos / "4.png"])
     with pytest.raises((KeyboardInterrupt, RuntimeError)):
-        index.ingest(photos, encoder=Broken(elastic, fail_at(2, error)))
+        index.ingest(photos, encoder=Broken(elastic, fail_on(fifth, error)))
     reopened = Index.open(index.path)
     assert reopened.info().items == 4
     assert reopened.verify() == []

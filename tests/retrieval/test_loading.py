@@ -6,16 +6,18 @@ import threading
 import time
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 import retrieval.loading
 from retrieval import Index
 from retrieval.loading import Loader, Task
+from retrieval.locations import open_with_status
 
 
 def task(path):
-    return Task(full_path=str(path), root="", path=b"", known=None, open=lambda: path.open("rb"))
+    return Task(full_path=str(path), root="", path=b"", known=None, open=partial(open_with_status, str(path)))
 
 
 def test_a_large_file_that_is_no_picture_is_not_read_into_memory(tmp_path, elastic):

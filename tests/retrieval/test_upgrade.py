@@ -80,7 +80,7 @@ def test_every_picture_moves_to_the_new_space_and_keeps_its_id(index, photos, el
 def test_the_old_index_serves_and_grows_while_an_interrupted_upgrade_waits(
     index, photos, elastic, other, picture, monkeypatch
 ):
-    monkeypatch.setattr(retrieval.reembed, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
     monkeypatch.setattr(retrieval.upgrade, "PUBLISH_ITEMS", 2)
     other.fail_after = 6
     with pytest.raises(KeyboardInterrupt):

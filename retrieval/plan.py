@@ -1,0 +1,134 @@
+"""What was found, compared with what the index has: the pictures that must be read, and those that need not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from retrieval.known import Known, KnownItems
+from retrieval.loading import Task
+from retrieval.locations import Open, Status, is_url, open_with_status, os_reason, status_of
+from retrieval.presence import is_unchanged
+from retrieval.shards import Member, ShardError, Table, tar_members
+from retrieval.sources import TABLE, TAR, Found, FoundFile, Roots
+from retrieval.types import SkippedFile
+
+MAX_FILE_BYTES = 512 * 2**20  # larger files are no photographs; reading one whole could exhaust the memory
+_TOO_LARGE = f"has more than {MAX_FILE_BYTES // 2**20} MiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unchanged:
+    """A picture that need not be read."""
+
+    full_path: str  # its location, for messages
+    known: Known
+    metadata: str | None  # a JSON object that may be new; None: nothing was said
+
+
+Step = Task | Unchanged | SkippedFile
+
+
+class Plan:
+    """The steps of one run, in the order in which the files were found; shards are opened when they are reached."""
+
+    def __init__(self, found: Found, *, known: KnownItems, roots: Roots) -> None:
+        self._found = found
+        self._known = known
+        self._roots = roots
+
+    def __iter__(self) -> Iterator[Step]:
+        for file in self._found.files():
+            try:
+                status = file.status or status_of(file.path)
+            except OSError as error:
+                yield _skip(file.path, os_reason(error))
+                continue
+            if not status.regular:
+                yield _skip(file.path, "not a regular file")
+            elif file.kind in {TAR, TABLE}:
+                yield from self._members(file.path, status, kind=file.kind)
+            else:
+                yield self._file(file, status)
+
+    def _file(self, file: FoundFile, status: Status) -> Step:
+        if file.problem is not None:
+            return _skip(file.path, file.problem)
+        return self._compare(
+            file.path,
+            size=status.size,
+            status=status,
+            metadata=file.metadata,
+            source=partial(open_with_status, file.path, status if is_url(file.path) else None),
+        )
+
+    def _members(self, container: str, status: Status, *, kind: str) -> Iterator[Step]:
+        """The pictures of a shard or table; where it is damaged, those before that."""
+        try:
+            if kind == TAR:
+                for member in tar_members(container):
+                    yield self._member(container, member, status)
+            else:
+                yield from self._rows(container, status)
+        except ShardError as error:
+            yield _skip(container, error.reason)
+        except OSError as error:
+            yield _skip(container, os_reason(error))
+
+    def _rows(self, container: str, status: Status) -> Iterator[Step]:
+        """The rows of those row groups that hold something new are read; the others need not be."""
+        table = Table(container)
+        try:
+            for number, rows in enumerate(table.groups()):
+                known = {row: self._known.at(*self._roots.locate(f"{container}#{row}")) for row in rows}
+                same = {row: one for row, one in known.items() if one and is_unchanged(one.item, status)}
+                if len(same) == len(rows):
+                    for row, one in same.items():
+                        yield Unchanged(full_path=f"{container}#{row}", known=one, metadata=None)
+                else:
+                    for member in table.members(number, rows.start):
+                        yield self._member(container, member, status)
+        finally:
+            table.close()
+
+    def _member(self, container: str, member: Member, status: Status) -> Step:
+        full_path = f"{container}#{member.name}"
+        if member.problem is not None:
+            return _skip(full_path, member.problem)
+        return self._compare(
+            full_path,
+            size=member.size,
+            status=status,
+            metadata=member.metadata,
+            source=lambda: (member.open(container), status),
+        )
+
+    def _compare(
+        self,
+        full_path: str,
+        *,
+        size: int,
+        status: Status,
+        metadata: str | None,
+        source: Open,
+    ) -> Step:
+        root, path = self._roots.locate(full_path)
+        known = self._known.at(root, path)
+        if size > MAX_FILE_BYTES:
+            return _skip(full_path, _TOO_LARGE)
+        if known and is_unchanged(known.item, status):
+            return Unchanged(full_path=full_path, known=known, metadata=metadata)
+        return Task(
+            full_path=full_path,
+            root=root,
+            path=path,
+            known=known,
+            open=source,
+            metadata=metadata,
+        )
+
+
+def _skip(path: str, reason: str) -> SkippedFile:
+    return SkippedFile(path=Path(path), reason=reason)

@@ -1,0 +1,53 @@
+"""Whether the file of an item is still there, and still the same."""
+
+from __future__ import annotations
+
+from retrieval.items import Item
+from retrieval.locations import NO_TIME, Status, is_url, split_member, status_of
+from retrieval.shards import Table, is_table, tar_members
+from retrieval.sources import Found, is_gone, lstat_error
+
+
+class Presence:
+    """Whether the picture of an item is still there: asks the disk, not what was found by its name."""
+
+    def __init__(self, found: Found) -> None:
+        self._found = found
+        self._members: tuple[str, frozenset[str] | int] = "", 0  # of the shard that was asked for last
+
+    def __call__(self, path: str, item: Item) -> bool:
+        """`path`: the item's location."""
+        container, member = split_member(path)
+        if is_url(container):
+            return self._found.holds(container) and (member is None or self._holds(container, member, item))
+        error = lstat_error(container)
+        if error is not None or member is None:
+            return not is_gone(error)
+        return self._holds(container, member, item)
+
+    def _holds(self, container: str, member: str, item: Item) -> bool:
+        try:
+            if is_unchanged(item, status_of(container)):
+                return True
+            if self._members[0] != container:
+                self._members = container, _names(container)
+        except OSError:  # says nothing about what was in it
+            return True
+        names = self._members[1]
+        return int(member) < names if isinstance(names, int) else member in names
+
+
+def is_unchanged(item: Item, status: Status) -> bool:
+    """Whether its file, or the file that holds it, has the size and time that it was indexed with."""
+    return status.mtime_ns != NO_TIME and (item.size, item.mtime_ns) == (status.size, status.mtime_ns)
+
+
+def _names(container: str) -> frozenset[str] | int:
+    """The members of a tar shard, or the number of rows of a table. Raises OSError."""
+    if not is_table(container):
+        return frozenset(member.name for member in tar_members(container))
+    table = Table(container)
+    try:
+        return len(table)
+    finally:
+        table.close()
