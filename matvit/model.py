@@ -92,9 +92,10 @@ class MatViT(nn.Module):
         )
         self.axes = axes
 
-    def add_private(self, config: PrivateConfig) -> None:
+    def add_private(self, config: PrivateConfig) -> PrivateParameters:
         """From now on S, M and L own private parameters, zero at first: no submodel computes anything else yet."""
         self.private = PrivateParameters(self.vit, config)
+        return self.private
 
     def block_of(self, index: int, width: int) -> Block:
         """Block `index` as a submodel of `width` hidden units there computes it: with what its granularity owns."""

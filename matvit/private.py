@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from matvit import feed_forward
-from matvit.spec import Granularity
+from matvit.spec import EncoderShape, Granularity, SubmodelSpec
 
 OWNERS = (Granularity.S, Granularity.M, Granularity.L)
 
@@ -86,6 +86,11 @@ class PrivateParameters(nn.Module):
             return None
         found: PrivateBlock = self.blocks[owner.value][index]  # type: ignore[index]  # a ModuleList
         return found
+
+
+def owns_something(shape: EncoderShape, spec: SubmodelSpec) -> bool:
+    """Whether any block of `spec` has the width of S, M or L."""
+    return any(Granularity.named(spec.widths[one], shape.ffn_widths[one]) in OWNERS for one in spec.kept_blocks)
 
 
 def _key(name: str) -> str:

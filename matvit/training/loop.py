@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,34 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
-from timm.optim import param_groups_layer_decay
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.errors import RecipeError
-from matvit.importance import find_keep_order, order_by_importance
-from matvit.model import AxesConfig, MatViT, run_block
+from matvit.model import MatViT, run_block
 from matvit.progress import Progress, ProgressEvent, silent
 from matvit.spec import SubmodelSpec
-from matvit.training import losses
 from matvit.training.batches import Batch, TrainingSet, draw_batch
 from matvit.training.data import to_device
 from matvit.training.heads import Heads
-from matvit.training.processes import average_gradients, check_equal, mean_of, send_to_all, start_fabric
+from matvit.training.objective import objective
+from matvit.training.processes import average_gradients, check_equal, mean_of, start_fabric
 from matvit.training.recipe import Losses, Recipe, Stage
 from matvit.training.record import check_validation, finish
-from matvit.training.sampling import ladder_spec, prefix_of_step, resolution_of_step, specs_of_step
-from matvit.training.start import load_teacher, start_encoder
+from matvit.training.sampling import prefix_of_step, resolution_of_step, specs_of_step
+from matvit.training.stages import (
+    ask_teacher,
+    begin_stage,
+    check_specs,
+    end_stage,
+    make_optimiser,
+    open_axes,
+    wants,
+)
+from matvit.training.start import start_encoder
 from matvit.training.state import LOG, Run, restore, save, tidy, writing
-from matvit.training.teacher import teach
 from matvit.training.throughput import Throughput
 
 _SAVE_SECONDS = 60.0  # how much work a kill may cost
 _LOG_STEPS = 50
-_ORDER_PICTURES = 512  # that the importance of hidden units is measured on
 
 
 def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress = silent) -> MatViT:
@@ -86,10 +87,12 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
 
 def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> Run:
     model = start_encoder(recipe).to(fabric.device)
-    _open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
-    _check_specs(model, recipe)
+    open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
+    check_specs(model, recipe)
     if recipe.compile and fabric.device.type == "cuda":
-        # Dynamic: one graph serves all widths and resolutions.
+        # Dynamic: one graph serves all widths and resolutions of slices. What submodels own comes as tensors of
+        # fixed sizes, one graph for each and for frozen blocks before it: more than the 8 that are allowed.
+        torch._dynamo.config.recompile_limit = 32
         model.block_forward = torch.compile(run_block, dynamic=True)
     decoded = [
         to_device(images, resolution=one.resolution, device=fabric.device, progress=progress)
@@ -119,33 +122,17 @@ def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages],
     )
 
 
-def _open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:
-    start = recipe.encoder
-    step = model.config.patch_size if start.resolution_axis else 0
-    kept = keep_order if start.depth_axis else ()
-    model.open_axes(AxesConfig(heads=start.head_axis, keep_order=kept, image_size_step=step))
-
-
-def _check_specs(model: MatViT, recipe: Recipe) -> None:
-    """A spec that names no submodel is told now, not after the stages before."""
-    for stage in recipe.stages:
-        for text in (*stage.fixed, *stage.ladder):
-            ladder_spec(model.shape, text, random.Random(0))  # noqa: S311  # a seed, not a secret
-        for pixels in stage.resolutions:
-            model.shape.spec(f"XL-r{pixels}")
-
-
 def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
     if run.step == 0:
-        _begin_stage(run, stage)
+        begin_stage(run, stage)
     run.sets = [
         replace(one, batch=batch // run.recipe.devices)
         for one, batch in zip(run.sets, run.recipe.batches_of(stage), strict=True)
     ]
-    with_teacher = _wanted(stage, "need_teacher")
+    with_teacher = wants(stage, "need_teacher")
     if with_teacher and run.sets[0].teacher is None:
-        _ask_teacher(run)
-    optimiser, schedule = _optimiser(run, stage)
+        ask_teacher(run)
+    optimiser, schedule = make_optimiser(run, stage)
     if optimiser_state is not None:
         optimiser.load_state_dict(optimiser_state)
     saved = began = time.monotonic()
@@ -172,7 +159,8 @@ def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -
             save(run, optimiser)
             saved = time.monotonic()
     _refuse_non_finite(run, stage, optimiser)
-    check_equal(run.fabric, run.model.vit)
+    end_stage(run, stage)
+    check_equal(run.fabric, run.model)
     run.seconds += time.monotonic() - began
     run.stage, run.step = run.stage + 1, 0
     if run.fabric.is_global_zero:
@@ -187,7 +175,7 @@ def _own_share(fabric: Fabric) -> tuple[int, ...]:
 
 def _drawn_at(run: Run, stage: Stage) -> int:
     """The resolution that a step's pictures are cut at: the largest that it needs."""
-    if stage.submodels is not None or _wanted(stage, "need_anchor"):
+    if stage.submodels is not None or wants(stage, "need_anchor"):
         return max(run.model.config.image_size, *stage.resolutions, 0)
     return _full_resolution(run, stage)
 
@@ -197,65 +185,17 @@ def _full_resolution(run: Run, stage: Stage) -> int:
     return resolution_of_step(stage.resolutions, native=native, seed=run.recipe.seed, step=run.step)
 
 
-def _begin_stage(run: Run, stage: Stage) -> None:
-    """Freeze what is aligned to, and order hidden units and blocks, before submodels are first trained."""
-    if any(one.submodels for one in run.recipe.stages[: run.stage]):
-        return
-    if _wanted(stage, "need_anchor"):
-        run.anchor = copy.deepcopy(run.model).requires_grad_(False)
-    if stage.submodels is not None:
-        batch = draw_batch(
-            [replace(one, batch=_ORDER_PICTURES // len(run.sets)) for one in run.sets],
-            augmentation=stage.augmentation,
-            image_size=run.model.config.image_size,
-            with_teacher=False,
-            key=(run.recipe.seed, run.stage, -1),
-        )
-        images = run.normalise(batch.images)
-        order_by_importance(run.model, images)
-        if run.recipe.encoder.depth_axis:
-            keep_order = run.fabric.broadcast(find_keep_order(run.model, images))
-            _open_axes(run.model, run.recipe, keep_order=keep_order)
-        send_to_all(run.fabric, run.model.vit)  # near ties may have been ordered otherwise on another device
-
-
-def _ask_teacher(run: Run) -> None:
-    """Crops are drawn as the first stage that asks says: a resumed later stage sees the same ones."""
-    recipe = run.recipe.teacher
-    augmentation = next(one.augmentation for one in run.recipe.stages if _wanted(one, "need_teacher"))
-    if recipe is None:
-        raise RecipeError(what="distils no teacher", where="teacher", fix="name one in the recipe")
-    teacher = load_teacher(recipe).to(run.fabric.device)
-    run.sets = [
-        replace(
-            one,
-            teacher=teach(
-                teacher,
-                one.images,
-                recipe,
-                augmentation=augmentation,
-                fabric=run.fabric,
-                seed=run.recipe.seed + index,
-                progress=run.progress,
-            ),
-        )
-        for index, one in enumerate(run.sets)
-    ]
-    batches = [one.batch for one in run.recipe.data]
-    features = [one.teacher.features.float().mean(dim=(0, 1)) for one in run.sets if one.teacher]
-    weighted = [mean * batch for mean, batch in zip(features, batches, strict=True)]
-    run.heads.feature_mean.copy_(torch.stack(weighted).sum(dim=0) / sum(batches))
-
-
 def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch, throughput: Throughput) -> Tensor:
     """One optimisation step over the full encoder and the step's submodels; the summed loss, detached."""
     shape = run.model.shape
-    anchors = None
-    if run.anchor is not None and _wanted(stage, "need_anchor"):
+    anchors, anchor = None, run.model if stage.freeze else run.anchor
+    if anchor is not None and wants(stage, "need_anchor"):
         with torch.no_grad(), run.fabric.autocast():
-            anchors = run.anchor(run.normalise(batch.at(shape.image_size))).float()
-    full = SubmodelSpec.of(shape, shape.ffn_widths, image_size=_full_resolution(run, stage))
-    plan: list[tuple[SubmodelSpec, Losses]] = [(full, stage.full)]
+            anchors = anchor(run.normalise(batch.at(shape.image_size))).float()
+    plan: list[tuple[SubmodelSpec, Losses]] = []
+    if not stage.freeze:
+        full = SubmodelSpec.of(shape, shape.ffn_widths, image_size=_full_resolution(run, stage))
+        plan.append((full, stage.full))
     if stage.submodels is not None:
         specs = specs_of_step(
             shape,
@@ -272,8 +212,9 @@ def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch
     for spec, weights in plan:  # one backward pass each keeps memory at one submodel's
         with run.fabric.autocast():
             embeddings = run.model(run.normalise(batch.at(spec.image_size)), spec)
-        loss = _loss(run.heads, weights, embeddings.float(), batch, anchors, prefix=prefix)
-        run.fabric.backward(loss)
+        loss = objective(run.heads, weights, embeddings.float(), batch, anchors, prefix=prefix)
+        if loss.requires_grad:  # not where all blocks left of a mixed one are XL's, and these frozen
+            run.fabric.backward(loss)
         total += loss.detach()
     frozen = 0 if anchors is None else run.model.flops()
     throughput.count(len(batch.images), trained=[run.model.flops(spec) for spec, _ in plan], frozen=frozen)
@@ -282,65 +223,6 @@ def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch
     nn.utils.clip_grad_norm_(parameters, run.recipe.optimiser.clip_norm)
     optimiser.step()
     return total
-
-
-def _loss(
-    heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, anchors: Tensor | None, *, prefix: int
-) -> Tensor:
-    """The weighted losses of one submodel; with a weight for prefixes, those of its first `prefix` numbers too."""
-    terms = _terms(heads, weights, embeddings, batch, anchors)
-    if weights.teacher_features and batch.features is not None:
-        centred = batch.features.float() - heads.feature_mean
-        terms.append(weights.teacher_features * losses.teacher_features(heads.teacher_features(embeddings), centred))
-    if weights.prefix:
-        short = F.normalize(embeddings[:, :prefix], dim=-1)
-        short_anchors = None if anchors is None else F.normalize(anchors[:, :prefix], dim=-1)
-        terms += [weights.prefix * term for term in _terms(heads, weights, short, batch, short_anchors)]
-    return torch.stack(terms).sum()
-
-
-def _terms(heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, anchors: Tensor | None) -> list[Tensor]:
-    terms: list[Tensor] = []
-    if weights.classification:
-        parts = torch.split(embeddings, [len(target) for target in batch.targets])
-        logits = [head(part) for head, part in zip(heads.classes, parts, strict=True)]
-        terms.append(weights.classification * losses.classification(logits, batch.targets))
-    if weights.teacher_classes and batch.probabilities is not None:
-        logits_t = heads.teacher_classes(embeddings)
-        terms.append(weights.teacher_classes * losses.teacher_classes(logits_t, batch.probabilities))
-    if anchors is not None:
-        if weights.cosine:
-            terms.append(weights.cosine * losses.cosine(embeddings, anchors))
-        if weights.similarity:
-            terms.append(weights.similarity * losses.similarity(embeddings, anchors))
-        if weights.contrast:
-            terms.append(weights.contrast * losses.contrast(embeddings, anchors))
-    return terms
-
-
-def _optimiser(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
-    recipe = run.recipe.optimiser
-    groups = param_groups_layer_decay(
-        run.model.vit,
-        weight_decay=recipe.weight_decay,
-        no_weight_decay_list=run.model.vit.no_weight_decay(),
-        layer_decay=recipe.layer_decay,
-    )
-    groups.append({"params": list(run.heads.parameters()), "weight_decay": 0.0, "lr_scale": recipe.head_rate})
-    fused = run.fabric.device.type == "cuda"
-    optimiser = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=recipe.betas, fused=fused)
-    schedule = CosineLRScheduler(
-        optimiser,
-        t_initial=stage.steps,
-        warmup_t=max(1, round(recipe.warmup * stage.steps)),
-        warmup_lr_init=0.0,
-        t_in_epochs=False,
-    )
-    return optimiser, schedule
-
-
-def _wanted(stage: Stage, need: str) -> bool:
-    return any(getattr(weights, need) for weights in (stage.full, stage.submodels) if weights is not None)
 
 
 def _log(run: Run, stage: Stage, *, loss: float, learning_rate: float, throughput: Throughput) -> None:
@@ -377,6 +259,6 @@ def _diverged(run: Run, stage: Stage, what: str) -> RecipeError:
 def _refuse_non_finite(run: Run, stage: Stage, optimiser: torch.optim.Optimizer) -> None:
     """A loss is looked at now and then, and before its step: the weights may be NaN or infinite all the same."""
     moments = [tensor for state in optimiser.state.values() for tensor in state.values()]
-    tensors = [*run.model.vit.state_dict().values(), *run.heads.state_dict().values(), *moments]
+    tensors = [*run.model.state_dict().values(), *run.heads.state_dict().values(), *moments]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise _diverged(run, stage, "its weights or their moments are not finite")

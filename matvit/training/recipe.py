@@ -107,15 +107,19 @@ class Losses(_Strict):
 class Stage(_Strict):
     """One optimisation run. `submodels` None: only the full encoder is trained.
 
-    What is frozen for alignment is the full encoder as it was before submodels were first trained.
-    `ladder` lists specs, and "mixed" for random per-block widths, which may be cut further ("mixed-d10-r84").
+    What is frozen for alignment is the full encoder as it was before submodels were first trained; with
+    `freeze`, as it is. `ladder` lists specs, and "mixed" for random per-block widths, which may be cut further
+    ("mixed-d10-r84").
     """
 
     name: str
     steps: PositiveInt
     learning_rate: PositiveFloat
-    full: Losses
+    full: Losses = Losses()
     submodels: Losses | None = None
+    private: int | None = Field(default=None, ge=1, le=2**10)  # rank of what S, M and L own, trained with the rest
+    freeze: bool = False  # only these are trained: the full encoder stays to the bit
+    average: float = Field(default=1.0, gt=0, le=1)  # the result: this share of the stage's end, the rest its start
     resolutions: tuple[PositiveInt, ...] = ()  # pixels: the full encoder is given one of these a step; (): native
     fixed: tuple[str, ...] = ("S",)  # specs trained in every step besides XL
     sampled: int = Field(default=1, ge=0)  # further specs, drawn from the ladder in every step
@@ -168,6 +172,7 @@ class Recipe(_Strict):
         for index, stage in enumerate(self.stages):
             self._check_batches(stage)
             self._check_losses(stage, first=index == 0)
+            self._check_private(stage, before=self.stages[index - 1] if index else None)
         return self
 
     def _check_batches(self, stage: Stage) -> None:
@@ -179,7 +184,7 @@ class Recipe(_Strict):
                 raise ValueError(f"a batch of {batch} from '{one.path}' cannot be shared by {self.devices} devices")
 
     def _check_losses(self, stage: Stage, *, first: bool) -> None:
-        losses = [stage.full, *([stage.submodels] if stage.submodels else [])]
+        losses = [one for one in (None if stage.freeze else stage.full, stage.submodels) if one]
         if not all(loss.train_something for loss in losses):
             raise ValueError(f"stage '{stage.name}' has an encoder without a loss")
         if any(loss.need_teacher for loss in losses):
@@ -189,6 +194,18 @@ class Recipe(_Strict):
                 raise ValueError(f"stage '{stage.name}': mixup and mosaic need crops that the teacher has not seen")
         if first and any(loss.need_anchor for loss in losses):
             raise ValueError(f"stage '{stage.name}' aligns to the stage before it, but is the first")
+
+    def _check_private(self, stage: Stage, *, before: Stage | None) -> None:
+        if before is not None and before.private not in (None, stage.private):
+            raise ValueError(f"stage '{stage.name}' must keep the private rank before it: private: {before.private}")
+        if stage.private is not None and stage.submodels is None:
+            raise ValueError(f"stage '{stage.name}' has private parameters, but trains no submodels")
+        if not stage.freeze:
+            return
+        if stage.private is None:
+            raise ValueError(f"stage '{stage.name}' freezes all that it could train: give it private parameters")
+        if stage.full.train_something or stage.average < 1:
+            raise ValueError(f"stage '{stage.name}' freezes the full encoder: leave out its losses and average")
 
     def batches_of(self, stage: Stage) -> tuple[int, ...]:
         """Pictures of each data set in every step of `stage`."""

@@ -20,6 +20,7 @@ from matvit.datasets import LabelledImages
 from matvit.durable import TEMPORARY, write_atomic
 from matvit.errors import RecipeError
 from matvit.model import AxesConfig, MatViT
+from matvit.private import PrivateConfig
 from matvit.progress import Progress
 from matvit.training.batches import TrainingSet
 from matvit.training.data import Skipped
@@ -45,6 +46,7 @@ class Run:
     mean: Tensor  # (3, 1, 1) on the device, as `std`
     std: Tensor
     anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
+    stage_start: dict[str, Tensor] | None = None  # the shared weights, where the stage's result is averaged with them
     stage: int = 0
     step: int = 0
     seconds: float = 0.0  # spent in optimisation, over all starts
@@ -74,6 +76,9 @@ def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
         "seconds": run.seconds,
         "axes": run.model.axes.model_dump(),
         "model": run.model.vit.state_dict(),
+        "private": None if run.model.private is None else run.model.private.state_dict(),
+        "rank": None if run.model.private is None else run.model.private.config.rank,
+        "stage_start": run.stage_start,
         "heads": run.heads.state_dict(),
         "anchor": None if run.anchor is None else run.anchor.vit.state_dict(),
         "optimiser": None if optimiser is None else optimiser.state_dict(),
@@ -136,6 +141,9 @@ def _take(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
         run.anchor.vit.load_state_dict(state["anchor"])
     run.model.vit.load_state_dict(state["model"])
+    if (private := state.get("private")) is not None:  # states of older programs have none, and no averages
+        run.model.add_private(PrivateConfig(rank=state["rank"])).load_state_dict(private)
+    run.stage_start = state.get("stage_start")
     run.heads.load_state_dict(state["heads"])
     optimiser: dict[str, Any] | None = state["optimiser"]
     return optimiser

@@ -30,6 +30,11 @@ AUGMENTED_TWICE = [
     },
 ]
 
+THEN_OWNING = [
+    AUGMENTED_TWICE[0] | {"average": 0.5},
+    AUGMENTED_TWICE[1] | {"full": {}, "private": 2, "freeze": True},
+]
+
 
 @pytest.fixture(autouse=True)
 def _log_and_save_every_step(monkeypatch):
@@ -64,6 +69,16 @@ def interrupt_at(stage: str, step: int):
 @pytest.mark.parametrize(("stage", "step"), [("one", 1), ("one", 3), ("one", 5), ("two", 1), ("two", 4)])
 def test_an_interrupted_run_continues_to_the_same_log_and_weights(data, make_recipe, tmp_path, stage, step):
     recipe = make_recipe(stages=AUGMENTED_TWICE)
+    train(recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path / "parts", progress=interrupt_at(stage, step))
+    train(recipe, out=tmp_path / "parts")
+    same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(("stage", "step"), [("one", 3), ("one", 5), ("two", 1), ("two", 4)])
+def test_averages_and_private_parameters_are_resumed(data, make_recipe, tmp_path, stage, step):
+    recipe = make_recipe(stages=THEN_OWNING)
     train(recipe, out=tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(recipe, out=tmp_path / "parts", progress=interrupt_at(stage, step))

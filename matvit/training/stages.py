@@ -1,0 +1,151 @@
+"""How a stage begins and ends: what is ordered, frozen, owned, asked of the teacher, and averaged."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+
+from matvit.errors import RecipeError
+from matvit.importance import find_keep_order, order_by_importance
+from matvit.model import AxesConfig, MatViT
+from matvit.private import PrivateConfig, owns_something
+from matvit.training.batches import draw_batch
+from matvit.training.processes import send_to_all
+from matvit.training.recipe import Recipe, Stage
+from matvit.training.sampling import ladder_spec
+from matvit.training.start import load_teacher
+from matvit.training.state import Run
+from matvit.training.teacher import teach
+
+_ORDER_PICTURES = 512  # that the importance of hidden units is measured on
+
+
+def open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:
+    """From now on the encoder can be cut as the recipe says."""
+    start = recipe.encoder
+    step = model.config.patch_size if start.resolution_axis else 0
+    kept = keep_order if start.depth_axis else ()
+    model.open_axes(AxesConfig(heads=start.head_axis, keep_order=kept, image_size_step=step))
+
+
+def check_specs(model: MatViT, recipe: Recipe) -> None:
+    """A spec that names no submodel is told now, not after the stages before."""
+    for stage in recipe.stages:
+        for text in (*stage.fixed, *stage.ladder):
+            spec = ladder_spec(model.shape, text, random.Random(0))  # noqa: S311  # a seed, not a secret
+            if stage.freeze and not owns_something(model.shape, spec):
+                raise RecipeError(
+                    what=f"'{text}' owns nothing that stage '{stage.name}' trains",
+                    where="recipe",
+                    fix="leave it out there: only blocks of S, M and L have private parameters",
+                )
+        for pixels in stage.resolutions:
+            model.shape.spec(f"XL-r{pixels}")
+
+
+def begin_stage(run: Run, stage: Stage) -> None:
+    """Nesting begins, private parameters are added, the weights kept that the result is averaged with."""
+    if not any(one.submodels for one in run.recipe.stages[: run.stage]):
+        _begin_nesting(run, stage)
+    if stage.private is not None and run.model.private is None:
+        run.model.add_private(PrivateConfig(rank=stage.private))
+    if stage.average < 1:
+        run.stage_start = {name: tensor.clone() for name, tensor in run.model.vit.state_dict().items()}
+
+
+def _begin_nesting(run: Run, stage: Stage) -> None:
+    """Freeze what is aligned to, and order hidden units and blocks, before submodels are first trained."""
+    later = run.recipe.stages[run.stage :] if stage.submodels else (stage,)
+    if any(wants(one, "need_anchor") and not one.freeze for one in later):
+        run.anchor = copy.deepcopy(run.model).requires_grad_(False)
+    if stage.submodels is not None:
+        batch = draw_batch(
+            [replace(one, batch=_ORDER_PICTURES // len(run.sets)) for one in run.sets],
+            augmentation=stage.augmentation,
+            image_size=run.model.config.image_size,
+            with_teacher=False,
+            key=(run.recipe.seed, run.stage, -1),
+        )
+        images = run.normalise(batch.images)
+        order_by_importance(run.model, images)
+        if run.recipe.encoder.depth_axis:
+            keep_order = run.fabric.broadcast(find_keep_order(run.model, images))
+            open_axes(run.model, run.recipe, keep_order=keep_order)
+        send_to_all(run.fabric, run.model.vit)  # near ties may have been ordered otherwise on another device
+
+
+@torch.no_grad()
+def end_stage(run: Run, stage: Stage) -> None:
+    """Average the shared weights with those that the stage began with, if it says so."""
+    if run.stage_start is None:
+        return
+    for name, tensor in run.model.vit.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(run.stage_start[name], 1 - stage.average)
+    run.stage_start = None
+
+
+def ask_teacher(run: Run) -> None:
+    """Crops are drawn as the first stage that asks says: a resumed later stage sees the same ones."""
+    recipe = run.recipe.teacher
+    augmentation = next(one.augmentation for one in run.recipe.stages if wants(one, "need_teacher"))
+    if recipe is None:
+        raise RecipeError(what="distils no teacher", where="teacher", fix="name one in the recipe")
+    teacher = load_teacher(recipe).to(run.fabric.device)
+    run.sets = [
+        replace(
+            one,
+            teacher=teach(
+                teacher,
+                one.images,
+                recipe,
+                augmentation=augmentation,
+                fabric=run.fabric,
+                seed=run.recipe.seed + index,
+                progress=run.progress,
+            ),
+        )
+        for index, one in enumerate(run.sets)
+    ]
+    batches = [one.batch for one in run.recipe.data]
+    features = [one.teacher.features.float().mean(dim=(0, 1)) for one in run.sets if one.teacher]
+    weighted = [mean * batch for mean, batch in zip(features, batches, strict=True)]
+    run.heads.feature_mean.copy_(torch.stack(weighted).sum(dim=0) / sum(batches))
+
+
+def make_optimiser(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
+    """AdamW over what the stage trains, its last group but one the encoder's last layer, and the rates' course."""
+    recipe = run.recipe.optimiser
+    run.model.vit.requires_grad_(not stage.freeze)
+    groups: list[dict[str, Any]] = []
+    if run.model.private is not None:
+        groups.append({"params": list(run.model.private.parameters()), "weight_decay": 0.0})
+    if not stage.freeze:
+        groups += param_groups_layer_decay(
+            run.model.vit,
+            weight_decay=recipe.weight_decay,
+            no_weight_decay_list=run.model.vit.no_weight_decay(),
+            layer_decay=recipe.layer_decay,
+        )
+    groups.append({"params": list(run.heads.parameters()), "weight_decay": 0.0, "lr_scale": recipe.head_rate})
+    fused = run.fabric.device.type == "cuda"
+    optimiser = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=recipe.betas, fused=fused)
+    schedule = CosineLRScheduler(
+        optimiser,
+        t_initial=stage.steps,
+        warmup_t=max(1, round(recipe.warmup * stage.steps)),
+        warmup_lr_init=0.0,
+        t_in_epochs=False,
+    )
+    return optimiser, schedule
+
+
+def wants(stage: Stage, need: str) -> bool:
+    """Whether a loss of the stage has such a need."""
+    return any(getattr(weights, need) for weights in (stage.full, stage.submodels) if weights is not None)
