@@ -59,7 +59,7 @@ class Part:
         for name, value in re.findall(r"^soak (.+): ([0-9.]+)$", text, re.MULTILINE):
             self.measured[name] = max(float(value), self.measured.get(name, 0.0))
         if failure is not None:
-            print(text, file=sys.stderr)
+            print("\n".join(text.splitlines()[-40:]), file=sys.stderr, flush=True)
             self.failures.append(failure)
 
 
@@ -120,11 +120,13 @@ def run_shard(part: Part, environment: dict[str, int]) -> tuple[float, str, str 
     """Run one pytest to its end: seconds of processors, what it printed, and how it failed, if it did."""
     shard = environment["MATVIT_SOAK_SHARD"]
     with tempfile.TemporaryDirectory(prefix="matvit-soak-") as home, tempfile.TemporaryFile("w+") as output:
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for the tests' own processes
+        own = {"TMPDIR": home, "PYTHONPATH": paths} | {name: str(value) for name, value in environment.items()}
         options = ["-q", "-s", "-o", "timeout=0", "-p", "no:cacheprovider", f"--hypothesis-seed={shard}"]
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, f"--basetemp={home}/pytest", TESTS + part.test],
             cwd=ROOT,
-            env=ONE_THREAD | os.environ | {"TMPDIR": home} | {name: str(value) for name, value in environment.items()},
+            env=ONE_THREAD | os.environ | own,
             stdout=output,
             stderr=subprocess.STDOUT,
         )

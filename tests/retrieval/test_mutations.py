@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
+import gc
 import os
 import re
 import runpy
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -30,7 +33,7 @@ STATUS = Path("/proc/self/status")
 @pytest.mark.timeout(0)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged metadata
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
-@pytest.mark.skipif(not STATUS.exists(), reason="memory is read from Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured with glibc")
 def test_every_mutated_picture_is_indexed_or_skipped_with_a_reason(tmp_path, elastic, monkeypatch):
     slowest = _watch(monkeypatch, type(elastic.encoder()))
     first = SHARD * IMAGES
@@ -41,10 +44,10 @@ def test_every_mutated_picture_is_indexed_or_skipped_with_a_reason(tmp_path, ela
         faulthandler.dump_traceback_later(600, exit=True)  # a hang ends here, and says where
         _check(folder, tmp_path / "i", elastic)
         faulthandler.cancel_dump_traceback_later()
-        settled = settled or _mib("VmRSS")
+        settled = settled or _kept()
     assert slowest[0] < SECONDS, slowest
-    assert _mib("VmHWM") < MEMORY_BYTES // 2**20 + 500
-    assert _mib("VmRSS") < settled + 200
+    assert _mib("VmHWM") < 2 * MEMORY_BYTES // 2**20  # freed memory of one thread does not serve the others at once
+    assert _kept() < settled + 100
     print(f"\nsoak slowest picture, s: {slowest[0]:.2f}\nsoak peak of memory, MiB: {_mib('VmHWM')}")
 
 
@@ -84,6 +87,13 @@ def _watch(monkeypatch, encoder):
 
     monkeypatch.setattr(encoder, "preprocess", preprocess)
     return slowest
+
+
+def _kept():
+    """MiB in use, without what the allocator holds back for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _mib("VmRSS")
 
 
 def _mib(name):
