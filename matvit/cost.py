@@ -43,7 +43,8 @@ def _block_params(config: ViTConfig, spec: SubmodelSpec, block: int) -> int:
     dim, width = config.embed_dim, spec.widths[block]
     head_dim = config.head_width
     attention_dim = head_dim * spec.heads
-    attention = 3 * attention_dim * (dim + config.qkv_bias) + dim * (attention_dim + config.proj_bias)
+    biases = 2 if config.family == "eva" else 3  # Eva's keys have none
+    attention = attention_dim * (3 * dim + biases * config.qkv_bias) + dim * (attention_dim + config.proj_bias)
     attention += 4 * head_dim * config.qk_norm
     ffn = (1 + config.gated) * width * (dim + config.proj_bias) + dim * (width + config.proj_bias)
     return attention + ffn + 4 * dim + 2 * dim * config.layer_scale

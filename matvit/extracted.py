@@ -16,7 +16,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from timm.models.vision_transformer import VisionTransformer
 
 from matvit import backbone
 from matvit.durable import write_atomic
@@ -24,6 +23,11 @@ from matvit.errors import CheckpointError
 from matvit.model import MatViT
 
 FORMAT: Literal["matvit-extracted"] = "matvit-extracted"
+_TimmClass = Literal["timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva"]
+_TIMM_CLASSES: dict[str, _TimmClass] = {
+    "vit": "timm.models.vision_transformer.VisionTransformer",
+    "eva": "timm.models.eva.Eva",
+}
 
 
 class ExtractedConfig(BaseModel):
@@ -39,10 +43,8 @@ class ExtractedConfig(BaseModel):
     sha256: str  # of the safetensors file
     preprocessing: dict[str, Any]
     architecture: backbone.ViTConfig
-    timm_class: Literal["timm.models.vision_transformer.VisionTransformer"] = (
-        "timm.models.vision_transformer.VisionTransformer"
-    )
-    timm_arguments: dict[str, Any] | None  # None: widths differ by block, which timm's own class cannot build
+    timm_class: _TimmClass = _TIMM_CLASSES["vit"]
+    timm_arguments: dict[str, Any] | None  # None: timm cannot build it from plain arguments, as with mixed widths
 
 
 def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, ExtractedConfig]:
@@ -64,6 +66,7 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
         sha256=hashlib.sha256(weights).hexdigest(),
         preprocessing=model.preprocessing.to_json(),
         architecture=architecture,
+        timm_class=_TIMM_CLASSES[architecture.family],
         timm_arguments=_timm_arguments(architecture),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
     return sidecar, config
 
 
-def read_extracted(path: Path) -> VisionTransformer:
+def read_extracted(path: Path) -> backbone.TimmViT:
     """The timm module that `write_extracted` wrote to `path`, in eval mode.
 
     Raises CheckpointError when one of the two files is missing, damaged, or not the other's.
@@ -115,7 +118,8 @@ def _timm_arguments(config: backbone.ViTConfig) -> dict[str, Any] | None:
     width = config.ffn_widths[0]
     ratio = width / config.embed_dim
     expressible = (
-        set(config.ffn_widths) == {width}
+        config.family == "vit"
+        and set(config.ffn_widths) == {width}
         and int(config.embed_dim * ratio) == width
         and config.norm_eps == 1e-6  # timm's default; another one would need a Python object
         and config.patch_bias

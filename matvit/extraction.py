@@ -6,10 +6,10 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from matvit import feed_forward, positions
+from matvit.backbone import TimmViT
 from matvit.heads import cut_heads
 from matvit.spec import SubmodelSpec
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matvit.model import MatViT
 
 
-def extract(model: MatViT, spec: SubmodelSpec) -> VisionTransformer:
+def extract(model: MatViT, spec: SubmodelSpec) -> TimmViT:
     """A stand-alone timm module with copied weights, on the same device and dtype, in eval mode.
 
     Law: normalize(extract(model, spec)(images)) == model(images, spec).
@@ -31,16 +31,20 @@ def extract(model: MatViT, spec: SubmodelSpec) -> VisionTransformer:
         width = spec.widths[index]
         memo[id(block.attn)] = cut_heads(block.attn, spec.heads)
         memo |= feed_forward.slices(block.mlp, width)
-    memo[id(model.vit.blocks)] = nn.Sequential(*(copy.deepcopy(block, memo) for block in kept))
-    vit: VisionTransformer = copy.deepcopy(model.vit, memo)
+    copies = [copy.deepcopy(block, memo) for block in kept]
+    in_sequence = isinstance(model.vit.blocks, nn.Sequential)
+    memo[id(model.vit.blocks)] = nn.Sequential(*copies) if in_sequence else nn.ModuleList(copies)
+    vit: TimmViT = copy.deepcopy(model.vit, memo)
     _set_resolution(vit, model, spec.image_size)
     return vit.eval()
 
 
-def _set_resolution(vit: VisionTransformer, model: MatViT, image_size: int) -> None:
+def _set_resolution(vit: TimmViT, model: MatViT, image_size: int) -> None:
     if image_size == model.config.image_size:
         return
     vit.patch_embed.set_input_size(img_size=(image_size, image_size))
     if vit.pos_embed is not None:
         table = positions.table(vit, model.config, image_size // model.config.patch_size).detach()
         vit.pos_embed = nn.Parameter(table.clone(), requires_grad=vit.pos_embed.requires_grad)
+    if model.config.rope_temperature is not None:
+        vit.rope.update_feat_shape(vit.patch_embed.grid_size)

@@ -6,16 +6,20 @@ Letters: B batch, N tokens, D embedding, H heads, d width of a head.
 from __future__ import annotations
 
 import copy
+from typing import TypeAlias
 
 import torch.nn.functional as F
 from timm.layers import Attention
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+TimmAttention: TypeAlias = Attention | EvaAttention  # the latter holds all of its heads, always
 
-def nested_attention(attention: Attention, tokens: Tensor, heads: int) -> Tensor:
+
+def nested_attention(attention: TimmAttention, tokens: Tensor, heads: int, rope: Tensor | None = None) -> Tensor:
     """Self-attention with the first `heads` heads: (B, N, D) -> (B, N, D), computing only the slices."""
     if heads == attention.num_heads:
-        full: Tensor = attention(tokens)
+        full: Tensor = attention(tokens) if rope is None else attention(tokens, rope=rope)
         return full
     batch, count, _ = tokens.shape
     width = heads * attention.head_dim
@@ -34,7 +38,7 @@ def head_rows(stacked: Tensor, attention: Attention, heads: int) -> Tensor:
     return by_head[:, :heads].flatten(0, 2)
 
 
-def cut_heads(attention: Attention, heads: int) -> Attention:
+def cut_heads(attention: TimmAttention, heads: int) -> TimmAttention:
     """A copy of `attention` that holds its first `heads` heads only."""
     memo: dict[int, object] = {}
     if heads != attention.num_heads:
@@ -45,7 +49,7 @@ def cut_heads(attention: Attention, heads: int) -> Attention:
             None if bias is None else head_rows(bias, attention, heads),
         )
         memo[id(attention.proj)] = linear(attention.proj.weight[:, :width], attention.proj.bias)
-    small: Attention = copy.deepcopy(attention, memo)
+    small: TimmAttention = copy.deepcopy(attention, memo)
     small.num_heads = heads
     small.attn_dim = heads * small.head_dim
     return small

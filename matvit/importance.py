@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, LayerScale
+from timm.layers import Attention
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from matvit import feed_forward
+from matvit.block import layer_scale
 
 if TYPE_CHECKING:
     from matvit.model import MatViT
@@ -26,21 +27,21 @@ def order_by_importance(model: MatViT, images: torch.Tensor) -> None:
     with torch.no_grad():
         squares = _mean_squares(model, images, [block.mlp.fc2 for block in model.vit.blocks])
         for block, square in zip(model.vit.blocks, squares, strict=True):
-            importance = square.sqrt() * _outgoing_norm(block.mlp.fc2, block.ls2)
+            importance = square.sqrt() * _outgoing_norm(block.mlp.fc2, layer_scale(block, 2))
             feed_forward.permute(block.mlp, torch.argsort(importance, descending=True, stable=True))
         if not model.axes.heads:
             return
         squares = _mean_squares(model, images, [block.attn.proj for block in model.vit.blocks])
         for block, square in zip(model.vit.blocks, squares, strict=True):
-            importance = square * _outgoing_norm(block.attn.proj, block.ls1).square()
+            importance = square * _outgoing_norm(block.attn.proj, layer_scale(block, 1)).square()
             by_head = importance.view(block.attn.num_heads, block.attn.head_dim).sum(dim=1)
             _permute_heads(block.attn, torch.argsort(by_head, descending=True, stable=True))
 
 
-def _outgoing_norm(outgoing: nn.Linear, layer_scale: nn.Module) -> torch.Tensor:
+def _outgoing_norm(outgoing: nn.Linear, scale: torch.Tensor | None) -> torch.Tensor:
     scaled = outgoing.weight
-    if isinstance(layer_scale, LayerScale):
-        scaled = scaled * layer_scale.gamma[:, None]
+    if scale is not None:
+        scaled = scaled * scale[:, None]
     norm: torch.Tensor = torch.linalg.vector_norm(scaled, dim=0)
     return norm
 

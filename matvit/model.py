@@ -13,13 +13,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from matvit import backbone, cost, identity, positions
+from matvit.backbone import TimmBlock, TimmViT
+from matvit.block import run_block
 from matvit.errors import BackboneError, SpecError
-from matvit.feed_forward import nested_ffn
-from matvit.heads import nested_attention
 from matvit.preprocess import Preprocessing
 from matvit.private import PrivateConfig, PrivateParameters
 from matvit.spec import EncoderShape, SubmodelSpec
@@ -36,13 +35,6 @@ class AxesConfig(BaseModel):
     image_size_step: int = 0  # pixels
 
 
-def run_block(block: Block, tokens: Tensor, width: int, heads: int) -> Tensor:
-    """timm's pre-norm block, cut to `width` hidden units and `heads` attention heads: (B, N, D) -> (B, N, D)."""
-    tokens = tokens + block.drop_path1(block.ls1(nested_attention(block.attn, block.norm1(tokens), heads)))
-    output: Tensor = tokens + block.drop_path2(block.ls2(nested_ffn(block.mlp, block.norm2(tokens), width)))
-    return output
-
-
 class MatViT(nn.Module):
     """The elastic encoder: images and a submodel spec in, unit-length embeddings out.
 
@@ -51,7 +43,7 @@ class MatViT(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: TimmViT,
         *,
         preprocessing: Preprocessing,
         axes: AxesConfig | None = None,
@@ -75,13 +67,15 @@ class MatViT(nn.Module):
         self.weights_sha256: str | None = None
         self.pareto: tuple[dict[str, Any], ...] = ()  # rows of pareto.json
         self.record: dict[str, Any] = {}  # training.json: recipe, data, seed, code version, metrics
-        self.block_forward: Callable[[Block, Tensor, int, int], Tensor] = run_block  # training compiles it
+        self.block_forward: Callable[[TimmBlock, Tensor, int, int, Tensor | None], Tensor] = (
+            run_block  # training compiles it
+        )
         self.open_axes(axes or AxesConfig())
         self.eval()
 
     def open_axes(self, axes: AxesConfig) -> None:
         """From now on the encoder can be cut along `axes`; its weights stay. Raises SpecError for unfit ones."""
-        _refuse_uneven_step(self.config, axes)
+        _refuse_unfit_axes(self.config, axes)
         self.shape = EncoderShape(
             ffn_widths=self.config.ffn_widths,
             num_heads=self.config.num_heads,
@@ -97,9 +91,9 @@ class MatViT(nn.Module):
         self.private = PrivateParameters(self.vit, config)
         return self.private
 
-    def block_of(self, index: int, width: int) -> Block:
+    def block_of(self, index: int, width: int) -> TimmBlock:
         """Block `index` as a submodel of `width` hidden units there computes it: with what its granularity owns."""
-        block: Block = self.vit.blocks[index]
+        block: TimmBlock = self.vit.blocks[index]
         if self.private is None:
             return block
         own = self.private.of(index, width=width, full_width=self.config.ffn_widths[index])
@@ -170,12 +164,13 @@ class MatViT(nn.Module):
         """`features` of these blocks alone, in this order, each with so many hidden units, and `heads` heads."""
         vit = self.vit
         tokens = vit.norm_pre(positions.embed(vit, self.config, images))  # (B, N, D)
+        rope = positions.rotary(vit, self.config, images)
         for index, width in widths.items():
-            tokens = self.block_forward(self.block_of(index, width), tokens, width, heads)
+            tokens = self.block_forward(self.block_of(index, width), tokens, width, heads, rope)
         embedding: Tensor = vit.forward_head(vit.norm(tokens), pre_logits=True)
         return embedding
 
-    def extract(self, spec: str | SubmodelSpec | None = None) -> VisionTransformer:
+    def extract(self, spec: str | SubmodelSpec | None = None) -> TimmViT:
         """A plain, really smaller timm module with copied weights, in eval mode.
 
         Law: normalize(extract(spec)(images)) == self(images, spec) to 1e-5 in fp32.
@@ -237,7 +232,7 @@ def _create(name: str, pretrained: bool) -> nn.Module:
 
 
 def _resample(
-    vit: VisionTransformer, state: dict[str, Tensor], config: backbone.ViTConfig, image_size: int
+    vit: TimmViT, state: dict[str, Tensor], config: backbone.ViTConfig, image_size: int
 ) -> tuple[dict[str, Tensor], backbone.ViTConfig]:
     if image_size < config.patch_size or image_size % config.patch_size:
         raise BackboneError(
@@ -250,7 +245,13 @@ def _resample(
     return state, config.model_copy(update={"image_size": image_size})
 
 
-def _refuse_uneven_step(config: backbone.ViTConfig, axes: AxesConfig) -> None:
+def _refuse_unfit_axes(config: backbone.ViTConfig, axes: AxesConfig) -> None:
+    if axes.heads and config.family == "eva":
+        raise SpecError(
+            what="timm's Eva attention cannot be cut to fewer heads",
+            where="encoder shape",
+            fix="leave the heads axis out, and use the others",
+        )
     if axes.image_size_step % config.patch_size:
         raise SpecError(
             what=f"resolutions in steps of {axes.image_size_step} px do not fit patches of {config.patch_size} px",

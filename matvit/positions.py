@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from matvit.backbone import ViTConfig
+from matvit.backbone import TimmViT, ViTConfig
 
 
-def embed(vit: VisionTransformer, config: ViTConfig, images: Tensor) -> Tensor:
+def embed(vit: TimmViT, config: ViTConfig, images: Tensor) -> Tensor:
     """Square pictures (B, 3, R, R) -> (B, N, D): patches with class token, registers and positions.
 
     As timm's `_pos_embed`, for every R that is a multiple of the patch.
@@ -29,7 +28,7 @@ def embed(vit: VisionTransformer, config: ViTConfig, images: Tensor) -> Tensor:
     return torch.cat([*prefix, tokens], dim=1) + table(vit, config, grid)
 
 
-def table(vit: VisionTransformer, config: ViTConfig, grid: int) -> Tensor:
+def table(vit: TimmViT, config: ViTConfig, grid: int) -> Tensor:
     """The position table for `grid` x `grid` patches: the native one, or resampled from it as timm does."""
     native: Tensor = vit.pos_embed  # (1, N, D)
     if grid == config.image_size // config.patch_size:
@@ -37,3 +36,13 @@ def table(vit: VisionTransformer, config: ViTConfig, grid: int) -> Tensor:
     prefix = 0 if config.no_embed_class else vit.num_prefix_tokens
     resampled: Tensor = resample_abs_pos_embed(native, [grid, grid], num_prefix_tokens=prefix)
     return resampled
+
+
+def rotary(vit: TimmViT, config: ViTConfig, images: Tensor) -> Tensor | None:
+    """Rotary positions (G x G, 2 x width of a head) of pictures (B, 3, R, R); None for a backbone without."""
+    if config.rope_temperature is None:
+        return None
+    shape = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
+    cached = shape == tuple(vit.rope.feat_shape)
+    positions: Tensor = vit.rope.get_embed(None if cached else shape)
+    return positions

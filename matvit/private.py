@@ -13,10 +13,10 @@ from collections.abc import Mapping
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from matvit import feed_forward
+from matvit.backbone import TimmBlock, TimmViT
 from matvit.spec import EncoderShape, Granularity, SubmodelSpec
 
 OWNERS = (Granularity.S, Granularity.M, Granularity.L)
@@ -33,7 +33,7 @@ class PrivateConfig(BaseModel):
 class PrivateBlock(nn.Module):
     """The deltas of one block at one granularity: `up.T @ down` to each matrix (n, m), `vector` to each vector (n,)."""
 
-    def __init__(self, block: Block, *, width: int, rank: int) -> None:
+    def __init__(self, block: TimmBlock, *, width: int, rank: int) -> None:
         super().__init__()
         self.width = width
         # Vectors as rows, and `up` lying: int8 storage keeps one scale a row. Module names may not hold dots.
@@ -48,7 +48,7 @@ class PrivateBlock(nn.Module):
             self.down[key] = nn.Parameter(random.to(tensor))  # (R, m)
             self.up[key] = nn.Parameter(tensor.new_zeros(rank, rows))  # (R, n)
 
-    def merged(self, block: Block) -> Block:
+    def merged(self, block: TimmBlock) -> TimmBlock:
         """`block` cut to this granularity's hidden units, with its deltas added; gradients reach both."""
         return _with_tensors(
             block, {name: self._changed(name, old) for name, old in _sliced(block, self.width).items()}
@@ -66,7 +66,7 @@ class PrivateBlock(nn.Module):
 class PrivateParameters(nn.Module):
     """The private blocks of S, M and L."""
 
-    def __init__(self, vit: VisionTransformer, config: PrivateConfig) -> None:
+    def __init__(self, vit: TimmViT, config: PrivateConfig) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleDict(
@@ -98,14 +98,14 @@ def _key(name: str) -> str:
     return f"{name.replace('.', '-')}-weight"
 
 
-def _sliced(block: Block, width: int) -> dict[str, Tensor]:
+def _sliced(block: TimmBlock, width: int) -> dict[str, Tensor]:
     """The block's tensors by name, the feed-forward's cut to its first `width` hidden units."""
     tensors: dict[str, Tensor] = dict(block.named_parameters())
     cut = feed_forward.sliced_parameters(block.mlp, width)
     return tensors | {f"mlp.{name}": tensor for name, tensor in cut.items()}
 
 
-def _with_tensors(block: Block, tensors: Mapping[str, Tensor]) -> Block:
+def _with_tensors(block: TimmBlock, tensors: Mapping[str, Tensor]) -> TimmBlock:
     """A block of the same kind that computes with `tensors`: parameters of its own where they are part of no graph."""
 
     def rebuilt(module: nn.Module, prefix: str) -> nn.Module:

@@ -14,9 +14,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from matvit.block import run_block
 from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.errors import RecipeError
-from matvit.model import MatViT, run_block
+from matvit.model import MatViT
 from matvit.progress import Progress, ProgressEvent, silent
 from matvit.spec import SubmodelSpec
 from matvit.training.batches import Batch, TrainingSet, draw_batch

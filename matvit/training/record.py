@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from matvit.block import run_block
 from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.evaluation import cross_test
-from matvit.model import MatViT, run_block
+from matvit.model import MatViT
 from matvit.progress import Progress
 from matvit.training.data import Skipped
 from matvit.training.recipe import Recipe, ValidationRecipe

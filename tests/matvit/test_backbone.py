@@ -13,12 +13,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from timm.layers import Attention, GluMlp, SwiGLU
+from timm.layers import Attention, GluMlp, RotaryEmbeddingCat, SwiGLU
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from matvit import BackboneError, MatViT, backbone
+from matvit import BackboneError, MatViT, SpecError, backbone
+from matvit.model import AxesConfig
 
 ACCEPTED = {
     "vit_tiny_patch16_224": {"img_size": 32},
@@ -34,10 +35,24 @@ ACCEPTED = {
     "flexivit_small": {"img_size": 32},
     "vit_giant_patch14_dinov2": {"img_size": 28, "embed_dim": 96, "num_heads": 4},
     "vit_base_patch16_siglip_224": {"img_size": 32},
+    "vit_small_patch16_dinov3": {"img_size": 32},
+    "vit_small_plus_patch16_dinov3": {"img_size": 32, "global_pool": "token"},
+    "vit_small_patch16_dinov3_qkvb": {"img_size": 32},
+    "vit_small_patch16_lingbot": {"img_size": 32},
 }
 REFUSED = {
-    "eva02_tiny_patch14_224": "Eva",
-    "vit_small_patch16_dinov3": "Eva",
+    "eva02_tiny_patch14_224": "only those with DINOv3's rotary positions",
+    "eva_giant_patch14_224": "only those with DINOv3's rotary positions",
+    "vit_small_patch16_rope_mixed_224": "only those with DINOv3's rotary positions",
+    "vit_pe_core_base_patch16_224": "pooling 'map'",
+    "naflexvit_base_patch16_gap": "NaFlexVit",
+    "vit_relpos_small_patch16_224": "VisionTransformerRelPos",
+    "samvit_base_patch16": "VisionTransformerSAM",
+    "beit_base_patch16_224": "Beit",
+    "cait_xxs24_224": "Cait",
+    "hiera_tiny_224": "Hiera",
+    "swin_tiny_patch4_window7_224": "SwinTransformer",
+    "convnext_tiny": "ConvNeXt",
     "aimv2_large_patch14_224": "patch embedding",
     "vit_small_patch16_18x2_224": "ParallelThingsBlock",
     "vit_base_patch16_xp_224": "ParallelScalingBlock",
@@ -111,6 +126,39 @@ def test_a_changed_module_is_refused_not_misread(
         MatViT.from_timm(plain_vit)
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_set("rope", None), "rotary positions"),
+        (_set("rope", RotaryEmbeddingCat(8, feat_shape=[4, 4], rotate_half=True)), "rotary positions"),
+        (_set("rope.rotate_half", False), "rotary positions"),
+        (_set("rope.normalize_coords", "max"), "rotary positions"),
+        (_set("norm_pre", nn.LayerNorm(32)), "norm before its blocks"),
+        (_set("fc_norm", nn.LayerNorm(32)), "not one after them"),
+        (_set("global_pool", ""), "pooling"),
+        (_set("blocks", nn.ModuleList()), "no blocks"),
+        (_set("blocks.1.attn.norm", nn.LayerNorm(32)), "attention of another kind"),
+        (_set("blocks.1.attn.gate", nn.Linear(32, 32)), "attention of another kind"),
+        (_set("blocks.1.attn.rotate_half", False), "attention of another kind"),
+        (_set("blocks.1.gamma_2", None), "scales one of its two branches"),
+        (_set("blocks.1.mlp.act", nn.ReLU()), "differ in more than FFN width"),
+        (_set("blocks.1.mlp.norm", nn.LayerNorm(128)), "feed-forward of another kind"),
+        (_set("blocks.1.norm1", nn.Identity()), "of another kind than DINOv3's"),
+    ],
+)
+def test_a_changed_dinov3_is_refused_not_misread(dinov3_vit: Any, change: Callable[[Any], None], why: str) -> None:
+    change(dinov3_vit)
+    with pytest.raises(BackboneError, match=why):
+        MatViT.from_timm(dinov3_vit)
+
+
+def test_dinov3_has_no_axis_of_heads(dinov3_vit: Any, images: Tensor) -> None:
+    model = MatViT.from_timm(dinov3_vit)
+    with pytest.raises(SpecError, match="cannot be cut to fewer heads"):
+        model.open_axes(AxesConfig(heads=True))
+    assert model(images, "S").shape == (3, 32)
+
+
 def test_config_round_trips_and_builds_the_same_module(vit: VisionTransformer, images: Tensor) -> None:
     config = backbone.describe(vit)
     again = backbone.ViTConfig.model_validate_json(config.model_dump_json())
@@ -146,6 +194,9 @@ def test_weights_that_do_not_fit_are_refused(plain_vit: VisionTransformer) -> No
         {"pool_heads": 4},
         {"pool": "map", "pool_heads": 5, "pool_ffn_width": 8},
         {"norm_eps": 0},
+        {"family": "eva"},
+        {"rope_temperature": 100},
+        {"family": "eva", "rope_temperature": 100},
         {"extra": 1},
     ],
 )

@@ -86,7 +86,8 @@ def test_space_id_is_what_the_format_page_says(tiny: MatViT, tmp_path: Path, sto
     """Computed from the files alone, as another program would."""
     tiny.save_pretrained(tmp_path / "tiny", storage=storage)
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
-    later = {"head_dim": None, "ffn": "mlp", "pool_heads": 0, "pool_ffn_width": 0}  # at their defaults: not hashed
+    # At their defaults: not hashed.
+    later = {"head_dim": None, "ffn": "mlp", "pool_heads": 0, "pool_ffn_width": 0, "rope_temperature": None}
     assert {name: config["encoder"].pop(name) for name in later} == later
     stored = load_file(tmp_path / "tiny" / "model.safetensors")
     tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((".int8", ".scale"))}

@@ -29,6 +29,7 @@ WIDTHS = st.tuples(*[st.integers(1, 128)] * 4)
 def test_flops_and_parameters_equal_the_real_counts(
     model: MatViT, widths: tuple[int, ...], heads: int, depth: int, resolution: int
 ) -> None:
+    heads = heads if model.axes.heads else 4
     spec = SubmodelSpec.of(model.shape, widths, heads=heads, depth=depth, image_size=resolution)
     small = model.extract(spec)
     # A fused attention kernel would go uncounted.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -82,6 +83,8 @@ def test_blocks_that_do_nothing_are_the_first_to_go(tiny: MatViT, images: Tensor
 
 
 def test_ordering_heads_keeps_the_full_encoder_and_puts_the_useful_ones_first(model: MatViT, images: Tensor) -> None:
+    if not model.axes.heads:
+        pytest.skip("its attention holds all heads")
     ordered = copy.deepcopy(model)  # cut along every axis
     with torch.no_grad():
         for block in ordered.vit.blocks:

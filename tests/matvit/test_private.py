@@ -27,7 +27,7 @@ def test_private_parameters_change_nothing_until_they_are_trained(tiny: MatViT, 
 
 def test_the_full_encoder_owns_nothing(model: MatViT, owning: MatViT, images: Tensor) -> None:
     assert owning.space_id == model.space_id
-    for spec in ("XL", "XL-d2", "XL-h2"):
+    for spec in ("XL", "XL-d2", *(["XL-h2"] if model.axes.heads else [])):
         torch.testing.assert_close(owning(images, spec), model(images, spec), rtol=0, atol=0)
         torch.testing.assert_close(owning.extract(spec).state_dict(), model.extract(spec).state_dict(), rtol=0, atol=0)
     assert not torch.allclose(owning(images, "S"), model(images, "S"), atol=1e-3)
