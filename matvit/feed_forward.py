@@ -43,10 +43,17 @@ def nested_ffn(mlp: FeedForward, tokens: Tensor, width: int) -> Tensor:
 
     Source: MatFormer, arXiv 2310.07707, section 3.1.
     """
-    first, *value = (F.linear(tokens, *part) for part in _incoming(mlp, width))  # (B, N, w) each
-    hidden = mlp.act(first) * value[0] if value else mlp.act(first)
-    output: Tensor = mlp.drop2(F.linear(mlp.drop1(hidden), mlp.fc2.weight[:, :width], mlp.fc2.bias))
+    output: Tensor = mlp.drop2(
+        F.linear(mlp.drop1(hidden_units(mlp, tokens, width)), mlp.fc2.weight[:, :width], mlp.fc2.bias)
+    )
     return output
+
+
+def hidden_units(mlp: FeedForward, tokens: Tensor, width: int) -> Tensor:
+    """What the first `width` hidden units give: (B, N, D) -> (B, N, w)."""
+    first, *value = (F.linear(tokens, *part) for part in _incoming(mlp, width))  # (B, N, w) each
+    activated: Tensor = mlp.act(first)
+    return activated * value[0] if value else activated
 
 
 def slices(mlp: FeedForward, width: int) -> dict[int, object]:

@@ -31,6 +31,7 @@ from matvit.training.sampling import prefix_of_step, resolution_of_step, specs_o
 from matvit.training.stages import (
     ask_teacher,
     begin_stage,
+    check_labels,
     check_specs,
     end_stage,
     make_optimiser,
@@ -38,7 +39,7 @@ from matvit.training.stages import (
     wants,
 )
 from matvit.training.start import start_encoder
-from matvit.training.state import LOG, Run, restore, save, tidy, writing
+from matvit.training.state import LOG, STATE, Run, restore, save, tidy, writing
 from matvit.training.throughput import Throughput
 
 _SAVE_SECONDS = 60.0  # how much work a kill may cost
@@ -63,6 +64,7 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
         progress = silent
     torch.manual_seed(recipe.seed)  # start values of the heads; every step seeds itself
     labelled = [read_dataset(data_folder() / one.path, classes=one.classes, exclude=one.exclude) for one in recipe.data]
+    check_labels(recipe, labelled)
     if recipe.validation is not None:
         check_validation(recipe.validation)
     if fabric.is_global_zero:
@@ -138,6 +140,7 @@ def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -
         optimiser.load_state_dict(optimiser_state)
     saved = began = time.monotonic()
     throughput = Throughput(run.fabric.device, precision=run.recipe.precision)
+    unlogged: list[Tensor] = []  # losses
     while run.step < stage.steps:
         schedule.step_update(run.step)
         batch = draw_batch(
@@ -147,13 +150,16 @@ def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -
             with_teacher=with_teacher,
             key=(run.recipe.seed, run.stage, run.step, *_own_share(run.fabric)),
         )
-        loss = _step(run, stage, optimiser, batch, throughput)
+        unlogged.append(_step(run, stage, optimiser, batch, throughput))
         run.step += 1
+        if run.ema is not None:
+            run.ema.update(run.model, step=run.step)
         now = time.monotonic()
         if run.step % _LOG_STEPS == 0 or run.step == stage.steps:
-            mean = mean_of(run.fabric, loss).item()  # so that all processes see a bad one
+            means = mean_of(run.fabric, torch.stack(unlogged)).tolist()  # so that all processes see a bad one
+            unlogged.clear()
             rate = optimiser.param_groups[-2]["lr"]  # the encoder's last layer
-            _log(run, stage, loss=mean, learning_rate=rate, throughput=throughput)
+            _log(run, stage, losses=means, learning_rate=rate, throughput=throughput)
         if now - saved > _SAVE_SECONDS and run.fabric.is_global_zero:
             _refuse_non_finite(run, stage, optimiser)
             run.seconds, began = run.seconds + now - began, now
@@ -226,9 +232,12 @@ def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch
     return total
 
 
-def _log(run: Run, stage: Stage, *, loss: float, learning_rate: float, throughput: Throughput) -> None:
-    if not math.isfinite(loss):
-        raise _diverged(run, stage, f"the loss is {loss}")
+def _log(run: Run, stage: Stage, *, losses: list[float], learning_rate: float, throughput: Throughput) -> None:
+    """The last of `losses`, those of the steps since the row before."""
+    loss = losses[-1]
+    for step, one in enumerate(losses, start=run.step - len(losses) + 1):
+        if not math.isfinite(one):
+            raise _diverged(run, stage, f"the loss is {one}", step=step)
     if not run.fabric.is_global_zero:
         return
     pictures, used = throughput.take()
@@ -249,11 +258,12 @@ def _log(run: Run, stage: Stage, *, loss: float, learning_rate: float, throughpu
     run.progress(ProgressEvent(stage=f"train {stage.name}", done=run.step, total=stage.steps, unit="steps", note=note))
 
 
-def _diverged(run: Run, stage: Stage, what: str) -> RecipeError:
+def _diverged(run: Run, stage: Stage, what: str, *, step: int) -> RecipeError:
+    kept = "nothing was saved before" if run.saved is None else f"{run.folder / STATE} holds {run.saved}"
     return RecipeError(
-        what=f"{what} at step {run.step}",
+        what=f"{what} at step {step}",
         where=f"stage '{stage.name}'",
-        fix="lower its learning_rate and start again with --fresh",
+        fix=f"lower its learning_rate and start again with --fresh ({kept})",
     )
 
 
@@ -262,4 +272,4 @@ def _refuse_non_finite(run: Run, stage: Stage, optimiser: torch.optim.Optimizer)
     moments = [tensor for state in optimiser.state.values() for tensor in state.values()]
     tensors = [*run.model.state_dict().values(), *run.heads.state_dict().values(), *moments]
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise _diverged(run, stage, "its weights or their moments are not finite")
+        raise _diverged(run, stage, "its weights or their moments are not finite", step=run.step)

@@ -119,6 +119,7 @@ class Stage(_Strict):
     submodels: Losses | None = None
     private: int | None = Field(default=None, ge=1, le=2**10)  # rank of what S, M and L own, trained with the rest
     freeze: bool = False  # only these are trained: the full encoder stays to the bit
+    ema: float | None = Field(default=None, gt=0, lt=1)  # the result: the weights' moving average, of this decay a step
     average: float = Field(default=1.0, gt=0, le=1)  # the result: this share of the stage's end, the rest its start
     resolutions: tuple[PositiveInt, ...] = ()  # pixels: the full encoder is given one of these a step; (): native
     fixed: tuple[str, ...] = ("S",)  # specs trained in every step besides XL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 
-from matvit.errors import RecipeError
+from matvit.datasets import LabelledImages
+from matvit.errors import DatasetError, RecipeError
 from matvit.importance import find_keep_order, order_by_importance
 from matvit.model import AxesConfig, MatViT
 from matvit.private import PrivateConfig, owns_something
@@ -20,7 +22,7 @@ from matvit.training.processes import send_to_all
 from matvit.training.recipe import Recipe, Stage
 from matvit.training.sampling import ladder_spec
 from matvit.training.start import load_teacher
-from matvit.training.state import Run
+from matvit.training.state import Run, follow
 from matvit.training.teacher import teach
 
 _ORDER_PICTURES = 512  # that the importance of hidden units is measured on
@@ -49,12 +51,26 @@ def check_specs(model: MatViT, recipe: Recipe) -> None:
             model.shape.spec(f"XL-r{pixels}")
 
 
+def check_labels(recipe: Recipe, labelled: Sequence[LabelledImages]) -> None:
+    """Raises DatasetError where classes are to be told apart and a data set has only one."""
+    wanted = any(losses.classification for one in recipe.stages for losses in (one.full, one.submodels) if losses)
+    for images in labelled:
+        if wanted and len(images.class_names) < 2:
+            raise DatasetError(
+                what=f"has one class, '{images.class_names[0]}', and classification needs two",
+                where=images.name,
+                fix="give class folders, or classification: 0 in every stage and a teacher",
+            )
+
+
 def begin_stage(run: Run, stage: Stage) -> None:
     """Nesting begins, private parameters are added, the weights kept that the result is averaged with."""
     if not any(one.submodels for one in run.recipe.stages[: run.stage]):
         _begin_nesting(run, stage)
     if stage.private is not None and run.model.private is None:
         run.model.add_private(PrivateConfig(rank=stage.private))
+    if stage.ema is not None:
+        run.ema = follow(run.model, stage)
     if stage.average < 1:
         run.stage_start = {name: tensor.clone() for name, tensor in run.model.vit.state_dict().items()}
 
@@ -82,13 +98,14 @@ def _begin_nesting(run: Run, stage: Stage) -> None:
 
 @torch.no_grad()
 def end_stage(run: Run, stage: Stage) -> None:
-    """Average the shared weights with those that the stage began with, if it says so."""
-    if run.stage_start is None:
-        return
-    for name, tensor in run.model.vit.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.lerp_(run.stage_start[name], 1 - stage.average)
-    run.stage_start = None
+    """Take the moving average as the result, then average the shared weights with the stage's first, if it says so."""
+    if run.ema is not None:
+        run.model.load_state_dict(run.ema.module.state_dict())
+    if run.stage_start is not None:
+        for name, tensor in run.model.vit.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.lerp_(run.stage_start[name], 1 - stage.average)
+    run.ema = run.stage_start = None
 
 
 def ask_teacher(run: Run) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from matvit.datasets import LabelledImages
@@ -25,9 +26,9 @@ from matvit.progress import Progress
 from matvit.training.batches import TrainingSet
 from matvit.training.data import Skipped
 from matvit.training.heads import Heads
-from matvit.training.recipe import Recipe
+from matvit.training.recipe import Recipe, Stage
 
-_STATE, LOG = "state.pt", "log.jsonl"
+STATE, LOG = "state.pt", "log.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -46,9 +47,11 @@ class Run:
     mean: Tensor  # (3, 1, 1) on the device, as `std`
     std: Tensor
     anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
+    ema: ModelEmaV3 | None = None
     stage_start: dict[str, Tensor] | None = None  # the shared weights, where the stage's result is averaged with them
     stage: int = 0
     step: int = 0
+    saved: str | None = None  # the last save, in words
     seconds: float = 0.0  # spent in optimisation, over all starts
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -56,13 +59,18 @@ class Run:
         return (images - self.mean) / self.std
 
 
+def follow(model: MatViT, stage: Stage) -> ModelEmaV3:
+    """The moving average of all weights from here on, quick at first (timm's warm-up)."""
+    return ModelEmaV3(model, decay=stage.ema, use_warmup=True)
+
+
 def tidy(out: Path, *, resume: bool) -> None:
     """Make the run's folder, and remove what a killed run left half written; without `resume`, all of it."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in (_STATE, LOG):
+    for name in (STATE, LOG):
         for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
             left.unlink()
-        if not resume or not (out / _STATE).exists():  # the log of a run that was killed before its first save
+        if not resume or not (out / STATE).exists():  # the log of a run that was killed before its first save
             (out / name).unlink(missing_ok=True)
 
 
@@ -78,6 +86,7 @@ def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
         "model": run.model.vit.state_dict(),
         "private": None if run.model.private is None else run.model.private.state_dict(),
         "rank": None if run.model.private is None else run.model.private.config.rank,
+        "ema": None if run.ema is None else run.ema.module.state_dict(),
         "stage_start": run.stage_start,
         "heads": run.heads.state_dict(),
         "anchor": None if run.anchor is None else run.anchor.vit.state_dict(),
@@ -85,9 +94,16 @@ def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
     }
     content = io.BytesIO()  # torch.save hides the errors of a file
     torch.save(state, content)
-    path = run.folder / _STATE
+    path = run.folder / STATE
     with writing(path):
         write_atomic(path, content.getvalue())
+    run.saved = _in_words(run)
+
+
+def _in_words(run: Run) -> str:
+    if run.step:
+        return f"stage '{run.recipe.stages[run.stage].name}' up to step {run.step}"
+    return f"all of stage '{run.recipe.stages[run.stage - 1].name}'"
 
 
 @contextmanager
@@ -105,7 +121,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def restore(run: Run) -> dict[str, Any] | None:
     """Continue from the folder's state, if there is one; returns the optimiser's part."""
-    path = run.folder / _STATE
+    path = run.folder / STATE
     if not path.exists():
         return None
     try:
@@ -122,6 +138,7 @@ def restore(run: Run) -> dict[str, Any] | None:
             where=str(path),
             fix="choose another --out, or start again with --fresh",
         )
+    run.saved = _in_words(run)
     if run.fabric.is_global_zero:
         _forget_later_rows(run)
     return optimiser_state
@@ -141,8 +158,11 @@ def _take(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
         run.anchor.vit.load_state_dict(state["anchor"])
     run.model.vit.load_state_dict(state["model"])
-    if (private := state.get("private")) is not None:  # states of older programs have none, and no averages
+    if (private := state.get("private")) is not None:  # states of older programs have none of these
         run.model.add_private(PrivateConfig(rank=state["rank"])).load_state_dict(private)
+    if (ema := state.get("ema")) is not None:
+        run.ema = follow(run.model, run.recipe.stages[run.stage])
+        run.ema.module.load_state_dict(ema)
     run.stage_start = state.get("stage_start")
     run.heads.load_state_dict(state["heads"])
     optimiser: dict[str, Any] | None = state["optimiser"]

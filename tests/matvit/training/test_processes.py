@@ -17,6 +17,15 @@ from matvit.errors import RecipeError
 from matvit.training import loop
 from matvit.training.loop import train
 
+OWN = {
+    "name": "own",
+    "steps": 2,
+    "learning_rate": 1e-2,
+    "private": 2,
+    "freeze": True,
+    "ema": 0.9,
+    "submodels": {"cosine": 1},
+}
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -57,11 +66,12 @@ def test_two_processes_train_as_one_with_both_shares(data, tmp_path, make_recipe
     torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
 
 
-def test_two_processes_train_submodels_log_once_and_record_it(data, tmp_path, make_recipe):
-    done = train_in_processes(make_recipe(devices=2), tmp_path)
+def test_two_processes_train_submodels_log_once_and_record_it(data, tmp_path, make_recipe, make_fields):
+    stages = [*make_fields()["stages"], OWN]
+    done = train_in_processes(make_recipe(stages=stages, devices=2), tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in rows] == [("full", 4), ("nested", 4)]
+    assert [(row["stage"], row["step"]) for row in rows] == [("full", 4), ("nested", 4), ("own", 2)]
     record = json.loads((tmp_path / "run" / "encoder" / "training.json").read_text())
     assert record["recipe"]["devices"] == 2
 

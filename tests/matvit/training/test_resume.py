@@ -31,8 +31,8 @@ AUGMENTED_TWICE = [
 ]
 
 THEN_OWNING = [
-    AUGMENTED_TWICE[0] | {"average": 0.5},
-    AUGMENTED_TWICE[1] | {"full": {}, "private": 2, "freeze": True},
+    AUGMENTED_TWICE[0] | {"average": 0.5, "ema": 0.9},
+    AUGMENTED_TWICE[1] | {"full": {}, "private": 2, "freeze": True, "ema": 0.7},
 ]
 
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from matvit.errors import RecipeError
+from matvit.errors import DatasetError, RecipeError
 from matvit.training import loop, sampling
 from matvit.training.heads import Heads
 from matvit.training.loop import train
@@ -139,6 +139,44 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, make_recipe, tmp_path):
     stage = {"name": "full", "steps": 40, "learning_rate": 1e30, "full": {"classification": 1}}
     with pytest.raises(RecipeError, match="lower its learning_rate"):
         train(make_recipe(stages=[stage], optimiser={"warmup": 0.0}), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("bad", "kept"), [("a", "nothing was saved before"), ("b", r"state\.pt holds all of stage 'a'")]
+)
+def test_the_first_loss_that_is_not_finite_is_named_with_the_last_good_save(
+    data, make_recipe, tmp_path, monkeypatch, bad, kept
+):
+    step = loop._step
+
+    def poison_the_third(run, stage, *rest):
+        loss = step(run, stage, *rest)
+        return loss * torch.nan if (stage.name, run.step) == (bad, 2) else loss
+
+    monkeypatch.setattr(loop, "_step", poison_the_third)
+    common = {"steps": 5, "learning_rate": 1e-3, "full": {"classification": 1}}
+    stages = [common | {"name": name} for name in ("a", "b")]
+    with pytest.raises(RecipeError, match=f"stage '{bad}': the loss is nan at step 3; lower its .*{kept}"):
+        train(make_recipe(stages=stages), out=tmp_path / "run")
+
+
+def test_one_class_is_refused_where_classes_are_to_be_told_apart(data, make_recipe, teacher, tmp_path):
+    one = [{"path": "shapes", "resolution": 40, "batch": 8, "classes": "0:1"}]
+    with pytest.raises(DatasetError, match="has one class, 'dark', and classification needs two"):
+        train(make_recipe(data=one), out=tmp_path / "run")
+    train(make_recipe(data=one, teacher=teacher, stages=label_free(1)), out=tmp_path / "run")
+
+
+def test_start_weights_of_another_backbone_are_one_sentence(data, make_recipe, make_fields, tmp_path):
+    train(make_recipe(stages=make_fields()["stages"][:1]), out=tmp_path / "run")
+    weights = tmp_path / "run" / "encoder" / "model.safetensors"
+    encoder = make_fields()["encoder"] | {"weights": str(weights)}
+    encoder["model_args"] |= {"img_size": 32}
+    train(make_recipe(encoder=encoder, stages=make_fields()["stages"][:1]), out=tmp_path / "again")
+    encoder["model_args"] |= {"embed_dim": 64}
+    with pytest.raises(RecipeError, match=r"model\.safetensors: start weights cannot be loaded") as caught:
+        train(make_recipe(encoder=encoder), out=tmp_path / "other")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("poisoned", ["weight", "moment"])

@@ -1,4 +1,4 @@
-"""A stage that trains what S, M and L own, and one whose result is averaged with its start."""
+"""Stages that train what S, M and L own, and those whose result is an average."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_frozen_stage_trains_what_each_granularity_owns_and_nothing_else(
 
     monkeypatch.setattr(loop, "begin_stage", begin)
     monkeypatch.setattr(loop, "end_stage", end)
-    model = train(make_recipe(stages=[FULL, OWN], storage=storage), out=tmp_path / "run")
+    model = train(make_recipe(stages=[FULL, OWN | {"ema": 0.9}], storage=storage), out=tmp_path / "run")
     assert not torch.equal(begun[0], ended[0])
     assert torch.equal(begun[1], ended[1])
     assert spaces[2] == spaces[3]
@@ -106,6 +106,25 @@ def test_the_result_of_a_stage_is_the_asked_share_of_its_end(data, make_recipe, 
     torch.testing.assert_close(mixed, 0.75 * start + 0.25 * end, rtol=0, atol=1e-6)
 
 
+def test_the_result_of_a_stage_with_ema_is_the_moving_average_of_its_weights(data, make_recipe, tmp_path, monkeypatch):
+    seen: list[torch.Tensor] = []
+    step = loop._step
+
+    def look(run, *rest):
+        loss = step(run, *rest)
+        seen.append(flat(run.model))
+        return loss
+
+    monkeypatch.setattr(loop, "_step", look)
+    model = train(make_recipe(stages=[FULL | {"ema": 0.5}]), out=tmp_path / "run")
+    mean = seen[0]  # timm's warm-up: the first step whole, then 1 - (1 + n) ^ -2/3 of what was, at most the decay
+    for number, weights in enumerate(seen[1:], start=1):
+        kept = min(0.5, 1 - (1 + number) ** (-2 / 3))
+        mean = kept * mean + (1 - kept) * weights
+    torch.testing.assert_close(flat(model), mean, rtol=0, atol=1e-6)
+    assert not torch.allclose(flat(model), seen[-1], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("stages_", "sentence"),
     [
@@ -116,6 +135,7 @@ def test_the_result_of_a_stage_is_the_asked_share_of_its_end(data, make_recipe, 
         ([FULL, OWN, OWN | {"name": "other", "private": 3}], "must keep the private rank before it: private: 2"),
         ([FULL, OWN, FULL | {"name": "other"}], "must keep the private rank before it: private: 2"),
         ([FULL | {"average": 0}], "greater than 0"),
+        ([FULL | {"ema": 1}], "less than 1"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(make_recipe, stages_, sentence):
