@@ -8,6 +8,7 @@ from retrieval.errors import (
     IndexExistsError,
     IndexFormatError,
     IndexLockedError,
+    IndexWarning,
     IngestError,
     SearchError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "IndexExistsError",
     "IndexFormatError",
     "IndexLockedError",
+    "IndexWarning",
     "IngestError",
     "IngestReport",
     "RepairReport",

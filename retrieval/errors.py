@@ -8,6 +8,8 @@ MatVitError
 ├── EmbeddingError          an encoder that gave something other than finite unit-length vectors
 ├── IngestError             pictures that cannot be found, or an index that cannot be written
 └── SearchError             a search that cannot be carried out, such as k = 0
+
+IndexWarning (a UserWarning): an index answers rightly, but not as it should.
 """
 
 from __future__ import annotations
@@ -41,3 +43,7 @@ class IngestError(MatVitError):
 
 class SearchError(MatVitError, ValueError):
     """A search that cannot be carried out as it was asked."""
+
+
+class IndexWarning(UserWarning):
+    """An index that is damaged where it does not change its answers, only their time; one sentence."""

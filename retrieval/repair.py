@@ -107,11 +107,24 @@ class _Repair:
                 next_id=max([self._base.next_id, *(number + 1 for number in ids)]),
                 generation=max([self._base.generation, *map(_number, _manifests(self._folder))]) + 1,
             )
+        self._rebuild_cache(writer)
         Snapshot.open(self._folder)  # nothing is removed before this succeeds
         before = _count_files(self._folder)
         writer.clean()
         leftovers = before - _count_files(self._folder)
         return self._report(unnamed, generation=writer.manifest.generation, leftovers=leftovers, whole=True)
+
+    def _rebuild_cache(self, writer: GenerationWriter) -> None:
+        from retrieval.backends.cache import read_cache, refresh  # imports faiss
+
+        entry = writer.manifest.approximate
+        if entry is None:
+            return
+        try:
+            read_cache(self._folder, writer.manifest, entry)
+        except IndexFormatError as error:
+            self._damage.append(f"{error.where}: {error.what}")
+        refresh(writer, index_type=None, max_ram=None, progress=self._progress)
 
     def _report(self, unnamed: int, *, generation: int, leftovers: int, whole: bool) -> RepairReport:
         return RepairReport(

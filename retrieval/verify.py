@@ -83,8 +83,19 @@ def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[s
         except IndexFormatError as error:
             problems.append(str(error))
         progress(ProgressEvent(stage="verify", done=done, total=total, unit="segments", note=_count(problems)))
+    problems += _cache_problems(folder, manifest)
     problems += [f"id {number} belongs to {times} items" for number, times in live.items() if times > 1]
     return problems
+
+
+def _cache_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    if manifest.approximate is not None:
+        from retrieval.backends.cache import read_cache  # imports faiss
+
+        try:
+            read_cache(folder, manifest, manifest.approximate)
+        except IndexFormatError as error:
+            yield str(error)
 
 
 def _segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]:

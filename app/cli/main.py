@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -102,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = cli(args=arguments or ["--help"], prog_name="matvit", standalone_mode=False)
+        with _warnings_as_sentences():
+            code = cli(args=arguments or ["--help"], prog_name="matvit", standalone_mode=False)
         sys.stdout.flush()
         return code or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -121,6 +124,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         say(f"error: {where}{error.strerror or error}")
     return USAGE
+
+
+@contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """What an index warns of is one sentence on stderr, without a line of our code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def say_or_show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+            from retrieval.errors import IndexWarning  # slow to import before something warns
+
+            if issubclass(category, IndexWarning):
+                say(f"warning: {message}")
+            else:
+                show(message, category, *rest, **named)
+
+        warnings.showwarning = say_or_show
+        yield
 
 
 def _usage_sentence(error: Any) -> str:

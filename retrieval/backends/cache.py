@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,31 +18,35 @@ from retrieval.backends.build import RECALL, build, build_order
 from retrieval.backends.choice import choose
 from retrieval.backends.kinds import Setting
 from retrieval.backends.rows import MappedRows
-from retrieval.errors import IndexFormatError
+from retrieval.errors import IndexFormatError, IndexWarning
 from retrieval.files import check_file, damaged, sha256_bytes, writing
 from retrieval.flat import FlatSearch
 from retrieval.items import IntArray
-from retrieval.manifest import CACHE, ApproximateEntry, IndexType
+from retrieval.manifest import CACHE, ApproximateEntry, IndexType, Manifest, read_pointer
 from retrieval.snapshot import Snapshot
 from retrieval.writer import GenerationWriter
 
 _STALE = 0.1  # so much of what counts may be missing from the approximate index, or be dead in it
 _LOOPS = 2**31  # more than any index of ours asks of faiss's reader
+_LIMITS = threading.Lock()  # held while faiss reads a file: its limits are the process's
 
 
 def open_search(snapshot: Snapshot, ids: IntArray) -> FlatSearch | ApproximateSearch:
     """What searches the generation's N live rows, `ids` (N,) in the order of its segments.
 
-    An approximate index that is missing or damaged is not used: every vector is then compared, until the next
-    writer builds it again. Raises IndexFormatError when embeddings are damaged.
+    An approximate index that is missing or damaged is not used: every vector is then compared, and an IndexWarning
+    says so. Raises IndexFormatError when embeddings are damaged, or a writer has removed what is read.
     """
     manifest = snapshot.manifest
     live = [(segment.embeddings(), segment.live_rows()) for segment in snapshot.segments]
     entry = manifest.approximate
     if entry is not None:
         try:
-            index = _read(snapshot.folder, entry, dim=manifest.encoder.embedding_dim)
-        except IndexFormatError:
+            index = read_cache(snapshot.folder, manifest, entry)
+        except IndexFormatError as error:
+            if read_pointer(snapshot.folder) != snapshot.pointer:
+                raise
+            _warn(snapshot.folder, error)
             entry = None
     if entry is None:
         return FlatSearch(ids, (array[rows] for array, rows in live), dim=manifest.encoder.embedding_dim)
@@ -119,18 +125,30 @@ def _is_stale(snapshot: Snapshot) -> bool:
     return live - held > _STALE * live or entry.rows - held > _STALE * entry.rows
 
 
-def _read(folder: Path, entry: ApproximateEntry, *, dim: int) -> Any:
-    path = folder / CACHE / entry.file
+def read_cache(folder: Path, manifest: Manifest, entry: ApproximateEntry) -> Any:
+    """The approximate index that a manifest names. Raises IndexFormatError unless it is what the manifest says."""
+    path, dim = folder / CACHE / entry.file, manifest.encoder.embedding_dim
     check_file(path, size=entry.bytes, sha256=entry.sha256)  # faiss itself does not notice flipped bits
-    faiss.set_deserialization_vector_byte_limit(2 * entry.bytes)
-    faiss.set_deserialization_loop_limit(_LOOPS)
     try:
-        index = faiss.read_index(str(path))
+        with _LIMITS:
+            faiss.set_deserialization_vector_byte_limit(2 * entry.bytes)
+            faiss.set_deserialization_loop_limit(_LOOPS)
+            index = faiss.read_index(str(path))
     except RuntimeError as error:
         raise damaged(path, "is no index that this faiss reads") from error
     if index.ntotal != entry.rows or index.d != dim:
         raise damaged(path, f"does not hold {entry.rows} vectors of width {dim}")
+    if any(entry.segments.get(segment.name, segment.rows) != segment.rows for segment in manifest.segments):
+        raise damaged(path, "does not hold the segments as they are")
     return index
+
+
+def _warn(folder: Path, error: IndexFormatError) -> None:
+    warnings.warn(
+        f"{error.where}: {error.what}; every vector is compared instead, right but slower; run: matvit repair {folder}",
+        IndexWarning,
+        stacklevel=2,
+    )
 
 
 def _positions(snapshot: Snapshot, entry: ApproximateEntry) -> IntArray:

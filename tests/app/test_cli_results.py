@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch.nn.functional import normalize
 from matvit import CheckpointError, MatViT
 from matvit.extracted import read_extracted
 from matvit_app import services
-from retrieval import Index
+from retrieval import Index, IndexWarning
+from retrieval.backends.cache import open_search
 
 
 @pytest.fixture
@@ -431,3 +433,15 @@ def test_index_type_and_memory_choose_how_an_index_is_searched(run, photos, chec
         assert (refused.code, refused.out) == (2, "")
         assert arguments[0] in refused.err
         assert arguments[1] in refused.err
+
+
+def test_what_an_index_warns_of_is_one_sentence_on_stderr(run, index, photos, monkeypatch):
+    def warning_first(*arguments):
+        warnings.warn("the cache is damaged; run: matvit repair", IndexWarning, stacklevel=1)
+        return open_search(*arguments)
+
+    monkeypatch.setattr("retrieval.gallery.open_search", warning_first)
+    warnings.simplefilter("default")  # pytest puts its own filters back
+    done = run("search", photos / "cats" / "0.png", "--index", index, "--json")
+    assert (done.code, done.err) == (0, "warning: the cache is damaged; run: matvit repair\n")
+    assert len(done.json["queries"]) == 1

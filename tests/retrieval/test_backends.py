@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from matvit.progress import silent
-from retrieval.backends import KINDS
+from retrieval.backends import KINDS, cache
 from retrieval.backends.approximate import ApproximateSearch
 from retrieval.backends.build import RECALL, build, build_order
+from retrieval.backends.cache import read_cache
 from retrieval.backends.choice import choose
 from retrieval.backends.kinds import IvfPq
 from retrieval.backends.rows import MappedRows
-from retrieval.errors import IngestError
+from retrieval.errors import IndexFormatError, IndexWarning, IngestError
 from retrieval.flat import FlatSearch
 from retrieval.index import Index
 from retrieval.items import Item
@@ -237,18 +239,83 @@ def test_deleted_pictures_are_never_found_and_new_ones_are(index, elastic):
     assert set(found_by_item(retriever, 4, k=2000)) == set(range(1520)) - {3, 1200}
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_damaged_cache_is_noticed_not_used_and_built_again(index, elastic, damage):
+@pytest.fixture(params=["flip", "cut", "gone"])
+def damaged(index, request):
+    """The index, set to be searched by "sq", whose cache is damaged in some way; and the cache."""
     index.set_search("sq")
     [file] = (index.path / "cache").iterdir()
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
-    file.write_bytes(data if damage == "flip" else data[:-1]) if damage != "gone" else file.unlink()
-    retriever = Retriever.open(index.path, encoder=elastic)
+    file.write_bytes(data if request.param == "flip" else data[:-1]) if request.param != "gone" else file.unlink()
+    return index, file
+
+
+def test_a_damaged_cache_is_not_used_and_a_warning_says_how_to_mend_it(damaged, elastic):
+    index, file = damaged
+    with pytest.warns(IndexWarning) as caught:
+        retriever = Retriever.open(index.path, encoder=elastic)
+    [sentence] = [str(warning.message) for warning in caught]
+    assert str(file) in sentence
+    assert sentence.endswith(f"run: matvit repair {index.path}")
+    assert "\n" not in sentence
     assert isinstance(retriever._gallery.vectors, FlatSearch)  # right, if slower
     assert found_by_item(retriever, 7, k=1) == [7]
+
+
+def test_verify_finds_a_damaged_cache_and_repair_builds_it_again(damaged, elastic):
+    index, file = damaged
+    [problem] = index.verify()
+    assert str(file) in problem
+    report = Index.repair(index.path)
+    assert (len(report.damage), report.embedded, report.whole) == (1, 0, True)
+    assert index.verify() == []
+    assert isinstance(Retriever.open(index.path, encoder=elastic)._gallery.vectors, ApproximateSearch)
+    assert Index.repair(index.path).damage == ()
+
+
+def test_the_next_writer_builds_a_damaged_cache_again(damaged, elastic):
+    index, _ = damaged
     index.set_search("sq")
     assert isinstance(Retriever.open(index.path, encoder=elastic)._gallery.vectors, ApproximateSearch)
+
+
+def test_a_cache_of_other_segments_is_no_cache_of_this_index(index):
+    index.set_search("sq")
+    manifest = index._snapshot.manifest
+    entry, name = manifest.approximate, manifest.segments[0].name
+    swapped = entry.model_copy(update={"segments": {name: 500, "0" * 16: 1000}})
+    with pytest.raises(IndexFormatError, match="does not hold the segments as they are"):
+        read_cache(index.path, manifest, swapped)
+
+
+def test_a_file_that_asks_for_more_memory_than_it_has_bytes_is_refused(index):
+    """Its sha256 may be right, and the manifest's too: who wrote both is unknown."""
+    index.set_search("sq")
+    manifest = index._snapshot.manifest
+    file = index.path / "cache" / manifest.approximate.file
+    data = file.read_bytes()
+    length = data.index((1500 * manifest.encoder.embedding_dim).to_bytes(8, "little"))  # of the codes, in bytes
+    data = data[:length] + (2**40).to_bytes(8, "little") + data[length + 8 :]
+    file.write_bytes(data)
+    entry = manifest.approximate.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+    with pytest.raises(IndexFormatError, match="no index that this faiss reads"):
+        read_cache(index.path, manifest, entry)
+
+
+def test_a_writer_that_replaces_the_cache_while_it_is_read_does_no_harm(index, elastic, monkeypatch):
+    index.set_search("sq")
+    real = cache.read_cache
+
+    def overtaken(folder, manifest, entry):
+        monkeypatch.setattr(cache, "read_cache", real)
+        index.set_search("hnsw")
+        index.compact()  # removes the file
+        return real(folder, manifest, entry)
+
+    monkeypatch.setattr(cache, "read_cache", overtaken)
+    retriever = Retriever.open(index.path, encoder=elastic)
+    assert retriever.generation == index.generation
+    assert retriever._gallery.vectors._kind is KINDS["hnsw"]
 
 
 def test_compaction_builds_the_index_again(index, elastic):
