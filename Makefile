@@ -37,6 +37,7 @@ demo:  ## the bundled photographs, one index, four query encoders, the page
 bench:  ## the measured claims of the README
 	python benchmarks/query_cost.py
 	python benchmarks/search.py
+	python benchmarks/retriever.py
 	python benchmarks/open_index.py
 
 soak:  ## the index's hardest tests in their long forms, on all cores; writes docs/soak.md

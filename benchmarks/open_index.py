@@ -29,13 +29,15 @@ from retrieval.writer import Entry, GenerationWriter
 DIM, SEGMENT_ROWS = 384, 16_384
 
 
-def make_index(folder: Path, rows: int) -> None:
+NO_ENCODER = EncoderEntry(
+    name="none", source=None, space_id="0" * 64, weights_sha256=None, spec="XL", resolution=112, embedding_dim=DIM
+)
+
+
+def make_index(folder: Path, rows: int, *, encoder: EncoderEntry = NO_ENCODER) -> None:
     """An index of `rows` random unit vectors of width DIM, and items as photographs have them."""
     for name in ("generations", "segments", "deletions"):
         (folder / name).mkdir(parents=True)
-    encoder = EncoderEntry(
-        name="none", source=None, space_id="0" * 64, weights_sha256=None, spec="XL", resolution=112, embedding_dim=DIM
-    )
     manifest = Manifest(
         generation=1,
         parent=None,

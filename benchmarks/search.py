@@ -1,9 +1,16 @@
-"""Exact search beside its peers, in one run and on one thread: bare faiss, and a numpy matrix product with top-k.
+"""Search beside its peers, in one run and on one thread: recall, time, memory, and how long an index takes to build.
 
-    python benchmarks/search.py [--sizes 1000,10000,100000] [--rounds 15] [--json]
+    python benchmarks/search.py [--sizes 1000,10000,100000] [--kinds exact,hnsw,ivfpq,sq] [--rounds 15] [--json]
 
-The physical limit of one query is reading the gallery once: its bytes over the speed of a large copy.
-Ratios are medians over the rounds of a round's own ratio, with the quartiles.
+Exact search stands beside bare faiss (IndexFlatIP) and a blocked matrix product with top-k, by numpy and by torch. Its
+physical limit is reading the gallery once: its bytes over the speed of a large copy. Every other kind stands beside
+bare faiss on the very same index, with the same settings: HNSW as it is, the quantisers re-ranked by IndexRefineFlat.
+
+Times are the processor's (`process_time`): other jobs disturb them less. Ratios are medians over the rounds of a
+round's own ratio, with the quartiles. A round's calls come in a random order, and every one has other queries.
+
+The vectors are made up: a mixture of 1,000 clusters in 32 dimensions, laid into 384 with a little noise; the queries
+are drawn like them, and are not in the index.
 """
 
 from __future__ import annotations
@@ -23,64 +30,117 @@ from typing import Any
 import faiss
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from matvit.preprocess import FloatArray
+from matvit.progress import silent
+from retrieval.backends import EXACT, INDEX_TYPES, KINDS
+from retrieval.backends.approximate import ApproximateSearch
+from retrieval.backends.build import Built, build, build_order
+from retrieval.backends.kinds import Kind
+from retrieval.backends.rows import MappedRows
 from retrieval.flat import FlatSearch
 
-DIM, K = 384, 10
+DIM, K, BATCH = 384, 10, 32
+CLUSTERS, LATENT, NOISE = 1000, 32, 0.05
+RECALL_QUERIES = 256
+APART = 83  # queries between two peers of a round: what one has read must not lie in the cache for the next
+BLOCK = 8192  # vectors of one matrix product
+
+Search = Callable[[FloatArray], npt.NDArray[np.int64]]  # queries (Q, DIM) -> positions (Q, K), best first
 
 
-def unit_vectors(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """(count, DIM) float32 of unit length."""
-    vectors = np.random.default_rng(seed).standard_normal((count, DIM), dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+def vectors(count: int, seed: int) -> FloatArray:
+    """(count, DIM) float32 of unit length; other seeds draw from the same clusters."""
+    fixed, random = np.random.default_rng(0), np.random.default_rng(1 + seed)
+    centres, laying = fixed.standard_normal((CLUSTERS, LATENT)), fixed.standard_normal((LATENT, DIM)) / LATENT**0.5
+    made: FloatArray = np.empty((count, DIM), dtype=np.float32)
+    for start in range(0, count, BLOCK):
+        rows = made[start : start + BLOCK]
+        latent = centres[random.integers(0, CLUSTERS, len(rows))] + 0.6 * random.standard_normal((len(rows), LATENT))
+        drawn = latent @ laying + NOISE * random.standard_normal(rows.shape)
+        rows[:] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return made
 
 
-Search = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
-
-
-def peers(gallery: npt.NDArray[np.float32]) -> dict[str, Search]:
-    """Searches of `gallery` (N, DIM): queries (Q, DIM) -> positions (Q, K), best first."""
+def exact_peers(gallery: FloatArray) -> dict[str, Search]:
+    """Exact searches of `gallery` (N, DIM)."""
     ours = FlatSearch(np.arange(len(gallery), dtype=np.int64), [gallery], dim=DIM)
     bare = faiss.IndexFlatIP(DIM)
     bare.add(gallery)
-
-    def product(queries: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-        scores = queries @ gallery.T
-        best = np.argpartition(-scores, K, axis=1)[:, :K]
-        order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
-        return np.take_along_axis(best, order, axis=1)
-
     return {
-        "ours": lambda queries: np.stack([positions for positions, _ in ours.search(queries, k=K)]),
+        "ours": ours_of(ours),
         "faiss": lambda queries: bare.search(queries, K)[1],
-        "numpy": product,
+        "numpy": lambda queries: numpy_product(gallery, queries),
+        "torch": lambda queries: torch_product(torch.from_numpy(gallery), torch.from_numpy(queries)),
     }
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, interleaved, after one warm-up round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(1 + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: values[1:] for name, values in times.items()}
+def numpy_product(gallery: FloatArray, queries: FloatArray) -> npt.NDArray[np.int64]:
+    """Products of blocks, the best K of each kept, and the best K of those."""
+    kept = [np.empty((len(queries), 0), dtype=np.float32)], [np.empty((len(queries), 0), dtype=np.int64)]
+    for start in range(0, len(gallery), BLOCK):
+        scores = queries @ gallery[start : start + BLOCK].T
+        best = np.argpartition(-scores, min(K, scores.shape[1] - 1), axis=1)[:, :K]
+        kept[0].append(np.take_along_axis(scores, best, axis=1))
+        kept[1].append(best + start)
+    scores, positions = np.concatenate(kept[0], axis=1), np.concatenate(kept[1], axis=1)
+    return np.take_along_axis(positions, np.argsort(-scores, axis=1)[:, :K], axis=1)
 
 
-def measure(size: int, rounds: int) -> dict[str, Any]:
-    """One gallery size: one query at a time, and a batch of 32."""
-    gallery, queries = unit_vectors(size, 0), unit_vectors(32, 1)
-    searches = peers(gallery)
-    rows: dict[str, Any] = {"size": size}
-    for name, some in (("single", queries[:1]), ("batch", queries)):
-        calls = {peer: (lambda search=search, some=some: search(some)) for peer, search in searches.items()}
-        times = timed({**calls, "copy": gallery.copy}, rounds)
-        rows[name] = {
-            "ms": statistics.median(times["ours"]) / len(some),
-            "ratios": {peer: quartiles(times["ours"], times[peer]) for peer in ("faiss", "numpy", "copy")},
+def torch_product(gallery: torch.Tensor, queries: torch.Tensor) -> npt.NDArray[np.int64]:
+    """The same with torch."""
+    scores, positions = [], []
+    for start in range(0, len(gallery), BLOCK):
+        block = gallery[start : start + BLOCK]
+        best = (queries @ block.T).topk(min(K, len(block)), dim=1)
+        scores.append(best.values)
+        positions.append(best.indices + start)
+    order = torch.cat(scores, dim=1).topk(K, dim=1).indices
+    return torch.cat(positions, dim=1).gather(1, order).numpy()  # type: ignore[no-any-return]
+
+
+def approximate_peers(kind: Kind, built: Built, gallery: FloatArray) -> dict[str, Search]:
+    """Ours, and bare faiss on the same index with the same settings."""
+    everything = np.arange(len(gallery), dtype=np.int64)
+    order, _ = build_order(len(gallery))
+    ours = ApproximateSearch(
+        everything,
+        MappedRows([(gallery, everything)], dim=DIM),
+        index=built.index,
+        kind=kind,
+        setting=built.setting,
+        positions=order,
+    )
+    index, parameters, held = built.index, kind.searching(built.setting), [gallery[order]]
+    if not isinstance(index, faiss.IndexHNSW):  # which compares the vectors themselves
+        index = faiss.IndexRefineFlat(index, faiss.swig_ptr(held[0]))
+        parameters = faiss.IndexRefineSearchParameters(k_factor=built.setting.depth / K, base_index_params=parameters)
+    return {"ours": ours_of(ours), "faiss": lambda queries: order[index.search(queries, K, params=parameters)[1]]}
+
+
+def ours_of(search: FlatSearch | ApproximateSearch) -> Search:
+    """Positions alone."""
+    return lambda queries: np.stack([positions for positions, _ in search.search(queries, k=K)])
+
+
+def timed(searches: dict[str, Callable[[FloatArray], object]], queries: FloatArray, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each search for one query and for BATCH of them, in each round, interleaved after a warm-up."""
+    times: dict[str, Any] = {}
+    for way, count in (("single", 1), ("batch", BATCH)):
+        taken: dict[str, list[float]] = {name: [] for name in searches}
+        for number in range(1 + rounds):
+            # What the one before has left in the cache must not always hit the same one.
+            for place, name in enumerate(np.random.default_rng(number).permutation(list(searches)).tolist()):
+                some = np.ascontiguousarray(np.roll(queries, -number * count - place * APART, axis=0)[:count])
+                start = time.process_time()
+                searches[name](some)
+                taken[name].append(1e3 * (time.process_time() - start))
+        times[way] = {
+            "ms": statistics.median(taken["ours"][1:]) / count,
+            "ratios": {name: quartiles(taken["ours"][1:], own[1:]) for name, own in taken.items() if name != "ours"},
         }
-    return rows
+    return times
 
 
 def quartiles(ours: list[float], theirs: list[float]) -> list[float]:
@@ -88,24 +148,97 @@ def quartiles(ours: list[float], theirs: list[float]) -> list[float]:
     return np.percentile(np.divide(ours, theirs), [25, 50, 75]).tolist()  # type: ignore[no-any-return]
 
 
+def recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
+    """Recall@K."""
+    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), truth.tolist(), strict=True)]))
+
+
+def written_bytes(index: Any) -> int:
+    """What a faiss index holds, about its memory."""
+    sizes: list[int] = []
+    faiss.write_index(index, faiss.PyCallbackIOWriter(lambda data: sizes.append(len(data))))
+    return sum(sizes)
+
+
+def measure_kind(
+    name: str, gallery: FloatArray, queries: FloatArray, *, exact: Search, rounds: int
+) -> dict[str, Any] | None:
+    """One approximate kind; None where it does not reach the recall that we ask for."""
+    kind, start = KINDS[name], time.process_time()
+    built = build(kind, MappedRows([(gallery, np.arange(len(gallery)))], dim=DIM), progress=silent)
+    seconds = time.process_time() - start
+    if built is None:
+        return None
+    searches, truth = approximate_peers(kind, built, gallery), exact(queries)
+    return {
+        "kind": name,
+        "seconds": seconds,
+        "bytes": written_bytes(built.index),
+        "effort": built.setting.effort,
+        "depth": built.setting.depth,
+        "recall_when_built": built.recall,
+        "recall": {peer: recall(search(queries), truth) for peer, search in searches.items()},
+        **timed({**searches, "exact": exact}, queries, rounds),
+    }
+
+
+def measure(size: int, kinds: list[str], rounds: int) -> dict[str, Any]:
+    """One gallery size: every kind, one query at a time and in batches."""
+    gallery, queries = vectors(size, 0), vectors(RECALL_QUERIES, 1)
+    searches = exact_peers(gallery)
+    result: dict[str, Any] = {"size": size, "approximate": []}
+    if EXACT in kinds:
+        result["exact"] = timed({**searches, "copy": lambda _: gallery.copy()}, queries, rounds)
+    exact = searches["ours"]
+    del searches
+    for name in kinds:
+        if name != EXACT and (row := measure_kind(name, gallery, queries, exact=exact, rounds=rounds)):
+            result["approximate"].append(row)
+    return result
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the tables."""
+    peers = ("faiss", "numpy", "torch", "copy")
+    print("Exact:\n\n| pictures | queries at once | ms a query | of faiss | of numpy | of torch | of one copy |")
+    print("|---|---|---|---|---|---|---|")
+    for result in results:
+        for way, count in (("single", 1), ("batch", BATCH)):
+            if row := result.get("exact", {}).get(way):
+                print(f"| {result['size']:,} | {count} | {row['ms']:.3f} | {_ratios(row, peers)} |")
+    print(
+        "\nApproximate:\n\n| pictures | kind | built in s | MB | recall@10 | of bare faiss | queries at once ", end=""
+    )
+    print("| ms a query | of bare faiss | of exact |\n|---|---|---|---|---|---|---|---|---|---|")
+    for result in results:
+        for kind in result["approximate"]:
+            head = f"| {result['size']:,} | {kind['kind']} | {kind['seconds']:.0f} | {kind['bytes'] / 1e6:.0f} "
+            head += f"| {kind['recall']['ours']:.3f} | {kind['recall']['faiss']:.3f} "
+            for way, count in (("single", 1), ("batch", BATCH)):
+                ratios = _ratios(kind[way], ("faiss", "exact"))
+                print(f"{head}| {count} | {kind[way]['ms']:.3f} | {ratios} |")
+
+
+def _ratios(row: dict[str, Any], peers: tuple[str, ...]) -> str:
+    found = (row["ratios"][peer] for peer in peers)
+    return " | ".join(f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in found)
+
+
 def main() -> None:
     """Parse arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1000,10000,100000")
+    parser.add_argument("--kinds", default=",".join(INDEX_TYPES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    results = [measure(int(size), arguments.rounds) for size in arguments.sizes.split(",")]
+    torch.set_num_threads(1)
+    kinds = arguments.kinds.split(",")
+    results = [measure(int(size), kinds, arguments.rounds) for size in arguments.sizes.split(",")]
     if arguments.json:
         print(json.dumps(results, indent=2))
-        return
-    print("| pictures | queries at once | ms a query | of faiss | of numpy | of one copy |")
-    print("|---|---|---|---|---|---|")
-    for result in results:
-        for name, count in (("single", 1), ("batch", 32)):
-            row = result[name]
-            ratios = [f"{mid:.2f} ({low:.2f} to {high:.2f})" for low, mid, high in row["ratios"].values()]
-            print(f"| {result['size']:,} | {count} | {row['ms']:.2f} | " + " | ".join(ratios) + " |")
+    else:
+        show(results)
 
 
 if __name__ == "__main__":

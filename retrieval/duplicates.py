@@ -8,8 +8,8 @@ import numpy as np
 
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent, silent
-from retrieval.exact import Vectors, exact_scores
-from retrieval.flat import float32_slack
+from retrieval.exact import Vectors
+from retrieval.flat import exact_scores, float32_slack
 from retrieval.items import IntArray
 
 _BLOCK = 2048  # rows a side of the block of scores that is looked at: 16 MB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +97,14 @@ class EncoderCache:
 
     def __init__(self, elastic: ElasticEncoder, *, size: int = 8) -> None:
         self._elastic = elastic
+        self._spec = lru_cache(maxsize=256)(elastic.shape.spec)  # parsing one takes longer than a small search
         self._size = size
         self._kept: OrderedDict[SubmodelSpec, ImageEncoder] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, value: str | SubmodelSpec) -> ImageEncoder:
         """The submodel named by a granularity, a spec string or a spec. Raises SpecError."""
-        spec = self._elastic.shape.spec(value)
+        spec = self._spec(value)
         with self._lock:
             if spec not in self._kept:
                 self._kept[spec] = self._elastic.encoder(spec)

@@ -20,8 +20,9 @@ from matvit.spec import SubmodelSpec
 from retrieval.duplicates import linked
 from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder, normalised
 from retrieval.errors import EmbeddingError, SearchError
-from retrieval.exact import Found, exact_scores
+from retrieval.exact import Found
 from retrieval.filters import Where
+from retrieval.flat import exact_scores
 from retrieval.gallery import Gallery
 from retrieval.items import IntArray
 from retrieval.locations import read_picture

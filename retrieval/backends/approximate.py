@@ -9,10 +9,11 @@ import numpy as np
 from matvit.preprocess import FloatArray
 from retrieval.backends.kinds import Kind, Setting
 from retrieval.backends.rows import MappedRows
-from retrieval.flat import FlatSearch, ScoreArray, best_of, check_finite
+from retrieval.flat import FlatSearch, ScoreArray, best_of, check_finite, float32_slack
 from retrieval.items import IntArray
 
 _BLOCK = 65_536  # rows read together when everything has to be compared
+_MANY = 3  # times k candidates: telling them apart in float32 first is quicker
 
 
 class ApproximateSearch:
@@ -30,6 +31,7 @@ class ApproximateSearch:
         self._ids, self._raw = ids, raw
         self._index, self._kind, self._setting = index, kind, setting
         self._positions = positions
+        self._usual = self._parameters(setting.depth)  # making them takes as long as a small search
         held = np.zeros(len(ids), dtype=bool)
         held[positions[positions >= 0]] = True
         self._new = np.flatnonzero(~held)  # (M,) positions that the index does not hold
@@ -48,26 +50,38 @@ class ApproximateSearch:
         K = min(k, N).
         """
         check_finite(queries)
+        if not len(queries):
+            return []
         k = min(k, len(self))
         beside = [self._new[found] for found, _ in self._beside.search(queries, k=k)]
-        wanted = k - len(beside[0]) if len(queries) else 0  # what the index must give for k hits in all
         depth = self._setting.depth * -(-k // 10)
         found = self._candidates(queries, depth=depth)
-        while min(map(len, found), default=wanted) < wanted and depth < len(self._positions):
+        while depth < len(self._positions) and min(map(len, found)) < k - len(beside[0]):
             depth *= 8  # many were deleted, or k is large
             found = self._candidates(queries, depth=depth)
-        rows = np.repeat(np.arange(len(queries)), [len(a) + len(b) for a, b in zip(found, beside, strict=True)])
-        none = np.empty(0, dtype=np.int64)
-        positions = np.concatenate([none, *(part for pair in zip(found, beside, strict=True) for part in pair)])
-        return best_of(queries, self.vectors, rows, positions, ids=self._ids, k=k)
+        near = [self._near(query, own, k=k) for query, own in zip(queries, found, strict=True)] + beside
+        rows = np.repeat(np.tile(np.arange(len(queries)), 2), [len(own) for own in near])
+        return best_of(queries, self.vectors, rows, np.concatenate(near), ids=self._ids, k=k)
+
+    def _near(self, query: FloatArray, positions: IntArray, *, k: int) -> IntArray:
+        """Those of `positions` that may be among the query's k best, as far as float32 can tell."""
+        if len(positions) < _MANY * k:  # float64 can decide on them all
+            return positions
+        scores = self._raw[positions] @ query
+        kth = float(np.partition(scores, len(scores) - k)[len(scores) - k])
+        near: IntArray = positions[scores >= kth - 2 * float32_slack(len(query))]  # twice: numpy rounds it to float32
+        return near
 
     def _candidates(self, queries: FloatArray, *, depth: int) -> list[IntArray]:
         """Per query, positions of about `depth` vectors near it; all there are when `depth` is as many."""
         if depth >= len(self._positions):
             every = self._positions[self._positions >= 0]
             return [every for _ in queries]
-        setting = Setting(effort=self._setting.effort, depth=depth)
-        _, rows = self._index.search(queries, depth, params=self._kind.searching(setting))
+        usual = depth == self._setting.depth
+        _, rows = self._index.search(queries, depth, params=self._usual if usual else self._parameters(depth))
         # faiss pads with -1 what it did not find; the index's -1 are deleted vectors.
         found = np.where(rows >= 0, self._positions[rows], -1)
         return [own[own >= 0] for own in found]
+
+    def _parameters(self, depth: int) -> Any:
+        return self._kind.searching(Setting(effort=self._setting.effort, depth=depth))

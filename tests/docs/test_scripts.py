@@ -13,7 +13,11 @@ from types import ModuleType
 
 import numpy as np
 
+from matvit.progress import silent
 from matvit_data import demo_folder
+from retrieval.backends import KINDS
+from retrieval.backends.build import build
+from retrieval.backends.rows import MappedRows
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,26 +60,43 @@ def test_query_cost_measures_every_submodel_and_its_peer_beside_xl() -> None:
     assert all(row["ms"] > 0 and row["gflops"] > 0 for row in rows.values())
 
 
-def test_search_measures_ours_faiss_and_numpy_at_every_size() -> None:
-    done = run("benchmarks/search.py", "--sizes", "100,200", "--rounds", 1, "--json")
+def test_search_measures_every_kind_beside_its_peers() -> None:
+    done = run("benchmarks/search.py", "--sizes", "100,300", "--kinds", "exact,hnsw,sq", "--rounds", 1, "--json")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert [result["size"] for result in results] == [100, 200]
+    assert [result["size"] for result in results] == [100, 300]
     for result in results:
-        for way in ("single", "batch"):
-            assert result[way]["ms"] > 0
-            assert all(0 < low <= middle <= high for low, middle, high in result[way]["ratios"].values())
+        kinds = result["approximate"]
+        assert [kind["kind"] for kind in kinds] == ["hnsw", "sq"]
+        for kind in kinds:
+            assert all(0.9 < recall <= 1 for recall in kind["recall"].values())
+            assert 0 < kind["bytes"] < 10**6
+        for row in (result["exact"], *kinds):
+            for way in ("single", "batch"):
+                assert row[way]["ms"] > 0
+                assert all(0 < low <= middle <= high for low, middle, high in row[way]["ratios"].values())
 
 
 def test_the_peers_of_the_search_benchmark_look_for_the_same_neighbours() -> None:
     """A ratio between searches that answer different questions would mean nothing."""
     benchmark = load("benchmarks/search.py")
-    gallery, queries = benchmark.unit_vectors(50, 0), benchmark.unit_vectors(3, 1)
+    benchmark.BLOCK = 40
+    gallery, queries = benchmark.vectors(200, 0), benchmark.vectors(3, 1)
     expected = np.argsort(-(queries @ gallery.T), axis=1)[:, : benchmark.K]
-    searches = benchmark.peers(gallery)
-    assert set(searches) == {"ours", "faiss", "numpy"}
-    for search in searches.values():
+    searches = benchmark.exact_peers(gallery)
+    assert set(searches) == {"ours", "faiss", "numpy", "torch"}
+    built = build(KINDS["sq"], MappedRows([(gallery, np.arange(200))], dim=benchmark.DIM), progress=silent)
+    for search in (*searches.values(), *benchmark.approximate_peers(KINDS["sq"], built, gallery).values()):
         assert search(queries).tolist() == expected.tolist()
+
+
+def test_retriever_measures_its_calls_beside_their_parts() -> None:
+    done = run("benchmarks/retriever.py", "--rows", 100, "--rounds", 2, "--specs", "S-d8-r56", "--json")
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(done.stdout)["submodels"]
+    assert row["spec"] == "S-d8-r56"
+    assert row["bare_ms"] > 0
+    assert all(0.5 < ratio < 5 for ratio in row["ratio"])
 
 
 def test_open_index_measures_every_way_to_open() -> None:

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrieval import flat
 from retrieval.flat import FlatSearch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """So that a few thousand vectors are many blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat, "BLOCK", 512)
+        yield
 
 
 def unit(vectors):

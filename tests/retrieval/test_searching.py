@@ -12,15 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retrieval import Blend, Index, Retriever, SearchError
+from retrieval import Blend, Index, Retriever, SearchError, exact
 from retrieval.duplicates import linked
-from retrieval.exact import exact_scores
-from retrieval.flat import FlatSearch
+from retrieval.flat import FlatSearch, exact_scores
 from retrieval.gallery import Gallery
 from retrieval.retriever import Retriever as OnGallery
 
 DIM = 4
 LABELS = ["cat", "dog", "owl"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """So that some dozen vectors are many blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "BLOCK", 7)
+        yield
 
 
 def made(seed, count, *, distinct=12):
