@@ -1,12 +1,12 @@
-"""Labelled pictures from a class-per-folder tree, Hugging Face parquet files or a benchmark's folder; no torch.
+"""Labelled pictures from class folders, Hugging Face parquet files, tar shards or a benchmark's folder; no torch.
 
 A location is one of
     FOLDER            a benchmark's folder, or FOLDER/SPLIT for one of its splits: see `matvit.layouts`
     FOLDER            pictures in class folders; the class is the folder's path below FOLDER
-    FOLDER            parquet shards of one split
-    FOLDER/SPLIT      the shards FOLDER/SPLIT-*.parquet
-    FILE.parquet      one parquet file
-    GLOB              parquet files, for example "food/train-*.parquet"
+    FOLDER            parquet or tar shards of one split; tars are in webdataset's layout: see `matvit.tars`
+    FOLDER/SPLIT      the shards FOLDER/SPLIT-*.parquet or FOLDER/SPLIT-*.tar
+    FILE              one parquet or tar file
+    GLOB              shards, for example "food/train-*.parquet"
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,14 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from matvit import layouts
+from matvit import layouts, tars
 from matvit.errors import DatasetError, MissingExtraError
 from matvit.preprocess import ImageSource
 from matvit.walk import walk_files
 
 T = TypeVar("T")
+
+_SHARD_SUFFIXES = (".parquet", ".tar")
 
 LabelArray = npt.NDArray[np.int64]
 
@@ -160,6 +162,28 @@ class _Subset(Sequence[T]):
         return self._whole[int(self._rows[index])]
 
 
+class _Members(Sequence[bytes]):
+    """Pictures in tar shards, read on access; one that is gone becomes b"", which no decoder takes for a picture."""
+
+    def __init__(self, members: Sequence[tars.LabelledMember]) -> None:
+        self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        if isinstance(index, slice):
+            return _Members(self._members[index])
+        try:
+            return self._members[index].read()
+        except OSError:
+            return b""
+
+
 class _ArrowBytes(Sequence[bytes]):
     """A binary arrow column as a sequence of bytes; a null becomes b"", which no decoder takes for a picture."""
 
@@ -185,8 +209,10 @@ def _read(location: str) -> _Rows:
     if listed is not None:
         names, files = listed
         return _of_files(names, files)
-    shards = _parquet_files(location)
-    return _read_tree(Path(location)) if shards is None else _read_parquet(shards, location)
+    shards = _shards(location)
+    if shards is None:
+        return _read_tree(Path(location))
+    return _read_tars(shards, location) if shards[0].suffix == ".tar" else _read_parquet(shards, location)
 
 
 def _of_files(names: Sequence[str], files: Sequence[Path]) -> _Rows:
@@ -202,24 +228,31 @@ def _of_files(names: Sequence[str], files: Sequence[Path]) -> _Rows:
 # --- where the data are -------------------------------------------------------------------------
 
 
-def _parquet_files(location: str) -> list[Path] | None:
-    """The parquet files that `location` names, sorted, or None for a tree of pictures."""
+def _shards(location: str) -> list[Path] | None:
+    """The parquet or tar files that `location` names, sorted, or None for a tree of pictures."""
     path = Path(location)
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise _error(location, "is a file, but no parquet file", "give a .parquet file or a folder")
+        if path.suffix not in _SHARD_SUFFIXES:
+            raise _error(location, "is a file, but no parquet and no tar file", "give a .parquet file or a folder")
         return [path]
     if path.is_dir():
-        shards = sorted(path.glob("*.parquet"))
+        inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        shards = _those_of(inside)
+        if any(entry.is_dir() for entry in inside):  # then a tar is an archive that was unpacked here
+            shards = [shard for shard in shards if shard.suffix != ".tar"]
         return _one_complete_split(shards, location) if shards else None
     if path.parent.is_dir():
-        shards = [shard for shard in sorted(path.parent.glob("*.parquet")) if _split_of(shard) == path.name]
+        shards = [shard for shard in _those_of(path.parent.glob("[!.]*")) if _split_of(shard) == path.name]
         if shards:
             return _one_complete_split(shards, location)
-    matches = sorted(Path(match) for match in glob.glob(location) if match.endswith(".parquet"))  # noqa: PTH207
+    matches = _those_of(map(Path, glob.glob(location)))  # noqa: PTH207
     if not matches:
-        raise _error(location, "no such data set", "give a folder of class folders, or parquet files")
+        raise _error(location, "no such data set", "give a folder of class folders, or parquet files or tar shards")
     return _one_complete_split(matches, location)
+
+
+def _those_of(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if file.suffix in _SHARD_SUFFIXES)
 
 
 # "train-00000-of-00003", "train-0", "0000"; but "cifar10" and "fold1" are names of their own.
@@ -232,6 +265,8 @@ def _split_of(shard: Path) -> str:
 
 
 def _one_complete_split(shards: list[Path], location: str) -> list[Path]:
+    if len({shard.suffix for shard in shards}) > 1:
+        raise _error(location, "holds parquet files and tar shards", f"name one sort: {shards[0].parent / '*.tar'}")
     splits = sorted({_split_of(shard) for shard in shards})
     if len(splits) > 1:
         folder = shards[0].parent
@@ -249,7 +284,7 @@ def _one_complete_split(shards: list[Path], location: str) -> list[Path]:
 def _read_tree(root: Path) -> _Rows:
     files = sorted(_pictures(root), key=Path.as_posix)
     if not files:
-        raise _error(root, "holds no pictures and no parquet files", "give a folder of class folders")
+        raise _error(root, "holds no pictures, parquet files or tar shards", "give a folder of class folders")
     names = [path.parent.relative_to(root).as_posix() for path in files]
     stray = names.count(".")
     if stray:
@@ -337,6 +372,22 @@ def _names_of(labels: Sequence[int | str], class_names: Sequence[str], file: Pat
         what = f"{len(unnamed)} rows have a label, such as {unnamed[0]}, outside the {len(class_names)} named classes"
         raise _error(file, what, "use a split that is labelled")
     return [class_names[int(label)] for label in labels]
+
+
+# --- tar shards ---------------------------------------------------------------------------------
+
+
+def _read_tars(files: Sequence[Path], location: str) -> _Rows:
+    members = [member for file in files for member in tars.labelled_members(file, suffixes=PICTURE_SUFFIXES)]
+    if not members:
+        raise _error(location, "holds no pictures", "give tar shards in webdataset's layout: key.jpg, key.cls")
+    class_names, labels = np.unique(np.array([member.label for member in members]), return_inverse=True)
+    return _Rows(
+        class_names=tuple(map(str, class_names)),
+        labels=labels.astype(np.int64),
+        images=_Members(members),
+        origins=[f"{member.shard}#{member.name}" for member in members],
+    )
 
 
 # --- which classes ------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any, BinaryIO
 
+from matvit import tars
 from matvit.datasets import PICTURE_SUFFIXES
 from matvit.errors import MissingExtraError
 from retrieval.locations import one_line, open_file, status_of, window
 from retrieval.metadata import MAX_METADATA, to_json
 
 _ROWS = 64  # of a table, read together
-_DESCRIBES = {".json": "json", ".cls": "label", ".txt": "caption"}  # members beside a picture, as metadata
 
 
 class ShardError(OSError):
@@ -72,7 +72,7 @@ def read_member(container: str, name: str) -> bytes:
 @lru_cache(maxsize=4)
 def _offsets(container: str, size: int, mtime_ns: int) -> dict[str, tuple[int, int]]:  # noqa: ARG001 (a changed file is read anew)
     with open_file(container) as file:
-        return {_name(entry): (entry.offset_data, entry.size) for entry in _headers(file, [])}
+        return {tars.name_of(entry): (entry.offset_data, entry.size) for entry in tars.headers(file, [])}
 
 
 # --- tar shards ----------------------------------------------------------------------------------
@@ -86,11 +86,11 @@ def tar_members(container: str) -> Iterator[Member]:
     seen: set[str] = set()
     damage: list[str] = []  # an error at once would take the group before with it
     with open_file(container) as file:
-        for _, group in groupby(_headers(file, damage), key=_group):
+        for _, group in groupby(tars.headers(file, damage), key=tars.sample_of):
             entries = list(group)
             metadata, problem = _group_metadata(entries, file)
             for entry in entries:
-                name = _name(entry)
+                name = tars.name_of(entry)
                 if os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES or os.path.basename(name).startswith("."):  # noqa: PTH119, PTH122
                     continue
                 twice = "the shard has two members of this name" if name in seen else None
@@ -104,59 +104,21 @@ def tar_members(container: str) -> Iterator[Member]:
                     problem=leads_out or twice or problem,
                 )
     if damage:
-        raise ShardError(damage[0])
-
-
-def _headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar; what is wrong with it is added to `damage`, and ends it."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (entry := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # or else it keeps every header
-                if entry.isreg() and not entry.issparse():
-                    yield entry
-            # tarfile takes damage for the end.
-            file.seek(tar.offset)
-            if any(file.read(512)):
-                damage.append(f"damaged tar shard (at byte {tar.offset})")
-    except tarfile.TarError as error:
-        damage.append(f"damaged tar shard ({one_line(str(error))})")
-    except (ValueError, EOFError, OverflowError):
-        damage.append("damaged tar shard")
-
-
-def _name(entry: tarfile.TarInfo) -> str:
-    return entry.name.removeprefix("./")
-
-
-def _group(entry: tarfile.TarInfo) -> str:
-    folder, name = os.path.split(_name(entry))
-    return f"{folder}/{name.partition('.')[0]}"
+        raise ShardError(one_line(damage[0]))
 
 
 def _group_metadata(entries: Sequence[tarfile.TarInfo], file: BinaryIO) -> tuple[str | None, str | None]:
     """The group's metadata, and what is wrong with it."""
     found: dict[str, Any] = {}
-    for entry in entries:
-        kind = _DESCRIBES.get(os.path.splitext(entry.name)[1].lower())  # noqa: PTH122
-        if kind is None:
-            continue
+    for entry in filter(tars.describes, entries):
         if entry.size > MAX_METADATA:
-            return None, f"its metadata in {_name(entry)} has more than {MAX_METADATA // 1024} KiB"
+            return None, f"its metadata in {tars.name_of(entry)} has more than {MAX_METADATA // 1024} KiB"
         file.seek(entry.offset_data)
         try:
-            found |= _described(kind, file.read(entry.size).decode("utf-8"))
+            found |= tars.description(entry, file.read(entry.size))
         except (ValueError, RecursionError):
-            return None, f"its metadata in {one_line(_name(entry))} cannot be read"
+            return None, f"its metadata in {one_line(tars.name_of(entry))} cannot be read"
     return to_json(found)
-
-
-def _described(kind: str, text: str) -> dict[str, Any]:
-    if kind == "json":
-        value = json.loads(text)
-        return value if isinstance(value, dict) else {"json": value}
-    text = text.strip()
-    return {kind: int(text) if kind == "label" and text.isdecimal() else text}
 
 
 # --- Parquet tables --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Argument(
-            help="The queries: class-per-folder tree, parquet file, FOLDER/SPLIT of parquet shards, or a benchmark's "
+            help="The queries: class-per-folder tree, parquet or tar file, FOLDER/SPLIT of shards, or a benchmark's "
             "folder (CUB-200-2011, Online Products, In-shop, revisited Oxford and Paris)."
         ),
     ],

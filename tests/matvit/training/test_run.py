@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -125,6 +126,16 @@ def test_training_for_prefixes_makes_short_embeddings_better(data, make_recipe, 
         return float((dark @ dark.T).mean() + (light @ light.T).mean() - 2 * (dark @ light.T).mean())
 
     assert spread(1.0) > spread(0.0)
+
+
+def test_tar_shards_train_the_same_encoder_as_the_folders_they_were_made_of(data, make_recipe, tmp_path):
+    for shard, name in enumerate(("dark", "light")):
+        with tarfile.open(data / f"packed-{shard}.tar", "w") as tar:
+            for picture in sorted((data / "shapes" / name).iterdir()):
+                tar.add(picture, f"{name}/{picture.name}")
+    packed = [{"path": "packed-*.tar", "resolution": 40, "batch": 8}]
+    folders = train(make_recipe(), out=tmp_path / "folders")
+    assert train(make_recipe(data=packed), out=tmp_path / "packed").space_id == folders.space_id
 
 
 def test_heads_without_a_teacher_have_classifiers_only(teacher):

@@ -1,0 +1,125 @@
+"""Tar shards in webdataset's layout: members whose names agree up to the first dot are one sample. No torch.
+
+fox-1.jpg  fox-1.cls  fox-1.json  fox-2.jpg ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from matvit.errors import DatasetError
+
+_DESCRIBES = {".json": "json", ".cls": "label", ".txt": "caption"}  # members beside a picture, as metadata
+
+
+def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar; what is wrong with it is added to `damage`, and ends it."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (entry := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or else it keeps every header
+                if entry.isreg() and not entry.issparse():
+                    yield entry
+            # tarfile takes damage for the end.
+            file.seek(tar.offset)
+            if any(file.read(512)):
+                damage.append(f"damaged tar shard (at byte {tar.offset})")
+    except tarfile.TarError as error:
+        damage.append(f"damaged tar shard ({error})")
+    except (ValueError, EOFError, OverflowError):
+        damage.append("damaged tar shard")
+
+
+def name_of(entry: tarfile.TarInfo) -> str:
+    """A member's name as users write it."""
+    return entry.name.removeprefix("./")
+
+
+def sample_of(entry: tarfile.TarInfo) -> str:
+    """What the members of one sample share."""
+    folder, name = os.path.split(name_of(entry))
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def describes(entry: tarfile.TarInfo) -> bool:
+    """Whether a member says something of the picture beside it."""
+    return PurePosixPath(entry.name).suffix.lower() in _DESCRIBES
+
+
+def description(entry: tarfile.TarInfo, content: bytes) -> dict[str, Any]:
+    """What such a member says: a JSON object's fields, `label` or `caption`. Raises ValueError, RecursionError."""
+    kind, text = _DESCRIBES[PurePosixPath(entry.name).suffix.lower()], content.decode("utf-8")
+    if kind == "json":
+        value = json.loads(text)
+        return value if isinstance(value, dict) else {"json": value}
+    text = text.strip()
+    return {kind: int(text) if kind == "label" and text.isdecimal() else text}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledMember:
+    """A picture in a shard on disk; read when it is wanted."""
+
+    shard: Path
+    name: str
+    label: str
+    offset: int  # of its bytes
+    size: int
+
+    def read(self) -> bytes:
+        """Its encoded bytes. Raises OSError."""
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def labelled_members(shard: Path, *, suffixes: Collection[str]) -> Iterator[LabelledMember]:
+    """The pictures of a shard with their class: the sample's .cls, "label" in its .json, or the member's folder.
+
+    Only headers and labels are read. Raises DatasetError for a damaged shard, and for a picture without a class.
+    """
+    damage: list[str] = []
+    with shard.open("rb") as file:
+        for _, group in groupby(headers(file, damage), key=sample_of):
+            entries = list(group)
+            pictures = [one for one in entries if PurePosixPath(one.name).suffix.lower() in suffixes]
+            if not pictures:
+                continue
+            found: dict[str, Any] = {}
+            for entry in filter(describes, entries):
+                file.seek(entry.offset_data)
+                try:
+                    found |= description(entry, file.read(entry.size))
+                except (ValueError, RecursionError) as error:
+                    raise _error(shard, f"{name_of(entry)} in it cannot be read", "write the shard again") from error
+            for one in pictures:
+                yield LabelledMember(
+                    shard=shard,
+                    name=name_of(one),
+                    label=_label(shard, one, found),
+                    offset=one.offset_data,
+                    size=one.size,
+                )
+    if damage:
+        raise _error(shard, damage[0], "fetch it again")
+
+
+def _label(shard: Path, picture: tarfile.TarInfo, found: dict[str, Any]) -> str:
+    label = found.get("label", os.path.dirname(name_of(picture)))  # noqa: PTH120
+    if not isinstance(label, int | str) or label == "":
+        what = f"{name_of(picture)} in it has no class"
+        raise _error(
+            shard, what, 'put a .cls beside it, a .json with "label", or the picture into a folder of its class'
+        )
+    return str(label)
+
+
+def _error(shard: Path, what: str, fix: str) -> DatasetError:
+    return DatasetError(what=what, where=str(shard), fix=fix)

@@ -1,0 +1,101 @@
+"""Tar shards in webdataset's layout are labelled data sets like any other."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from matvit.datasets import read_dataset
+from matvit.errors import DatasetError
+
+
+def picture(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4), (shade, 10, 200)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+LABELLED = {
+    "cls": {"a.cls": b"7\n", "a.png": picture(0), "b.png": picture(1), "b.cls": b"fox", "b.txt": b"a fox"},
+    "json": {
+        "a.png": picture(0),
+        "a.json": json.dumps({"label": 7, "width": 6}).encode(),
+        "./b.png": picture(1),
+        "./b.json": b'{"label": "fox"}',
+    },
+    "folders": {"7/a.png": picture(0), "fox/b.PNG": picture(1), "fox/b.txt": b"a fox"},
+}
+
+
+@pytest.mark.parametrize("form", LABELLED)
+def test_the_class_is_the_samples_cls_its_json_or_the_members_folder(tmp_path: Path, form: str) -> None:
+    found = read_dataset(write_tar(tmp_path / "birds.tar", LABELLED[form]))
+    assert found.class_names == ("7", "fox")
+    assert list(found.images) == [picture(0), picture(1)]
+    assert list(found.labels) == [0, 1]
+    assert found.origins[0].startswith(f"{tmp_path / 'birds.tar'}#")
+
+
+def test_shards_of_a_split_are_one_data_set_like_the_same_pictures_in_folders(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "train-000000.tar", {"a.png": picture(0), "a.cls": b"one"})
+    write_tar(tmp_path / "set" / "train-000001.tar", {"b.png": picture(1), "b.cls": b"two"})
+    write_tar(tmp_path / "set" / "val-000000.tar", {"c.png": picture(2), "c.cls": b"one"})
+    for name, shade in (("one", 0), ("two", 1)):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "x.png").write_bytes(picture(shade))
+    shards, tree = read_dataset(tmp_path / "set" / "train"), read_dataset(tmp_path / "tree")
+    assert shards.sha256 == tree.sha256
+    assert len(read_dataset(tmp_path / "set" / "train-*.tar", classes="0:1")) == 1
+    with pytest.raises(DatasetError, match="holds the splits train, val; name one"):
+        read_dataset(tmp_path / "set")
+
+
+def test_an_archive_beside_class_folders_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "x.png").write_bytes(picture(0))
+    write_tar(tmp_path / "dogs.tar", LABELLED["cls"])
+    assert read_dataset(tmp_path).class_names == ("dog",)
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ({"a.png": b"x"}, r"birds\.tar: a\.png in it has no class; put a \.cls beside it"),
+        ({"a.png": b"x", "a.json": b"{}"}, r"a\.png in it has no class"),
+        ({"a.png": b"x", "a.json": b'{"label": null}'}, r"a\.png in it has no class"),
+        ({"a.png": b"x", "a.json": b"{"}, r"a\.json in it cannot be read; write the shard again"),
+        ({"a.png": b"x", "a.cls": b"\xff"}, r"a\.cls in it cannot be read"),
+        ({"a.txt": b"x"}, "holds no pictures; give tar shards in webdataset's layout"),
+    ],
+)
+def test_what_is_no_labelled_shard_is_one_sentence(tmp_path: Path, members: Mapping[str, bytes], sentence: str) -> None:
+    with pytest.raises(DatasetError, match=sentence):
+        read_dataset(write_tar(tmp_path / "birds.tar", members))
+
+
+def test_a_damaged_shard_is_refused_and_a_picture_that_is_gone_later_is_unreadable(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "birds.tar", LABELLED["cls"])
+    found = read_dataset(whole)
+    content = bytearray(whole.read_bytes())
+    content[512 * 2] ^= 255  # in the second header
+    whole.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"birds\.tar: damaged tar shard"):
+        read_dataset(whole)
+    whole.unlink()
+    assert found.images[0] == b""
