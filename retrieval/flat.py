@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
@@ -13,6 +14,8 @@ from matvit.preprocess import FloatArray
 from retrieval.items import IntArray
 
 ScoreArray = npt.NDArray[np.float64]
+Knn = Callable[[FloatArray, int], tuple[FloatArray, IntArray]]
+"""Queries (Q, D) and k -> float32 scores and positions (Q, k), best first, equal ones in any order."""
 
 _FEW = 4  # queries that faiss compares one by one as quickly as the memory gives vectors; more make a matrix product
 _MARGIN = 8  # candidates beyond k that faiss is asked for
@@ -28,8 +31,18 @@ class FlatSearch:
     the other queries of a batch (float32 alone promises neither).
     """
 
-    def __init__(self, ids: IntArray, vectors: Iterable[FloatArray], *, dim: int) -> None:
-        """`ids` is (N,) int64; `vectors` are (N_i, D) float32 parts with N rows in all, about unit length."""
+    def __init__(
+        self,
+        ids: IntArray,
+        vectors: Iterable[FloatArray],
+        *,
+        dim: int,
+        elsewhere: Callable[[FloatArray], Knn] | None = None,
+    ) -> None:
+        """`ids` is (N,) int64; `vectors` are (N_i, D) float32 parts with N rows in all, about unit length.
+
+        `elsewhere`: takes all vectors (N, D) to where queries are compared with them, such as a GPU.
+        """
         self._ids = ids
         self._vectors = _aligned(len(ids), dim)
         filled = 0
@@ -38,6 +51,8 @@ class FlatSearch:
             filled += len(part)
         assert filled == len(ids)
         self._slack = float32_slack(dim)
+        self._few_queries = _FEW if elsewhere is None else sys.maxsize
+        self._knn = elsewhere(self._vectors) if elsewhere else self._knn_here
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -56,7 +71,7 @@ class FlatSearch:
         if k == 0:
             empty = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
             return [empty for _ in queries]
-        few = len(queries) <= _FEW and k + _MARGIN <= _MOST
+        few = len(queries) <= self._few_queries and k + _MARGIN <= _MOST
         rows, positions = self._few(queries, k=k) if few else sweep(queries, self._blocks(), k=k)
         return best_of(queries, self.vectors, rows, positions, ids=self._ids, k=k)
 
@@ -65,10 +80,14 @@ class FlatSearch:
         for start in range(0, len(self), BLOCK):
             yield positions[start : start + BLOCK], self._vectors[start : start + BLOCK]
 
+    def _knn_here(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
+        found: tuple[FloatArray, IntArray] = faiss.knn(queries, self._vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return found
+
     def _few(self, queries: FloatArray, *, k: int) -> tuple[IntArray, IntArray]:
         """What `sweep` finds, quicker for a few queries."""
         wanted = min(len(self), k + _MARGIN)
-        scores, found = faiss.knn(queries, self._vectors, wanted, metric=faiss.METRIC_INNER_PRODUCT)  # (Q, wanted)
+        scores, found = self._knn(queries, wanted)  # (Q, wanted)
         rows, positions = np.repeat(np.arange(len(queries)), wanted), found.ravel()
         if wanted == len(self):
             return rows, positions

@@ -30,6 +30,7 @@ class Gallery:
     """N pictures that can be found: where they are, what is known of them, and their vectors."""
 
     snapshot: Snapshot
+    device: str = "cpu"  # where every vector is compared; see `open_search`
     ids: IntArray  # (N,) int64, live pictures of all segments in order
     places: Sequence[Place]  # (N,) where their files are
     digests: Sequence[bytes]  # (N,) sha256 of their files' content
@@ -38,12 +39,12 @@ class Gallery:
     _columns: dict[str, Column] = field(default_factory=dict, repr=False)  # those that were asked for
 
     @classmethod
-    def open(cls, folder: Path, *, reuse: Snapshot | None = None) -> Gallery:
-        """The generation that counts. Raises IndexFormatError."""
-        return read_current(folder, lambda _: cls._read(Snapshot.open(folder, reuse=reuse)))
+    def open(cls, folder: Path, *, device: str = "cpu", reuse: Snapshot | None = None) -> Gallery:
+        """The generation that counts, searched on `device`. Raises IndexFormatError, or SearchError for the device."""
+        return read_current(folder, lambda _: cls._read(Snapshot.open(folder, reuse=reuse), device))
 
     @classmethod
-    def _read(cls, snapshot: Snapshot) -> Gallery:
+    def _read(cls, snapshot: Snapshot, device: str) -> Gallery:
         """A writer may remove the files afterwards: what searching needs is in memory, or mapped."""
         live = [(segment, segment.live_rows()) for segment in snapshot.segments]
         none = np.empty(0, dtype=np.int64)
@@ -58,8 +59,15 @@ class Gallery:
                 places.append(picture.place)
                 metadata.append(sys.intern(picture.metadata))
                 digests.append(bytes.fromhex(picture.content_sha256))
-        vectors = open_search(snapshot, ids)
-        return cls(snapshot=snapshot, ids=ids, places=places, digests=digests, vectors=vectors, _metadata=metadata)
+        return cls(
+            snapshot=snapshot,
+            device=device,
+            ids=ids,
+            places=places,
+            digests=digests,
+            vectors=open_search(snapshot, ids, device=device),
+            _metadata=metadata,
+        )
 
     @cached_property
     def positions(self) -> Mapping[int, int]:

@@ -55,14 +55,18 @@ class Retriever:
         self._lock = threading.Lock()  # held while an encoder is loaded, and while another generation is
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, encoder: ElasticEncoder | None = None) -> Retriever:
+    def open(
+        cls, path: str | os.PathLike[str], *, encoder: ElasticEncoder | None = None, search_device: str = "cpu"
+    ) -> Retriever:
         """Open an index for searching, every byte checked; its paths are read into memory, its vectors too if they are
         searched exactly.
 
-        `encoder` None: the one that built the index, loaded when a search first needs it.
-        Raises IndexFormatError, or EncoderMismatchError when `encoder` is of another embedding space.
+        `encoder` None: the one that built the index, loaded when a search first needs it. `search_device` "cuda" or
+        "cuda:1": every vector is compared on that GPU, whatever the index's type; the answers are the same.
+        Raises IndexFormatError, EncoderMismatchError when `encoder` is of another embedding space, or SearchError when
+        there is no such device.
         """
-        gallery = Gallery.open(Path(path).absolute())
+        gallery = Gallery.open(Path(path).absolute(), device=search_device)
         if encoder is not None:
             check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return cls(gallery, encoder=encoder)
@@ -104,7 +108,7 @@ class Retriever:
         the generation before is then kept.
         """
         with self._lock:
-            gallery = Gallery.open(self.path, reuse=self._gallery.snapshot)
+            gallery = Gallery.open(self.path, device=self._gallery.device, reuse=self._gallery.snapshot)
             if self._submodels is not None:
                 check_space(self._submodels[0], gallery.snapshot.manifest.encoder, index=self.path)
             self._gallery = gallery

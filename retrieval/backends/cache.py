@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from retrieval.backends import EXACT, KINDS
 from retrieval.backends.approximate import ApproximateSearch
 from retrieval.backends.build import RECALL, build, build_order
 from retrieval.backends.choice import choose
+from retrieval.backends.gpu import gpu_knn, gpu_of
 from retrieval.backends.kinds import Setting
 from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning
@@ -31,15 +33,19 @@ _LOOPS = 2**31  # more than any index of ours asks of faiss's reader
 _LIMITS = threading.Lock()  # held while faiss reads a file: its limits are the process's
 
 
-def open_search(snapshot: Snapshot, ids: IntArray) -> FlatSearch | ApproximateSearch:
+def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> FlatSearch | ApproximateSearch:
     """What searches the generation's N live rows, `ids` (N,) in the order of its segments.
 
+    On a GPU, `device` "cuda" or "cuda:1", every vector is compared, whatever the index's type.
+
     An approximate index that is missing or damaged is not used: every vector is then compared, and an IndexWarning
-    says so. Raises IndexFormatError when embeddings are damaged, or a writer has removed what is read.
+    says so. Raises IndexFormatError when embeddings are damaged, or a writer has removed what is read; SearchError
+    when there is no such device.
     """
+    gpu = gpu_of(device)
     manifest = snapshot.manifest
     live = [(segment.embeddings(), segment.live_rows()) for segment in snapshot.segments]
-    entry = manifest.approximate
+    entry = manifest.approximate if gpu is None else None
     if entry is not None:
         try:
             index = read_cache(snapshot.folder, manifest, entry)
@@ -49,7 +55,9 @@ def open_search(snapshot: Snapshot, ids: IntArray) -> FlatSearch | ApproximateSe
             _warn(snapshot.folder, error)
             entry = None
     if entry is None:
-        return FlatSearch(ids, (array[rows] for array, rows in live), dim=manifest.encoder.embedding_dim)
+        elsewhere = None if gpu is None else partial(gpu_knn, device=gpu)
+        parts = (array[rows] for array, rows in live)
+        return FlatSearch(ids, parts, dim=manifest.encoder.embedding_dim, elsewhere=elsewhere)
     return ApproximateSearch(
         ids,
         MappedRows(live, dim=manifest.encoder.embedding_dim),
