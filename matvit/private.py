@@ -54,6 +54,18 @@ class PrivateBlock(nn.Module):
             block, {name: self._changed(name, old) for name, old in _sliced(block, self.width).items()}
         )
 
+    @torch.no_grad()
+    def set_matrix(self, name: str, *, up: Tensor, down: Tensor) -> None:
+        """The delta of the block's matrix `name` becomes `up.T @ down`, (r, n) and (r, m), of this rank or less."""
+        key = _key(name)
+        self.up[key].zero_()[: len(up)] = up.to(self.up[key])
+        self.down[key][: len(down)] = down.to(self.down[key])
+
+    @torch.no_grad()
+    def set_vector(self, name: str, delta: Tensor) -> None:
+        """The delta (n,) of the block's vector `name`."""
+        self.vector[_key(name)][0] = delta.to(self.vector[_key(name)])
+
     def _changed(self, name: str, tensor: Tensor) -> Tensor:
         key = _key(name)
         if tensor.ndim == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -118,6 +119,7 @@ class Stage(_Strict):
     full: Losses = Losses()
     submodels: Losses | None = None
     private: int | None = Field(default=None, ge=1, le=2**10)  # rank of what S, M and L own, trained with the rest
+    fit: bool = False  # start them from the least-squares fit of fc2 that makes up for the units cut
     freeze: bool = False  # only these are trained: the full encoder stays to the bit
     ema: float | None = Field(default=None, gt=0, lt=1)  # the result: the weights' moving average, of this decay a step
     average: float = Field(default=1.0, gt=0, le=1)  # the result: this share of the stage's end, the rest its start
@@ -173,7 +175,7 @@ class Recipe(_Strict):
         for index, stage in enumerate(self.stages):
             self._check_batches(stage)
             self._check_losses(stage, first=index == 0)
-            self._check_private(stage, before=self.stages[index - 1] if index else None)
+            self._check_private(stage, earlier=self.stages[:index])
         return self
 
     def _check_batches(self, stage: Stage) -> None:
@@ -196,9 +198,12 @@ class Recipe(_Strict):
         if first and any(loss.need_anchor for loss in losses):
             raise ValueError(f"stage '{stage.name}' aligns to the stage before it, but is the first")
 
-    def _check_private(self, stage: Stage, *, before: Stage | None) -> None:
-        if before is not None and before.private not in (None, stage.private):
-            raise ValueError(f"stage '{stage.name}' must keep the private rank before it: private: {before.private}")
+    def _check_private(self, stage: Stage, *, earlier: Sequence[Stage]) -> None:
+        rank = next((one.private for one in earlier if one.private is not None), stage.private)
+        if stage.private != rank:
+            raise ValueError(f"stage '{stage.name}' must keep the private rank before it: private: {rank}")
+        if stage.fit and (rank is None or any(one.submodels for one in earlier)):
+            raise ValueError(f"stage '{stage.name}' fits private parameters: be the first with them and with submodels")
         if stage.private is not None and stage.submodels is None:
             raise ValueError(f"stage '{stage.name}' has private parameters, but trains no submodels")
         if not stage.freeze:

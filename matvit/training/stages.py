@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
+from torch import Tensor
 
 from matvit.datasets import LabelledImages
 from matvit.errors import DatasetError, RecipeError
+from matvit.fitting import fit_private
 from matvit.importance import find_keep_order, order_by_importance
 from matvit.model import AxesConfig, MatViT
 from matvit.private import PrivateConfig, owns_something
@@ -25,7 +27,7 @@ from matvit.training.start import load_teacher
 from matvit.training.state import Run, follow
 from matvit.training.teacher import teach
 
-_ORDER_PICTURES = 512  # that the importance of hidden units is measured on
+_FIRST_PICTURES = 512  # that the importance of hidden units is measured on, and what they give is fitted to
 
 
 def open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:
@@ -69,6 +71,9 @@ def begin_stage(run: Run, stage: Stage) -> None:
         _begin_nesting(run, stage)
     if stage.private is not None and run.model.private is None:
         run.model.add_private(PrivateConfig(rank=stage.private))
+        if stage.fit:
+            fit_private(run.model, _pictures(run, stage))
+            send_to_all(run.fabric, run.model)  # as after ordering
     if stage.ema is not None:
         run.ema = follow(run.model, stage)
     if stage.average < 1:
@@ -81,19 +86,24 @@ def _begin_nesting(run: Run, stage: Stage) -> None:
     if any(wants(one, "need_anchor") and not one.freeze for one in later):
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
     if stage.submodels is not None:
-        batch = draw_batch(
-            [replace(one, batch=_ORDER_PICTURES // len(run.sets)) for one in run.sets],
-            augmentation=stage.augmentation,
-            image_size=run.model.config.image_size,
-            with_teacher=False,
-            key=(run.recipe.seed, run.stage, -1),
-        )
-        images = run.normalise(batch.images)
+        images = _pictures(run, stage)
         order_by_importance(run.model, images)
         if run.recipe.encoder.depth_axis:
             keep_order = run.fabric.broadcast(find_keep_order(run.model, images))
             open_axes(run.model, run.recipe, keep_order=keep_order)
         send_to_all(run.fabric, run.model.vit)  # near ties may have been ordered otherwise on another device
+
+
+def _pictures(run: Run, stage: Stage) -> Tensor:
+    """What a stage is prepared with, (B, 3, R, R): the same in all processes."""
+    batch = draw_batch(
+        [replace(one, batch=_FIRST_PICTURES // len(run.sets)) for one in run.sets],
+        augmentation=stage.augmentation,
+        image_size=run.model.config.image_size,
+        with_teacher=False,
+        key=(run.recipe.seed, run.stage, -1),
+    )
+    return run.normalise(batch.images)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -78,6 +80,16 @@ def test_training_what_submodels_own_brings_them_nearer_to_the_frozen_encoder(da
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
+def test_a_fitted_stage_begins_nearer_to_the_full_encoder(data, make_recipe, tmp_path):
+    one_step = OWN | {"submodels": {"cosine": 1}, "steps": 1, "private": 32}
+
+    def first_loss(fit: bool) -> float:
+        train(make_recipe(stages=[FULL, one_step | {"fit": fit}]), out=tmp_path / str(fit))
+        return json.loads((tmp_path / str(fit) / "log.jsonl").read_text().splitlines()[-1])["loss"]
+
+    assert first_loss(True) < 0.7 * first_loss(False)
+
+
 def test_shared_weights_and_private_parameters_may_be_trained_together(data, make_recipe, tmp_path):
     both = OWN | {"freeze": False, "full": {"classification": 1, "cosine": 1}}
     alone = train(make_recipe(stages=[FULL]), out=tmp_path / "alone")
@@ -134,6 +146,11 @@ def test_the_result_of_a_stage_with_ema_is_the_moving_average_of_its_weights(dat
         ([FULL, OWN | {"submodels": None}], "encoder without a loss|trains no submodels"),
         ([FULL, OWN, OWN | {"name": "other", "private": 3}], "must keep the private rank before it: private: 2"),
         ([FULL, OWN, FULL | {"name": "other"}], "must keep the private rank before it: private: 2"),
+        (
+            [FULL, OWN | FULL | {"name": "own", "private": None, "freeze": False, "fit": True}],
+            "fits private parameters: be the first",
+        ),
+        ([FULL, OWN, OWN | {"name": "other", "fit": True}], "fits private parameters: be the first"),
         ([FULL | {"average": 0}], "greater than 0"),
         ([FULL | {"ema": 1}], "less than 1"),
     ],
