@@ -16,12 +16,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from matvit.errors import ImageError
 
@@ -30,7 +31,11 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit: larger ones are refused before decoding, as bombs
+MAX_FILE_BYTES = 512 * 2**20  # larger files are no photographs; reading one whole could exhaust the memory
+MAX_READS = 2_000_000  # by Pillow, of one file
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # by all scans of a progressive JPEG; cameras' and editors' have about ten
+# With these limits, the worst file takes half a minute (docs/decisions/0010).
+_BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 21}  # others: 8, a picture and a copy of it in RGB
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _TILE = 1024  # pixels a side: pictures that need arithmetic are converted in such pieces
 _FIX = "give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file"
@@ -83,10 +88,10 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
             source = _encoded(source)
         if isinstance(source, Image.Image):
             return _to_rgb(_upright(_with_pixels(source)))
-        with _opened(source) as image:
+        with _file_of(source) as file, _opened(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            _check_scans(image, source)
+            _check_work(image, file)
             if draft_size:
                 image.draft("RGB", (draft_size, draft_size))
             large = image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
@@ -101,10 +106,42 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
         ) from error
 
 
-def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image:
+class _Guarded:
+    """A picture's file for Pillow, which reads every part of it, however small, on its own, and in Python."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = MAX_READS
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        # Segments of EXIF are joined one by one, and all of it is copied each time.
+        self._left -= MAX_READS // 100 if data.startswith(b"Exif\0\0") else 1
+        if self._left < 0:
+            raise ValueError("too many parts")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def _file_of(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+        if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
+            raise _TooLargeError
+        file.seek(0)
+        yield file
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _opened(file: BinaryIO) -> Image.Image:
     """The file with its header read, without Pillow's warning of large pictures: the caller has its own limit."""
     with _unwarned():
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        return Image.open(cast(BinaryIO, _Guarded(file)), formats=FORMATS)
 
 
 @contextmanager
@@ -115,18 +152,33 @@ def _unwarned() -> Iterator[None]:
         yield
 
 
-def _check_scans(image: Image.Image, source: str | os.PathLike[str] | bytes) -> None:
-    """A progressive JPEG goes over all its pixels once for each scan: thousands of them would take hours."""
-    if image.format not in {"JPEG", "MPO"} or "progressive" not in image.info:
-        return
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    scans = data.count(b"\xff\xda")
-    if scans * image.width * image.height > MAX_SCANNED_PIXELS:
-        raise ValueError(f"{scans} scans")
+def _check_work(image: Image.Image, file: BinaryIO) -> None:
+    """Refuses the few structures that let a small file take long: the others are bounded by its bytes and pixels."""
+    if image.format in {"JPEG", "MPO"} and "progressive" in image.info:
+        # Each scan goes over all pixels.
+        place = file.tell()
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
+        file.seek(place)
+        if scans * image.width * image.height > MAX_SCANNED_PIXELS:
+            raise ValueError(f"{scans} scans")
+    elif isinstance(image, TiffImageFile) and image.info.get("compression") == "jpeg":
+        # Strips or tiles that share their bytes are decoded once each, with up to a hundred scans.
+        counts = image.tag_v2.get(279) or image.tag_v2.get(325) or ()
+        if sum(counts) > file.seek(0, os.SEEK_END):
+            raise ValueError("strips overlap")
 
 
-def header_size(file: BinaryIO, *, path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Width and height as the header of the open `file` says, nothing decoded; None when the header is damaged.
+class Header(NamedTuple):
+    """What the beginning of a file says of its picture."""
+
+    width: int
+    height: int
+    memory: int  # bytes, at most, that decoding takes beside the file itself
+
+
+def read_header(file: BinaryIO, *, path: str | os.PathLike[str]) -> Header | None:
+    """The header of the open `file`, nothing decoded (WebP and AVIF are read whole); None when it is damaged.
 
     Leaves the file at its beginning. Raises ImageError, naming `path`, when it is no picture in a supported format.
     """
@@ -138,7 +190,8 @@ def header_size(file: BinaryIO, *, path: str | os.PathLike[str]) -> tuple[int, i
         return None
     finally:
         file.seek(0)
-    return image.width, image.height
+    each = _BYTES_PER_PIXEL.get(image.format or "", 8)
+    return Header(image.width, image.height, each * min(image.width * image.height, MAX_PIXELS))
 
 
 def _encoded(image: JpegImageFile) -> bytes | JpegImageFile:
@@ -157,6 +210,7 @@ def _reason(error: Exception, source: ImageSource) -> str:
         IsADirectoryError: "is a folder, not a picture",
         PermissionError: "may not be read",
         UnidentifiedImageError: "not a picture in a supported format",
+        _TooLargeError: f"has more than {MAX_FILE_BYTES // 2**20} MiB",
         Image.DecompressionBombError: f"has more than {MAX_PIXELS // 10**6} megapixels",
     }
     for kind, reason in known.items():

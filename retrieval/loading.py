@@ -13,13 +13,12 @@ from typing import BinaryIO
 
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError
-from matvit.preprocess import FloatArray, header_size
+from matvit.preprocess import MAX_FILE_BYTES, FloatArray, Header, read_header
 from retrieval.known import Known
 from retrieval.locations import Open, Status, one_line, os_reason
 from retrieval.types import SkippedFile
 
-DECODED_BYTES = 8  # of memory for each pixel, at worst: a picture, and a copy of it in RGB
-MEMORY_BYTES = 1536 * 2**20  # for all pictures that are decoded at once; one at its largest fits
+MEMORY_BYTES = 1536 * 2**20  # for all pictures that are read and decoded at once; one that needs more is alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +90,11 @@ class Loader:
         try:
             file, status = task.open()
             with file:
-                reason, size = _sniff(file, task)
-                pixels = size[0] * size[1] if size else 0
-                with self._memory.reserve(_length(file) + DECODED_BYTES * pixels if reason is None else 0):
-                    return self._decode(*_read(task, file, status, reason, size))
+                with self._memory.reserve(min(_length(file), MAX_FILE_BYTES)):
+                    reason, header = _sniff(file, task)
+                memory = header.memory if header else 0
+                with self._memory.reserve(_length(file) + memory if reason is None else 0):
+                    return self._decode(*_read(task, file, status, reason, header))
         except OSError as error:
             return SkippedFile(path=Path(task.full_path), reason=os_reason(error))
 
@@ -118,16 +118,16 @@ def _length(file: BinaryIO) -> int:
     return length
 
 
-def _sniff(file: BinaryIO, task: Task) -> tuple[str | None, tuple[int, int] | None]:
-    """Why it is no picture, and its width and height; only the beginning is read."""
+def _sniff(file: BinaryIO, task: Task) -> tuple[str | None, Header | None]:
+    """Why it is no picture, or its header."""
     try:
-        return None, header_size(file, path=task.full_path)
+        return None, read_header(file, path=task.full_path)
     except ImageError as error:
         return (error.what if _length(file) else "the file is empty"), None
 
 
 def _read(
-    task: Task, file: BinaryIO, status: Status, reason: str | None, size: tuple[int, int] | None
+    task: Task, file: BinaryIO, status: Status, reason: str | None, header: Header | None
 ) -> tuple[Loaded, bytes]:
     """The file and, if it begins like a picture, its bytes: others, such as films, may be large."""
     data = file.read() if reason is None else b""
@@ -136,8 +136,8 @@ def _read(
         size=status.size,
         mtime_ns=status.mtime_ns,
         content_sha256=hashlib.sha256(data).hexdigest() if data else _sha256(file),
-        width=size[0] if size else None,
-        height=size[1] if size else None,
+        width=header.width if header else None,
+        height=header.height if header else None,
         reason=reason,
     )
     return loaded, data

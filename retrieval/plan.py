@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from matvit.preprocess import MAX_FILE_BYTES
 from retrieval.known import Known, KnownItems
 from retrieval.loading import Task
 from retrieval.locations import Open, Status, is_url, open_with_status, os_reason, status_of
@@ -15,7 +16,6 @@ from retrieval.shards import Member, ShardError, Table, tar_members
 from retrieval.sources import TABLE, TAR, Found, FoundFile, Roots
 from retrieval.types import SkippedFile
 
-MAX_FILE_BYTES = 512 * 2**20  # larger files are no photographs; reading one whole could exhaust the memory
 _TOO_LARGE = f"has more than {MAX_FILE_BYTES // 2**20} MiB"
 
 

@@ -25,7 +25,7 @@ HELPERS = runpy.run_path(str(Path(__file__).with_name("mutations.py")))
 IMAGES = int(os.environ.get("MATVIT_SOAK_IMAGES", "400"))
 SHARD = int(os.environ.get("MATVIT_SOAK_SHARD", "0"))
 CHUNK = 1000  # pictures on the disk at a time
-SECONDS = 15.0  # of a processor, for one picture; docs/decisions/0010 has the measured ones
+SECONDS = 15.0  # of a processor, for one picture; none of these is as large as docs/decisions/0010 allows
 
 STATUS = Path("/proc/self/status")
 
