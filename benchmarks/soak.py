@@ -32,6 +32,7 @@ FULL = {
     "MATVIT_SOAK_FLIPS": 1000,
     "MATVIT_SOAK_POWER": 20,
     "MATVIT_SOAK_IMAGES": 100_000,
+    "MATVIT_SOAK_ROUNDS": 1000,
 }
 
 
@@ -89,6 +90,12 @@ def parts() -> list[Part]:
             "test_mutations.py",
             "{MATVIT_SOAK_IMAGES:,} pictures",
             "MATVIT_SOAK_IMAGES",
+        ),
+        Part(
+            "readers beside a writer",
+            "test_readers.py",
+            "{MATVIT_SOAK_ROUNDS:,} rounds of changes, read by 2 processes of 3 threads",
+            "MATVIT_SOAK_ROUNDS",
         ),
         Part(
             "loss of power",

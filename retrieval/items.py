@@ -132,8 +132,9 @@ class ItemStore:
         return [_item(values) for values in self._fetch(query)]
 
     def _fetch(self, query: str) -> list[Any]:
-        # immutable: no locks and no journal look-up, so that read-only disks and many readers are fine.
-        uri = f"{self.path.absolute().as_uri()}?immutable=1"
+        # ro: a file that a writer has just removed is not made anew. immutable: no locks and no journal look-up, so
+        # that read-only disks and many readers are fine.
+        uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
         try:
             with closing(sqlite3.connect(uri, uri=True)) as connection:
                 return connection.execute(query).fetchall()

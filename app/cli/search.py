@@ -93,7 +93,7 @@ def _show(hits: Hits) -> None:
             str(hit.rank),
             f"{hit.score:.3f}",
             short_path(hit.path),
-            ", ".join(f"{k}={v}" for k, v in hit.metadata.items()),
+            _text(hit.metadata),
         ]
         for hit in hits
     ]

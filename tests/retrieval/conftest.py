@@ -76,6 +76,12 @@ def picture_bytes(seed: int, *, size: tuple[int, int] = (12, 10)) -> bytes:
     return buffer.getvalue()
 
 
+def vector_of(number: int) -> FloatArray:
+    """(DIM,) float32 of unit length, another one for every number."""
+    vector = np.random.default_rng(number).standard_normal(DIM)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
 @pytest.fixture
 def elastic() -> FakeElastic:
     return FakeElastic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -201,6 +202,7 @@ def item_of(number):
         mtime_ns=1,
         width=1,
         height=1,
+        metadata=json.dumps({"shelf": number % 7, "label": "even" if number % 2 == 0 else "odd"}),
         status="ok",
         reason=None,
         row=None,
@@ -227,6 +229,25 @@ def test_an_index_is_searched_as_it_was_set_and_says_so(index, elastic):
     info = index.set_search("auto", max_ram=10**6)
     assert (info.index_type, info.recall_at_10) == ("exact", None)
     assert info.index_reason == "1,500 vectors, 0 MB of 1 MB allowed"
+
+
+@pytest.mark.parametrize("index_type", KINDS)
+def test_filters_thresholds_and_many_hits_are_exact_whatever_the_index_type(index, elastic, index_type):
+    exact = Retriever.open(index.path, encoder=elastic)
+    assert index.set_search(index_type).index_type == index_type
+    approximate = Retriever.open(index.path, encoder=elastic)
+    assert isinstance(approximate._gallery.vectors, ApproximateSearch)
+    where = {"label": "odd", "shelf": {">=": 5}}
+    for options, count in (
+        ({"k": 200, "where": where}, 200),
+        ({"k": 1000, "where": where}, len([n for n in range(1500) if n % 2 and n % 7 >= 5])),
+        ({"k": None, "min_score": 0.5}, None),
+        ({"k": None, "where": where, "min_score": 0.2, "exclude_self": True}, None),
+        ({"k": 5000}, 1500),
+    ):
+        [one], [other] = (retriever.search_many([7], **options) for retriever in (exact, approximate))
+        assert one.hits == other.hits
+        assert count is None or len(other) == count
 
 
 def test_deleted_pictures_are_never_found_and_new_ones_are(index, elastic):

@@ -10,6 +10,7 @@ import pytest
 
 import retrieval.snapshot
 from retrieval import Index, IndexFormatError, Retriever
+from retrieval.items import ItemStore
 from retrieval.manifest import read_manifest, read_pointer
 from retrieval.writer import MERGE_SEGMENTS, GenerationWriter
 
@@ -104,6 +105,12 @@ def test_opening_while_a_writer_replaces_every_segment_shows_the_new_state(index
     open_segment = retrieval.snapshot.open_segment
     monkeypatch.setattr(retrieval.snapshot, "open_segment", replaced_meanwhile)
     assert items(index.path) == 10 + MERGE_SEGMENTS
+
+
+def test_items_that_a_writer_has_just_removed_are_not_made_anew(tmp_path):
+    with pytest.raises(IndexFormatError, match="cannot be read"):
+        ItemStore(tmp_path / "items.sqlite").all()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_while_a_writer_replaces_every_segment_finds_no_problem(index, photos, picture, monkeypatch):
