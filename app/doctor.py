@@ -22,6 +22,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "fsspec": ("fsspec",),
     "app": ("streamlit", "altair"),
     "train": ("lightning_fabric", "yaml"),
+    "tensorboard": ("tensorboard",),
 }
 _DISTRIBUTIONS = ("matvit-retrieval", "torch", "torchvision", "timm", "faiss-gpu", "faiss-cpu", "numpy", "pillow")
 

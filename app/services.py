@@ -346,7 +346,9 @@ def verify(target: str, *, sample: int = 0, progress: Progress = silent) -> Veri
 # --- training ----------------------------------------------------------------------
 
 
-def train(recipe: str, *, out: Path, resume: bool, progress: Progress = silent) -> dict[str, Any]:
+def train(
+    recipe: str, *, out: Path, resume: bool, tensorboard: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
     """Carries out a recipe file or a packaged recipe; gives the form that `matvit train --json` prints.
 
     Raises RecipeError, DatasetError, or MissingExtraError without the packages that training needs.
@@ -357,7 +359,7 @@ def train(recipe: str, *, out: Path, resume: bool, progress: Progress = silent) 
     from matvit.training.loop import train as run
 
     started = time.monotonic()
-    model = run(loaded, out=out, resume=resume, progress=progress)
+    model = run(loaded, out=out, resume=resume, tensorboard=tensorboard, progress=progress)
     return {
         "encoder": model.name,
         "checkpoint": model.source,

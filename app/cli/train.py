@@ -17,6 +17,7 @@ def train(
     *,
     out: Annotated[Path, typer.Option(help="The folder of the run and its checkpoint.")],
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming an unfinished run.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log to OUT/tensorboard, too.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Train an elastic encoder as a recipe says.
@@ -29,7 +30,7 @@ def train(
       matvit train my-recipe.yaml --out runs/mine --fresh
     """
     with progress_bar() as progress:
-        result = services.train(recipe, out=out, resume=not fresh, progress=progress)
+        result = services.train(recipe, out=out, resume=not fresh, tensorboard=tensorboard, progress=progress)
     if json:
         write_json(result)
     else:

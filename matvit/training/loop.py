@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from matvit.model import MatViT
 from matvit.progress import Progress, ProgressEvent, silent
 from matvit.spec import SubmodelSpec
 from matvit.training.batches import Batch, TrainingSet, draw_batch
+from matvit.training.board import Board, summary_writer
 from matvit.training.data import to_device
 from matvit.training.heads import Heads
 from matvit.training.objective import objective
@@ -46,19 +48,25 @@ _SAVE_SECONDS = 60.0  # how much work a kill may cost
 _LOG_STEPS = 50
 
 
-def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress = silent) -> MatViT:
+def train(
+    recipe: Recipe, *, out: Path, resume: bool = True, tensorboard: bool = False, progress: Progress = silent
+) -> MatViT:
     """Carry out `recipe`; returns the trained encoder, which is also saved in `out`/encoder.
 
     Work in progress is kept in `out`/state.pt about once a minute, its log in `out`/log.jsonl; the
     same call continues it, to the same weights; `resume` False starts again. Pictures that cannot be
-    read are left out and listed in the checkpoint's training.json.
+    read are left out and listed in the checkpoint's training.json. `tensorboard` writes the log's numbers
+    to `out`/tensorboard, too.
 
     With `devices` above 1, Fabric starts this program again for each further device; only the first
     process returns, the others end here.
 
     Raises RecipeError, DatasetError, SpecError and BackboneError for what cannot be carried out, RecipeError
-    and CheckpointError when the disk refuses; what was saved before is then kept.
+    and CheckpointError when the disk refuses; what was saved before is then kept. MissingExtraError without TensorBoard
+    where it is asked for.
     """
+    if tensorboard:
+        summary_writer()  # a missing package is told at once
     fabric = start_fabric(recipe)
     if not fabric.is_global_zero:
         progress = silent
@@ -72,9 +80,12 @@ def train(recipe: Recipe, *, out: Path, resume: bool = True, progress: Progress 
     fabric.barrier()
     run = _prepare(recipe, fabric, labelled, out, progress)
     optimiser_state = restore(run)
-    while run.stage < len(recipe.stages):
-        _run_stage(run, recipe.stages[run.stage], optimiser_state)
-        optimiser_state = None
+    with ExitStack() as opened:
+        if tensorboard and fabric.is_global_zero:
+            run.board = opened.enter_context(closing(Board(out / "tensorboard", step=run.steps_done)))
+        while run.stage < len(recipe.stages):
+            _run_stage(run, recipe.stages[run.stage], optimiser_state)
+            optimiser_state = None
     if not fabric.is_global_zero:
         raise SystemExit(0)
     return finish(
@@ -254,6 +265,8 @@ def _log(run: Run, stage: Stage, *, losses: list[float], learning_rate: float, t
     path = run.folder / LOG
     with writing(path), path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+    if run.board is not None:
+        run.board.write(row, step=run.steps_done)
     note = f"loss {loss:.3f}, {pictures:.0f} pictures/s" + ("" if used is None else f", MFU {used:.0%}")
     run.progress(ProgressEvent(stage=f"train {stage.name}", done=run.step, total=stage.steps, unit="steps", note=note))
 

@@ -24,6 +24,7 @@ from matvit.model import AxesConfig, MatViT
 from matvit.private import PrivateConfig
 from matvit.progress import Progress
 from matvit.training.batches import TrainingSet
+from matvit.training.board import Board
 from matvit.training.data import Skipped
 from matvit.training.heads import Heads
 from matvit.training.recipe import Recipe, Stage
@@ -51,8 +52,14 @@ class Run:
     stage_start: dict[str, Tensor] | None = None  # the shared weights, where the stage's result is averaged with them
     stage: int = 0
     step: int = 0
+    board: Board | None = None  # TensorBoard's
     saved: str | None = None  # the last save, in words
     seconds: float = 0.0  # spent in optimisation, over all starts
+
+    @property
+    def steps_done(self) -> int:
+        """Over all stages."""
+        return sum(stage.steps for stage in self.recipe.stages[: self.stage]) + self.step
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1] as the encoder takes them."""

@@ -34,7 +34,7 @@ OPTIONS = {
         "--json",
     ],
     "info": ["target", "--skipped", "--json"],
-    "train": ["recipe", "--out", "--fresh", "--json"],
+    "train": ["recipe", "--out", "--fresh", "--tensorboard", "--json"],
     "extract": ["checkpoint", "--spec", "--out", "--json"],
     "eval": [
         "dataset",
@@ -107,6 +107,7 @@ print(sorted({"torch", "timm", "faiss", "numpy", "streamlit"} & set(sys.modules)
         ("torch", ["search", "picture.jpg"], "torch"),
         ("timm", ["extract", "matvit-small", "--spec", "S", "--out", "s.safetensors"], "torch"),
         ("yaml", ["train", "matvit-small", "--out", "run"], "train"),
+        ("tensorboard", ["train", "matvit-small", "--out", "run", "--tensorboard"], "tensorboard"),
         ("streamlit", ["app"], "app"),
     ],
 )

@@ -86,6 +86,24 @@ def test_averages_and_private_parameters_are_resumed(data, make_recipe, tmp_path
     same_result(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_tensorboard_shows_the_log_without_what_was_done_twice(data, make_recipe, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe, folder = make_recipe(stages=AUGMENTED_TWICE), tmp_path / "run" / "tensorboard"
+
+    def shown() -> list[tuple[int, float]]:
+        events = reader.EventAccumulator(str(folder)).Reload()
+        return [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
+
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path / "run", tensorboard=True, progress=interrupt_at("two", 3))
+    assert [step for step, _ in shown()] == [1, 2, 3, 4, 5, 6, 7, 8]  # of which the last was not saved
+    train(recipe, out=tmp_path / "run", tensorboard=True)
+    assert shown() == list(enumerate((row["loss"] for row in log_of(tmp_path / "run")), start=1))
+    train(recipe, out=tmp_path / "run", tensorboard=True, resume=False)
+    assert len(shown()) == 10
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_a_run_that_is_killed_in_mid_stage_continues_to_the_same_log_and_weights(data, make_recipe, tmp_path):
     stage = {"name": "one", "steps": 120, "learning_rate": 1e-3, "full": {"classification": 1}}
     recipe = make_recipe(stages=[stage])
