@@ -39,6 +39,9 @@ bench:  ## the measured claims of the README
 	python benchmarks/search.py
 	python benchmarks/retriever.py
 	python benchmarks/open_index.py
+	python benchmarks/ingest.py
+	python benchmarks/ingest.py --sizes 10000,100000
+	python benchmarks/decoders.py
 
 soak:  ## the index's hardest tests in their long forms, on all cores; writes docs/soak.md
 	python benchmarks/soak.py

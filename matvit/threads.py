@@ -1,4 +1,9 @@
-"""How many threads compute: the one place that decides, for all that shares this process's cores."""
+"""How many threads compute: the one place that decides, for all that shares this process's cores.
+
+Alone, torch and faiss each take OMP_NUM_THREADS threads, or one for each core; where both use one OpenMP library, a
+limit for one holds for the other, too. Their threads wait for one another many times in each call, and much longer
+where something else has one of their cores: what works at the same time must be `limited`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 _MOST_AT_ONCE = 4  # batches encoded at one time: each holds its activations
+_CALLS = {"torch": ("get_num_threads", "set_num_threads"), "faiss": ("omp_get_max_threads", "omp_set_num_threads")}
 
 
 def usable_cores() -> int:
@@ -18,7 +25,7 @@ def usable_cores() -> int:
 
 
 def computing_threads() -> int:
-    """Threads that compute embeddings and searches: as OMP_NUM_THREADS says, else one for each usable core."""
+    """Threads that compute embeddings: as OMP_NUM_THREADS says, else one for each usable core."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list names nested levels, too
     return int(asked) if asked.isdecimal() and int(asked) else usable_cores()
 
@@ -28,20 +35,25 @@ def batches_at_once() -> int:
     return min(_MOST_AT_ONCE, computing_threads())
 
 
-@contextmanager
-def sharing(batches: int) -> Iterator[None]:
-    """Within the block, torch gives each of `batches` calls at the same time its share of the computing threads.
+def threads_of_each() -> int:
+    """Threads of each of `batches_at_once`."""
+    return max(1, computing_threads() // batches_at_once())
 
-    Threads of torch that wait for one another at every layer wait much longer where something else, such as decoding,
-    takes one of their cores. Holds for threads that are started within the block, and for this one.
+
+@contextmanager
+def limited(library: Literal["torch", "faiss"], threads: int) -> Iterator[None]:
+    """Within the block, each call of `library` by this thread, or one started within the block, takes so many threads.
+
+    Nothing happens where it is not loaded: then nothing calls it either.
     """
-    torch = sys.modules.get("torch")  # an encoder of another runtime has not loaded it
-    if torch is None:
+    module = sys.modules.get(library)
+    if module is None:
         yield
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, computing_threads() // batches))
+    get, put = (getattr(module, name) for name in _CALLS[library])
+    before = get()
+    put(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        put(before)

@@ -52,8 +52,8 @@ class Ingest:
         self._deleted: dict[str, list[int]] = {}  # segment -> ids, not yet published
         self._pending: list[Entry] = []  # encoded, not yet published
         self._started = self._published_at = time.monotonic()
+        self._done = self._reported = 0
         self._reported_at = 0.0
-        self._done = 0
         self._indexed = 0
         self._unchanged = 0
         self._deleted_count = 0
@@ -121,6 +121,7 @@ class Ingest:
         """The pictures that must be read; the others are counted here."""
         for step in Plan(self._found, known=self._known, roots=self._roots):
             if isinstance(step, Task):
+                self._report(force=self._done != self._reported)  # reading it may take long
                 yield step
             elif isinstance(step, SkippedFile):
                 self._skip(step)
@@ -222,7 +223,7 @@ class Ingest:
         now = time.monotonic()
         if not force and now - self._reported_at < _PROGRESS_SECONDS:
             return
-        self._reported_at = now
+        self._reported_at, self._reported = now, self._done
         rate = f"{self._indexed / max(now - self._started, 1e-9):.0f}/s, " if self._indexed else ""
         self._progress(
             ProgressEvent(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Container, Iterable
 from contextlib import closing
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,7 @@ _LEADS_OUT = (
     "instr(path, x'00') OR substr(path, 1, 1) = x'2f' OR instr(CAST('/' || path || '/' AS BLOB), CAST('/../' AS BLOB))"
 )
 _COLUMNS = ", ".join(field.name for field in fields(Item))
+_values = attrgetter(*(field.name for field in fields(Item)))  # astuple would copy each value, slowly
 
 
 def write_items(path: Path, items: Iterable[Item]) -> None:
@@ -87,7 +89,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA user_version = 1")
         connection.execute(_SCHEMA)
-        connection.executemany(f"INSERT INTO items ({_COLUMNS}) VALUES ({marks})", map(astuple, items))  # noqa: S608
+        connection.executemany(f"INSERT INTO items ({_COLUMNS}) VALUES ({marks})", map(_values, items))  # noqa: S608
     sync_file(path)
 
 

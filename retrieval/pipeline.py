@@ -12,14 +12,14 @@ import numpy as np
 
 from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray
-from matvit.threads import batches_at_once, sharing, usable_cores
+from matvit.threads import batches_at_once, limited, threads_of_each, usable_cores
 from retrieval.encoders import check_shape, is_unit, normalised
 from retrieval.known import Known
 from retrieval.loading import Loaded, Loader, Task
 from retrieval.types import SkippedFile
 
-BATCH = 32  # pictures encoded together
-AHEAD = 2 * BATCH  # pictures decoded and waiting, at most: bounds the memory
+BATCH = 16  # pictures encoded together; Ctrl-C waits for them
+AHEAD = 4 * BATCH  # pictures decoded and waiting, at most: bounds the memory
 NO_EMBEDDING = "the encoder gave no finite unit-length embedding"
 
 
@@ -42,7 +42,11 @@ def embed_all(
     """
     loader, parallel = Loader(encoder, held), batches_at_once()
     encoding: deque[Future[list[Embedded]]] = deque()
-    with sharing(parallel), _pool("decode", usable_cores()) as decoders, _pool("encode", parallel) as encoders:
+    with (
+        limited("torch", threads_of_each()),
+        _pool("decode", usable_cores()) as decoders,
+        _pool("encode", parallel) as encoders,
+    ):
         for batch in _batched(_decoded(tasks, loader, decoders)):
             encoding.append(encoders.submit(_encode, batch, encoder))
             if len(encoding) > parallel:  # one waits, so that no thread does
@@ -94,7 +98,8 @@ def _encode(batch: Sequence[Loaded | SkippedFile], encoder: ImageEncoder) -> lis
         rows = encoder.encode(np.concatenate(pixels))
         check_shape(rows, rows=len(pixels), dim=encoder.embedding_dim)
         good = is_unit(rows)
-        embeddings = (normalised(row) if fine else None for row, fine in zip(rows, good, strict=True))
+        fine = iter(normalised(rows[good]))
+        embeddings = (next(fine) if one else None for one in good)
     return [
         Embedded(loaded=loaded, embedding=None if _pixels(loaded) is None else next(embeddings)) for loaded in batch
     ]

@@ -73,13 +73,13 @@ def index(
     if index_type is not None and index_type not in (known := services.index_types()):
         raise typer.BadParameter(f"'{index_type}' is none of {', '.join(known)}", param_hint="--index-type")
     limit = None if max_ram is None else _bytes(max_ram)
-    with progress_bar() as progress:
-        try:
+    try:
+        with progress_bar() as progress:
             report = services.ingest(images, path=path, checkpoint=encoder, delete=delete, progress=progress)
-        except KeyboardInterrupt:
-            _show_interrupted(path)
-            raise
-        info = services.set_search(path, index_type=index_type, max_ram=limit, progress=progress)
+            info = services.set_search(path, index_type=index_type, max_ram=limit, progress=progress)
+    except KeyboardInterrupt:
+        _show_interrupted(path)  # when the bar is gone: it would draw over the line
+        raise
     if json:
         write_json(services.ingest_json(report) | services.search_json(info))
     else:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
+from matvit.progress import silent
 from matvit_app import services
 
 
@@ -30,6 +32,23 @@ def test_ctrl_c_while_indexing_says_how_to_go_on(run, photos, checkpoint, tmp_pa
     done = run("index", photos, "--index", place)
     assert (done.code, done.out) == (130, "")
     assert done.err == f"interrupted: {place} holds 4 pictures; run the same again to go on where it stopped\n"
+
+
+def test_ctrl_c_tells_when_the_bar_no_longer_draws_over_it(run, photos, checkpoint, tmp_path, monkeypatch):
+    from matvit_app.cli import index
+    from retrieval.ingest import Ingest
+
+    @contextmanager
+    def bar():
+        try:
+            yield silent
+        finally:
+            sys.stderr.write("bar gone\n")
+
+    monkeypatch.setattr(index, "progress_bar", bar)
+    monkeypatch.setattr(Ingest, "run", interrupted)
+    done = run("index", photos, "--index", tmp_path / "a.index", "--encoder", checkpoint)
+    assert done.err.startswith("bar gone\ninterrupted before any picture")
 
 
 def test_ctrl_c_before_anything_was_indexed_leaves_no_index(run, photos, checkpoint, tmp_path, monkeypatch):

@@ -105,3 +105,34 @@ def test_open_index_measures_every_way_to_open() -> None:
     result = json.loads(done.stdout)
     assert set(result) == {"rows", "Index.open", "hashing the embeddings", "Retriever.open", "Index.verify"}
     assert all(value > 0 for value in result.values())
+
+
+def test_ingest_measures_its_parts_its_bound_and_itself_on_both_kinds_of_pictures() -> None:
+    done = run("benchmarks/ingest.py", "--encoders", "S-d8-r56", "--pictures", 2, "--rounds", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["pictures"] for row in rows] == ["160px", "12MP"]
+    for row in rows:
+        assert set(row["rates"]) == {"ingest", "decode", "forward", "at once"}
+        assert row["bound"] <= min(row["rates"]["decode"], max(row["rates"]["forward"], row["rates"]["at once"])) + 1e-9
+        assert all(row[name] > 0 for name in ("of_bound", "of_forward", "of_core_seconds"))
+    assert rows[1]["core_ms"]["decode"] > rows[0]["core_ms"]["decode"]
+
+
+def test_ingest_measures_the_memory_of_a_first_and_a_second_run() -> None:
+    done = run("benchmarks/ingest.py", "--sizes", "30,40", "--json")
+    assert done.returncode == 0, done.stderr
+    for row, size in zip(json.loads(done.stdout), (30, 40), strict=True):
+        assert (row["first"]["indexed"], row["again"]["indexed"]) == (size, 0)
+        assert row["first"]["peak"] >= row["first"]["before"] > 0
+
+
+def test_decoders_measures_threads_beside_processes() -> None:
+    sizes = ("--encoders", "S-d8-r56", "--pictures", 4, "--rounds", 1, "--sources", "160px")
+    done = run("benchmarks/decoders.py", *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    threads, processes = json.loads(done.stdout)
+    assert (threads["workers"], processes["workers"]) == ("threads", "processes")
+    assert processes["start s"] > threads["start s"]
+    assert threads["workers MiB"] == 0 < processes["workers MiB"]
+    assert all(row["decode/s"] > 0 and row["both/s"] > 0 for row in (threads, processes))

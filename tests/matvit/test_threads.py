@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import faiss
 import pytest
 import torch
 
@@ -28,10 +31,27 @@ def test_only_cores_that_the_process_may_run_on_are_counted():
         os.sched_setaffinity(0, allowed)
 
 
-@pytest.mark.parametrize(("computing", "each"), [(1, 1), (2, 1), (4, 1), (16, 4)])
-def test_batches_at_once_share_the_threads_and_give_them_back(monkeypatch, computing, each):
+@pytest.mark.parametrize(("computing", "batches", "each"), [(1, 1, 1), (2, 2, 1), (4, 4, 1), (16, 4, 4)])
+def test_batches_at_once_share_the_threads(monkeypatch, computing, batches, each):
     monkeypatch.setenv("OMP_NUM_THREADS", str(computing))
+    assert (threads.batches_at_once(), threads.threads_of_each()) == (batches, each)
+
+
+@pytest.mark.parametrize(("library", "count"), [("torch", torch.get_num_threads), ("faiss", faiss.omp_get_max_threads)])
+def test_threads_are_limited_and_given_back(library, count):
+    before = count()
+    with threads.limited(library, before + 2):
+        assert count() == before + 2
+    assert count() == before
+
+
+def test_a_thread_that_is_started_meanwhile_is_limited_too():
+    with threads.limited("torch", 3), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+
+
+def test_a_library_that_is_not_loaded_is_left_alone(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
     before = torch.get_num_threads()
-    with threads.sharing(threads.batches_at_once()):
-        assert torch.get_num_threads() == each
-    assert torch.get_num_threads() == before
+    with threads.limited("torch", before + 1):
+        assert torch.get_num_threads() == before

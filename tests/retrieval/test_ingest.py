@@ -314,6 +314,18 @@ def test_progress_counts_every_file_once(tmp_path, photos, elastic):
     assert events[-1].note == "1 skipped"  # a speed of 0 would tell nothing
 
 
+def test_what_is_known_is_shown_before_a_new_picture_is_read(index, photos, elastic, picture, monkeypatch):
+    def load(loader, task):
+        shown.append(events[-1].done if events else None)
+        return Loader.load(loader, task)
+
+    events, shown = [], []
+    (photos / "sub" / "new.png").write_bytes(picture(50))
+    monkeypatch.setattr(retrieval.pipeline, "Loader", type("Loader", (Loader,), {"load": load}))
+    index.ingest(photos, encoder=elastic, progress=events.append)
+    assert shown == [10]
+
+
 def test_a_long_run_publishes_as_it_goes_and_shares_segments(tmp_path, photos, elastic, monkeypatch):
     monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
