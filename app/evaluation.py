@@ -11,9 +11,9 @@ from matvit import mixing
 from matvit.errors import CheckpointError, SpecError
 from matvit.evaluation import RECALL, CrossTest, cross_test
 from matvit.mixing import MixedPoint, MixedSpecs
+from matvit.pareto import EncoderChoice, pareto_front
 from matvit.progress import Progress, silent
 from matvit.tasks import RetrievalTask
-from matvit_app.pareto import EncoderChoice, pareto_front
 
 if TYPE_CHECKING:
     from matvit import MatViT

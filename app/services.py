@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from matvit.durable import cache_folder
 from matvit.errors import CheckpointError, DatasetError, ImageError
 from matvit.progress import Progress, silent
 
@@ -87,7 +88,9 @@ def search(
     like: Sequence[Path | int],
     *,
     path: Path,
-    encoder: str,
+    encoder: str | None,
+    max_latency_ms: float | None = None,
+    min_recall: float | None = None,
     k: int | None,
     min_score: float | None = None,
     where: Where | None = None,
@@ -112,6 +115,8 @@ def search(
     return Retriever.open(path).search_many(
         [Blend(like, unlike=unlike, fusion=fusion)] if fusion else like,
         encoder=encoder,
+        max_latency_ms=max_latency_ms,
+        min_recall=min_recall,
         k=k,
         min_score=min_score,
         where=where,
@@ -427,13 +432,6 @@ def _without_stale_quality(model: MatViT, row: dict[str, Any]) -> dict[str, Any]
 
 
 # --- the demo ------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where things that can be made again are kept: `MATVIT_CACHE`, or matvit in the user's cache folder."""
-    if given := os.environ.get("MATVIT_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matvit"
 
 
 def demo_index(*, progress: Progress = silent) -> Path:

@@ -14,6 +14,13 @@ from pathlib import Path
 TEMPORARY = ".tmp-"  # prefix of everything unfinished
 
 
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: `MATVIT_CACHE`, or matvit in the user's cache folder."""
+    if given := os.environ.get("MATVIT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matvit"
+
+
 def temporary_name(path: Path) -> Path:
     """Where `path` is built before it is renamed into place."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")

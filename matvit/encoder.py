@@ -5,8 +5,8 @@ A torch module, an OpenVINO session and a remote service are interchangeable beh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from matvit.preprocess import FloatArray, ImageSource
 from matvit.spec import EncoderShape, SubmodelSpec
@@ -67,6 +67,10 @@ class ElasticEncoder(Protocol):
     @property
     def embedding_dim(self) -> int:
         """D."""
+
+    @property
+    def pareto(self) -> Sequence[Mapping[str, Any]]:
+        """The checkpoint's table: a row for each submodel that was measured, with spec, relative_flops and quality."""
 
     @property
     def shape(self) -> EncoderShape:

@@ -17,6 +17,7 @@ from matvit.encoder import ElasticEncoder, ImageEncoder
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, silent
 from matvit.spec import SubmodelSpec
+from retrieval.choosing import AUTO, Chooser, Limits
 from retrieval.duplicates import linked
 from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder, normalised
 from retrieval.errors import EmbeddingError, SearchError
@@ -51,7 +52,7 @@ class Retriever:
 
     def __init__(self, gallery: Gallery, *, encoder: ElasticEncoder | None) -> None:
         self._gallery = gallery
-        self._submodels = None if encoder is None else (encoder, EncoderCache(encoder))
+        self._encoder = None if encoder is None else _Loaded.of(encoder)
         self._lock = threading.Lock()  # held while an encoder is loaded, and while another generation is
 
     @classmethod
@@ -91,15 +92,15 @@ class Retriever:
 
         Raises CheckpointError, EncoderMismatchError or MissingExtraError when it cannot be had.
         """
-        return self._loaded(self._gallery)[0]
+        return self._loaded(self._gallery).elastic
 
-    def _loaded(self, gallery: Gallery) -> tuple[ElasticEncoder, EncoderCache]:
-        if self._submodels is None:
+    def _loaded(self, gallery: Gallery) -> _Loaded:
+        if self._encoder is None:
             with self._lock:
-                if self._submodels is None:
+                if self._encoder is None:
                     encoder = load_encoder(gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
-                    self._submodels = encoder, EncoderCache(encoder)
-        return self._submodels
+                    self._encoder = _Loaded.of(encoder)
+        return self._encoder
 
     def reload(self) -> int:
         """Move on to the generation that counts now; returns its number.
@@ -109,8 +110,8 @@ class Retriever:
         """
         with self._lock:
             gallery = Gallery.open(self.path, device=self._gallery.device, reuse=self._gallery.snapshot)
-            if self._submodels is not None:
-                check_space(self._submodels[0], gallery.snapshot.manifest.encoder, index=self.path)
+            if self._encoder is not None:
+                check_space(self._encoder.elastic, gallery.snapshot.manifest.encoder, index=self.path)
             self._gallery = gallery
         return gallery.snapshot.manifest.generation
 
@@ -118,7 +119,9 @@ class Retriever:
         self,
         query: Query,
         *,
-        encoder: QueryEncoder = "XL",
+        encoder: QueryEncoder | None = None,
+        max_latency_ms: float | None = None,
+        min_recall: float | None = None,
         k: int | None = 10,
         min_score: float | None = None,
         where: Where | None = None,
@@ -128,22 +131,35 @@ class Retriever:
 
         `query`: a picture (a path, encoded bytes, or a PIL image), the id of an item (its stored embedding is taken,
         nothing is encoded), or several of those as a `Blend`.
-        `encoder`: a granularity, a spec string, a spec, or any encoder of the index's embedding space.
+        `encoder`: a granularity, a spec string, a spec, any encoder of the index's embedding space, or "auto".
+        "auto" chooses by the checkpoint's table: the cheapest submodel that keeps `min_recall` of XL's recall@1 (0.98);
+        with `max_latency_ms`, for preprocessing and encoding a picture on this machine, the one that finds most within
+        it. None: "auto" where there is such a limit, else XL.
         `k` None: all. `min_score`: only hits that score at least this.
         `where`: only pictures whose metadata is so, such as {"label": ["cat", "dog"], "price": {">=": 3, "<": 5}}.
         `exclude_self`: not the query's own picture, nor files with the same content.
         Raises ImageError, SpecError, EncoderMismatchError, SearchError (an argument that cannot be meant, an id that
-        the index does not hold, a name that no picture has), or what `Retriever.encoder` raises.
+        the index does not hold, a name that no picture has, limits that no submodel keeps), or what
+        `Retriever.encoder` raises.
         """
         return self.search_many(
-            [query], encoder=encoder, k=k, min_score=min_score, where=where, exclude_self=exclude_self
+            [query],
+            encoder=encoder,
+            max_latency_ms=max_latency_ms,
+            min_recall=min_recall,
+            k=k,
+            min_score=min_score,
+            where=where,
+            exclude_self=exclude_self,
         )[0]
 
     def search_many(
         self,
         queries: Iterable[Query],
         *,
-        encoder: QueryEncoder = "XL",
+        encoder: QueryEncoder | None = None,
+        max_latency_ms: float | None = None,
+        min_recall: float | None = None,
         k: int | None = 10,
         min_score: float | None = None,
         where: Where | None = None,
@@ -155,6 +171,13 @@ class Retriever:
         if isinstance(queries, PICTURE):  # a text would be taken for many paths of one letter
             raise SearchError(what="images is one picture", where="search_many", fix="give a list, or call search")
         gallery = self._gallery  # a reload by another thread does not mix generations
+        limits = Limits(max_latency_ms=max_latency_ms, min_recall=min_recall)
+        if encoder is None:
+            encoder = AUTO if limits else "XL"
+        elif limits and encoder != AUTO:
+            raise SearchError(
+                what="an encoder and limits are both given", where="search", fix=f"leave out one, or give {AUTO!r}"
+            )
         search = _Search(
             gallery=gallery,
             k=None if k is None else _positive(k, name="k"),
@@ -165,7 +188,7 @@ class Retriever:
         answers: list[Hits] = []
         remaining = iter(queries)
         while batch := [check(query, gallery) for query in islice(remaining, batch_size)]:
-            ready = self._query_encoder(encoder, gallery) if any(asked.pictures for asked in batch) else None
+            ready = self._query_encoder(encoder, limits, gallery) if any(asked.pictures for asked in batch) else None
             answers += search.run(batch, encoder=ready)
         return answers
 
@@ -197,12 +220,27 @@ class Retriever:
         gallery = self._gallery
         return {number: gallery.path(position) for number, position in gallery.positions.items()}
 
-    def _query_encoder(self, encoder: QueryEncoder, gallery: Gallery) -> ImageEncoder:
+    def _query_encoder(self, encoder: QueryEncoder, limits: Limits, gallery: Gallery) -> ImageEncoder:
         if isinstance(encoder, str | SubmodelSpec):
-            encoder = self._loaded(gallery)[1].get(encoder)
+            loaded = self._loaded(gallery)
+            encoder = loaded.submodels.get(loaded.chooser.spec(limits) if encoder == AUTO else encoder)
         # Also one of ours: between two looks at it, the index may have been replaced by one of another space.
         check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return encoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    """The encoder that queries are cut from, and what was cut."""
+
+    elastic: ElasticEncoder
+    submodels: EncoderCache
+    chooser: Chooser
+
+    @classmethod
+    def of(cls, elastic: ElasticEncoder) -> _Loaded:
+        submodels = EncoderCache(elastic)
+        return cls(elastic=elastic, submodels=submodels, chooser=Chooser(elastic, submodels))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

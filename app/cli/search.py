@@ -26,8 +26,23 @@ def search(
         list[int] | None, typer.Option("--item", metavar="ID", help="Search with a picture of the index; repeatable.")
     ] = None,
     encoder: Annotated[
-        str, typer.Option(metavar="SPEC", help="The submodel that searches: S, M, L, XL, or a spec such as 6S.6XL.")
-    ] = "XL",
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="The submodel that searches: S, M, L, XL, a spec such as 6S.6XL, or auto. [default: XL]",
+            show_default=False,
+        ),
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None,
+        typer.Option(metavar="MS", help="The best submodel that encodes a picture in this time.", show_default=False),
+    ] = None,
+    min_recall: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="The cheapest submodel that keeps this share of XL's recall.", show_default=False
+        ),
+    ] = None,
     k: Annotated[
         int | None, typer.Option("-k", "--k", min=1, help="Hits for each query. [default: 10; with --min-score: all]")
     ] = None,
@@ -61,6 +76,7 @@ def search(
     \b
     Examples:
       matvit search picture.jpg --encoder S
+      matvit search picture.jpg --max-latency-ms 15
       matvit search *.jpg --index products.index -k 3 --json
       matvit search picture.jpg --where label=dog --where "year>=2020" --min-score 0.5
       matvit search this.jpg that.jpg --unlike other.jpg --fuse rank
@@ -72,6 +88,8 @@ def search(
         like,
         path=path,
         encoder=encoder,
+        max_latency_ms=max_latency_ms,
+        min_recall=min_recall,
         k=10 if k is None and min_score is None else k,
         min_score=min_score,
         where=parse_conditions(where or ()),
@@ -80,6 +98,8 @@ def search(
         fusion=fuse or ("mean" if unlike else None),
     )
     if json:
+        limited = max_latency_ms is not None or min_recall is not None
+        encoder = encoder or ("auto" if limited else "XL")
         write_json({"queries": [services.hits_json(hits, encoder=encoder) for hits in answers]})
         return
     for hits in answers:

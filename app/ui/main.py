@@ -16,10 +16,11 @@ from PIL import Image
 
 from matvit import MatViT, MatVitError
 from matvit.errors import ImageError, SpecError
+from matvit.pareto import EncoderChoice
 from matvit.preprocess import ImageSource
 from matvit.spec import SubmodelSpec
 from matvit_app import services
-from matvit_app.pareto import EncoderChoice, encoder_choices
+from matvit_app.pareto import encoder_choices
 from matvit_app.ui.comparison import DEPTH, Comparison, compare
 from matvit_app.ui.examples import Example, examples
 from matvit_app.ui.latency import STEPS, latency_chart

@@ -25,6 +25,8 @@ OPTIONS = {
         "--index",
         "--item",
         "--encoder",
+        "--max-latency-ms",
+        "--min-recall",
         "-k",
         "--min-score",
         "--where",

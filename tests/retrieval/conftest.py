@@ -59,6 +59,7 @@ class FakeElastic:
     weights_sha256: str | None = "6" * 64
     embedding_dim: int = DIM
     shape: EncoderShape = SHAPE
+    pareto: tuple[dict[str, Any], ...] = ()
     extracted: int = 0
 
     def encoder(self, spec: str | SubmodelSpec | None = None) -> FakeEncoder:

@@ -1,0 +1,56 @@
+"""How long one picture takes a submodel on this machine: measured once, and kept in the cache folder."""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image
+from pydantic import PositiveFloat, TypeAdapter, ValidationError
+
+from matvit.durable import cache_folder, write_atomic
+from matvit.encoder import ElasticEncoder, ImageEncoder
+
+_PICTURE = (640, 480)  # pixels
+_WARM_UP, _RUNS = 2, 9
+_TIMES: TypeAdapter[dict[str, PositiveFloat]] = TypeAdapter(dict[str, PositiveFloat])
+
+
+def latency_ms(encoder: ImageEncoder, *, elastic: ElasticEncoder) -> float:
+    """Median milliseconds of preprocessing and encoding one JPEG; `elastic` is what `encoder` was cut from."""
+    path, spec = _file(encoder, elastic), str(encoder.spec)
+    known = _read(path)
+    if spec not in known:
+        known[spec] = _measured(encoder)
+        with suppress(OSError):  # or it is measured again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, _TIMES.dump_json(known, indent=1))
+    return known[spec]
+
+
+def _file(encoder: ImageEncoder, elastic: ElasticEncoder) -> Path:
+    """Other weights, runtimes or threads take other times."""
+    weights, threads = elastic.weights_sha256 or elastic.space_id, os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    return cache_folder() / f"latency-{weights:.16}-{encoder.runtime}-{threads}.json"
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        return dict(_TIMES.validate_json(path.read_bytes()))
+    except (OSError, ValidationError):  # none yet, or damaged
+        return {}
+
+
+def _measured(encoder: ImageEncoder) -> float:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize(_PICTURE).convert("RGB").save(buffer, "JPEG")
+    times = []
+    for _ in range(_WARM_UP + _RUNS):
+        start = time.perf_counter()
+        encoder.embed([buffer.getvalue()])
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[_WARM_UP:])

@@ -1,0 +1,134 @@
+"""The submodel by what it may cost and must find: the best within the limits, or a sentence naming the nearest."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import retrieval.latency
+from matvit.pareto import EncoderChoice, pareto_front
+from retrieval import Blend, Index, Retriever, SearchError
+from retrieval.choosing import Limits, choose
+
+FLOPS = {"S": 0.4, "M": 0.5, "L": 0.7, "XL": 1.0}
+RECALL = {"S": 0.5, "M": 0.72, "L": 0.79, "XL": 0.8}
+MS = {"S": 4.0, "M": 5.0, "L": 7.0, "XL": 10.0}
+
+
+def choice(spec, flops, recall):
+    return EncoderChoice(spec=spec, relative_flops=flops, recall=recall)
+
+
+shares = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
+
+
+@given(
+    rows=st.lists(st.tuples(shares, shares, st.integers(1, 9)), min_size=1, max_size=6),
+    max_latency_ms=st.none() | st.integers(1, 9),
+    min_recall=st.none() | shares,
+)
+def test_nothing_within_the_limits_is_better_than_what_is_chosen(rows, max_latency_ms, min_recall):
+    choices = [choice(str(number), flops, recall) for number, (flops, recall, _) in enumerate(rows)]
+    front = pareto_front(choices)
+    recall, cost, time = ({str(n): row[i] for n, row in enumerate(rows)} for i in (1, 0, 2))
+    limits = Limits(max_latency_ms=max_latency_ms, min_recall=min_recall)
+    full = choice("XL", 1.0, 1.0)
+    least = min_recall if min_recall is not None else 0.98 if max_latency_ms is None else 0
+    allowed = [one.spec for one in front if one.recall >= least and time[one.spec] <= (max_latency_ms or math.inf)]
+    if not allowed:
+        with pytest.raises(SearchError):
+            choose(front, limits, full=full, latency=time.__getitem__)
+        return
+    chosen = choose(front, limits, full=full, latency=time.__getitem__)
+    assert chosen in allowed
+    if max_latency_ms is None:
+        assert cost[chosen] == min(cost[spec] for spec in allowed)
+    else:
+        assert recall[chosen] == max(recall[spec] for spec in allowed)
+
+
+@pytest.fixture
+def retriever(tmp_path, photos, elastic, monkeypatch):
+    """Its table has RECALL, and its submodels take MS; `measured` lists those that were measured."""
+    monkeypatch.setenv("MATVIT_CACHE", str(tmp_path / "cache"))
+    elastic.pareto = tuple(
+        {"spec": spec, "relative_flops": FLOPS[spec], "quality": {"recall@1": RECALL[spec]}} for spec in FLOPS
+    )
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+    return Retriever.open(index.path, encoder=elastic)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    specs = []
+
+    def measure(encoder):
+        specs.append(str(encoder.spec))
+        return MS[str(encoder.spec)]
+
+    monkeypatch.setattr(retrieval.latency, "_measured", measure)
+    return specs
+
+
+@pytest.mark.parametrize(
+    ("asked", "spec", "timed"),
+    [
+        ({}, "XL", []),
+        ({"encoder": "auto"}, "L", []),  # 0.98 of 0.8
+        ({"min_recall": 0.9}, "M", []),
+        ({"min_recall": 0.9, "encoder": "auto"}, "M", []),
+        ({"min_recall": 0}, "S", []),
+        ({"max_latency_ms": 5.5}, "M", ["XL", "L", "M"]),
+        ({"max_latency_ms": 100}, "XL", ["XL"]),
+        ({"max_latency_ms": 8, "min_recall": 0.5}, "L", ["XL", "L"]),
+    ],
+)
+def test_the_limits_choose_the_encoder_and_the_hits_say_which(retriever, photos, measured, asked, spec, timed):
+    assert retriever.search(photos / "1.png", **asked).spec == spec
+    assert measured == timed
+    assert retriever.search(Blend([photos / "1.png", photos / "2.png"]), **asked).spec == spec
+    assert measured == timed
+
+
+def test_a_time_is_measured_once_on_a_machine(retriever, photos, elastic, measured, tmp_path):
+    retriever.search(photos / "1.png", max_latency_ms=5.5)
+    again = Retriever.open(retriever.path, encoder=elastic)
+    assert again.search(photos / "1.png", max_latency_ms=5.5).spec == "M"
+    assert measured == ["XL", "L", "M"]
+    [kept] = (tmp_path / "cache").iterdir()
+    kept.write_text("{")  # damaged: measured again
+    Retriever.open(retriever.path, encoder=elastic).search(photos / "1.png", max_latency_ms=100)
+    assert measured == ["XL", "L", "M", "XL"]
+
+
+def test_a_real_measurement_is_a_time(retriever, photos):
+    assert retriever.search(photos / "1.png", max_latency_ms=10_000).spec == "XL"
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"max_latency_ms": 2}, "search: no submodel takes 2 ms or less here; allow more: S takes 4.0 ms"),
+        (
+            {"max_latency_ms": 5, "min_recall": 0.95},
+            "search: no submodel with 95.0% of XL's recall takes 5 ms or less here; allow more: L takes 7.0 ms",
+        ),
+        ({"max_latency_ms": 0}, "search: max_latency_ms is 0; give a time above 0 ms"),
+        ({"max_latency_ms": math.nan}, "search: max_latency_ms is nan; give"),
+        ({"min_recall": 98}, "search: min_recall is 98; give a share of XL's recall, from 0 to 1"),
+        ({"min_recall": 0.9, "encoder": "S"}, "search: an encoder and limits are both given; leave out one"),
+    ],
+)
+def test_limits_that_cannot_be_kept_or_meant_are_one_sentence(retriever, photos, measured, asked, sentence):
+    with pytest.raises(SearchError) as caught:
+        retriever.search(photos / "1.png", **asked)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_without_a_table_there_is_nothing_to_choose_by(retriever, photos, elastic):
+    elastic.pareto = ()
+    with pytest.raises(SearchError, match="does not tell its submodels' recall; name an encoder, or measure them"):
+        retriever.search(photos / "1.png", encoder="auto")
