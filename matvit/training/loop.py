@@ -37,7 +37,6 @@ from matvit.training.stages import (
     check_specs,
     end_stage,
     make_optimiser,
-    open_axes,
     wants,
 )
 from matvit.training.start import start_encoder
@@ -101,7 +100,6 @@ def train(
 
 def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> Run:
     model = start_encoder(recipe).to(fabric.device)
-    open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
     check_specs(model, recipe)
     if recipe.compile and fabric.device.type == "cuda":
         # Dynamic: one graph serves all widths and resolutions of slices. What submodels own comes as tensors of

@@ -17,16 +17,26 @@ class _Strict(BaseModel):
 
 
 class EncoderRecipe(_Strict):
-    """The plain timm ViT to start from."""
+    """The plain timm ViT to start from, or a checkpoint to go on from, which brings its own sizes and axes."""
 
-    timm_model: str
+    timm_model: str | None = None
+    checkpoint: str | None = None  # bundled name, folder or hub id
     model_args: dict[str, int] = {}  # sizes that timm's model is made with, such as depth
     weights: Path | None = None  # safetensors, relative to the working folder; None: random
     pretrained: bool = False  # timm's own weights, from the hub
-    image_size: PositiveInt  # pixels, the native resolution
+    image_size: PositiveInt | None = None  # pixels, the native resolution; None: the model's own
     head_axis: bool = False  # the encoder can be cut to the most important heads of each block
     depth_axis: bool = False  # the encoder can be cut to its most important blocks
     resolution_axis: bool = False  # and be given smaller or larger pictures
+
+    @model_validator(mode="after")
+    def _one_start(self) -> EncoderRecipe:
+        if (self.timm_model is None) == (self.checkpoint is None):
+            raise ValueError("give timm_model or checkpoint, and not both")
+        others = self.model_dump(exclude={"checkpoint"}, exclude_defaults=True)
+        if self.checkpoint is not None and others:
+            raise ValueError(f"a checkpoint brings its own {min(others)}: leave that out")
+        return self
 
 
 class TeacherRecipe(_Strict):
@@ -174,7 +184,7 @@ class Recipe(_Strict):
             raise ValueError("two stages have the same name")
         for index, stage in enumerate(self.stages):
             self._check_batches(stage)
-            self._check_losses(stage, first=index == 0)
+            self._check_losses(stage, first=index == 0 and self.encoder.checkpoint is None)
             self._check_private(stage, earlier=self.stages[:index])
         return self
 

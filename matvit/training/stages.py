@@ -14,43 +14,51 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from matvit.datasets import LabelledImages
-from matvit.errors import DatasetError, RecipeError
+from matvit.errors import DatasetError, RecipeError, SpecError
 from matvit.fitting import fit_private
 from matvit.importance import find_keep_order, order_by_importance
-from matvit.model import AxesConfig, MatViT
+from matvit.model import MatViT
 from matvit.private import PrivateConfig, owns_something
+from matvit.spec import SubmodelSpec
 from matvit.training.batches import draw_batch
 from matvit.training.processes import send_to_all
 from matvit.training.recipe import Recipe, Stage
 from matvit.training.sampling import ladder_spec
-from matvit.training.start import load_teacher
+from matvit.training.start import load_teacher, open_axes
 from matvit.training.state import Run, follow
 from matvit.training.teacher import teach
 
 _FIRST_PICTURES = 512  # that the importance of hidden units is measured on, and what they give is fitted to
 
 
-def open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:
-    """From now on the encoder can be cut as the recipe says."""
-    start = recipe.encoder
-    step = model.config.patch_size if start.resolution_axis else 0
-    kept = keep_order if start.depth_axis else ()
-    model.open_axes(AxesConfig(heads=start.head_axis, keep_order=kept, image_size_step=step))
-
-
 def check_specs(model: MatViT, recipe: Recipe) -> None:
-    """A spec that names no submodel is told now, not after the stages before."""
+    """A spec that names no submodel, and a rank that is not the checkpoint's, is told now, not after other stages."""
+    owned = None if model.private is None else model.private.config.rank
     for stage in recipe.stages:
+        if owned not in (None, stage.private):
+            raise RecipeError(
+                what=f"stage '{stage.name}' does not train what the checkpoint's submodels own",
+                where="recipe",
+                fix=f"give it private: {owned}",
+            )
+        for pixels in stage.resolutions:
+            _spec(model, stage, f"XL-r{pixels}")
         for text in (*stage.fixed, *stage.ladder):
-            spec = ladder_spec(model.shape, text, random.Random(0))  # noqa: S311  # a seed, not a secret
+            spec = _spec(model, stage, text)
             if stage.freeze and not owns_something(model.shape, spec):
                 raise RecipeError(
                     what=f"'{text}' owns nothing that stage '{stage.name}' trains",
                     where="recipe",
                     fix="leave it out there: only blocks of S, M and L have private parameters",
                 )
-        for pixels in stage.resolutions:
-            model.shape.spec(f"XL-r{pixels}")
+
+
+def _spec(model: MatViT, stage: Stage, text: str) -> SubmodelSpec:
+    try:
+        return ladder_spec(model.shape, text, random.Random(0))  # noqa: S311  # a seed, not a secret
+    except SpecError as error:
+        what = f"stage '{stage.name}' asks for '{text}': {error.what}"
+        raise RecipeError(what=what, where="recipe", fix=error.fix) from error
 
 
 def check_labels(recipe: Recipe, labelled: Sequence[LabelledImages]) -> None:
@@ -85,7 +93,7 @@ def _begin_nesting(run: Run, stage: Stage) -> None:
     later = run.recipe.stages[run.stage :] if stage.submodels else (stage,)
     if any(wants(one, "need_anchor") and not one.freeze for one in later):
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
-    if stage.submodels is not None:
+    if stage.submodels is not None and run.recipe.encoder.checkpoint is None:  # whose units and blocks are in order
         images = _pictures(run, stage)
         order_by_importance(run.model, images)
         if run.recipe.encoder.depth_axis:

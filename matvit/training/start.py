@@ -11,23 +11,37 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matvit.errors import RecipeError
-from matvit.model import MatViT
+from matvit.model import AxesConfig, MatViT
 from matvit.training.recipe import Recipe, TeacherRecipe
 
 
 def start_encoder(recipe: Recipe) -> MatViT:
-    """The recipe's plain encoder as a MatViT, all weights float32 and trainable.
+    """The recipe's plain encoder as a MatViT, or its checkpoint's, all weights float32 and trainable.
 
-    Raises RecipeError when it or its weights cannot be had, BackboneError when it cannot be made elastic.
+    Raises RecipeError when it or its weights cannot be had, BackboneError when it cannot be made elastic,
+    CheckpointError for a checkpoint that cannot be read.
     """
     start = recipe.encoder
-    pretrained = start.pretrained and start.weights is None
-    vit = _create("encoder", start.timm_model, pretrained=pretrained, sizes=start.model_args | {"num_classes": 0})
-    if start.weights is not None:
-        _fill(vit, start.weights)
-    model = MatViT.from_timm(vit, image_size=start.image_size)
+    if start.checkpoint is not None:
+        model = MatViT.from_pretrained(start.checkpoint)
+    else:
+        assert start.timm_model is not None
+        pretrained = start.pretrained and start.weights is None
+        vit = _create("encoder", start.timm_model, pretrained=pretrained, sizes=start.model_args | {"num_classes": 0})
+        if start.weights is not None:
+            _fill(vit, start.weights)
+        model = MatViT.from_timm(vit, image_size=start.image_size)
+        open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
     model.name = recipe.name
     return model
+
+
+def open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:
+    """From now on the encoder can be cut as the recipe says."""
+    start = recipe.encoder
+    step = model.config.patch_size if start.resolution_axis else 0
+    kept = keep_order if start.depth_axis else ()
+    model.open_axes(AxesConfig(heads=start.head_axis, keep_order=kept, image_size_step=step))
 
 
 def load_teacher(recipe: TeacherRecipe) -> Any:

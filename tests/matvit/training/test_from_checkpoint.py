@@ -1,0 +1,97 @@
+"""Going on from a checkpoint: its order and axes stay, and with private parameters its indices do, too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from matvit import MatViT
+from matvit.errors import CheckpointError, RecipeError
+from matvit.private import OWNERS
+from matvit.training.loop import train
+
+OWN = {
+    "name": "own",
+    "steps": 2,
+    "learning_rate": 1e-2,
+    "private": 2,
+    "freeze": True,
+    "ladder": ["M", "L", "M-d1-r16"],
+    "sampled": 3,
+    "submodels": {"cosine": 1},
+}
+MORE = {
+    "name": "more",
+    "steps": 2,
+    "learning_rate": 1e-3,
+    "full": {"cosine": 1},
+    "submodels": {"cosine": 1, "similarity": 1},
+}
+
+
+@pytest.fixture
+def checkpoint(data, make_recipe, tmp_path, request):
+    """A trained encoder's folder."""
+    train(make_recipe(storage=getattr(request, "param", "float32")), out=tmp_path / "first")
+    return str(tmp_path / "first" / "encoder")
+
+
+def going_on(checkpoint, *stages):
+    return {"encoder": {"checkpoint": checkpoint}, "stages": list(stages), "name": "second"}
+
+
+@pytest.mark.parametrize("checkpoint", ["float32", "int8"], indirect=True)
+def test_what_submodels_own_is_trained_for_an_encoder_whose_indices_stay_valid(checkpoint, make_recipe, tmp_path):
+    before = MatViT.from_pretrained(checkpoint)
+    storage = before.record["recipe"]["storage"]
+    model = train(make_recipe(**going_on(checkpoint, OWN), storage=storage), out=tmp_path / "run")
+    assert model.space_id == before.space_id
+    assert (model.axes, model.name) == (before.axes, "second")
+    assert all(
+        block.up["mlp-fc2-weight-weight"].any() for owner in OWNERS for block in model.private.blocks[owner.value]
+    )
+
+
+def test_the_first_stage_may_align_to_the_checkpoint_and_leaves_its_order(checkpoint, make_recipe, tmp_path):
+    before = MatViT.from_pretrained(checkpoint)
+    model = train(make_recipe(**going_on(checkpoint, MORE | {"learning_rate": 1e-9})), out=tmp_path / "run")
+    for name, tensor in model.vit.state_dict().items():
+        torch.testing.assert_close(tensor, before.vit.state_dict()[name], rtol=0, atol=1e-6)
+    assert model.axes == before.axes
+
+
+def test_what_its_submodels_own_is_trained_further(checkpoint, make_recipe, tmp_path):
+    first = train(make_recipe(**going_on(checkpoint, OWN)), out=tmp_path / "owning")
+    owning = str(tmp_path / "owning" / "encoder")
+    second = train(make_recipe(**going_on(owning, OWN)), out=tmp_path / "again")
+    assert second.space_id == first.space_id
+    assert not torch.equal(
+        *(one.private.blocks["S"][0].up["mlp-fc2-weight-weight"] for one in (first, second)),
+    )
+    for stage in (MORE, OWN | {"private": 3}):
+        with pytest.raises(RecipeError, match=r"stage '\w+' does not train what .* own; give it private: 2"):
+            train(make_recipe(**going_on(owning, stage)), out=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "sentence"),
+    [
+        ({}, "give timm_model or checkpoint, and not both"),
+        ({"checkpoint": "x", "timm_model": "vit_tiny_patch16_224"}, "give timm_model or checkpoint, and not both"),
+        ({"checkpoint": "x", "image_size": 32}, "a checkpoint brings its own image_size: leave that out"),
+        ({"checkpoint": "x", "depth_axis": True}, "a checkpoint brings its own depth_axis"),
+    ],
+)
+def test_a_start_that_is_two_or_none_is_refused(make_recipe, encoder, sentence):
+    with pytest.raises(ValidationError, match=sentence):
+        make_recipe(encoder=encoder)
+
+
+def test_a_spec_that_the_checkpoint_cannot_give_and_a_missing_checkpoint_are_one_sentence(
+    checkpoint, make_recipe, tmp_path
+):
+    with pytest.raises(RecipeError, match="stage 'more' asks for 'M-h1': 1 of 2 attention heads cannot be kept"):
+        train(make_recipe(**going_on(checkpoint, MORE | {"ladder": ["M-h1"]})), out=tmp_path / "run")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        train(make_recipe(**going_on("gone", MORE)), out=tmp_path / "run")
