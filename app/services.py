@@ -21,6 +21,7 @@ from matvit.progress import Progress, silent
 if TYPE_CHECKING:
     from matvit import MatViT
     from matvit.adapting import Adaptation
+    from matvit.converting import Conversion
     from matvit_app.demo import DemoTable
     from retrieval.filters import Where
     from retrieval.queries import Fusion
@@ -373,6 +374,39 @@ def train(
         "seconds": time.monotonic() - started,
         "metrics": model.record.get("metrics", {}),
     }
+
+
+def convert(
+    timm_model: str,
+    *,
+    weights: Path | None,
+    pretrained: bool,
+    images: Sequence[Path],
+    image_size: int | None,
+    out: Path,
+    progress: Progress = silent,
+) -> tuple[MatViT, Conversion]:
+    """Makes the timm model elastic on the pictures below `images` (none: the bundled ones), and saves it at `out`.
+
+    Raises MatVitError: an unknown or unfit model, weights that do not fit, too few pictures, an `out` that holds
+    something else.
+    """
+    from matvit import checkpoint as checkpoints
+    from matvit.converting import convert as run
+    from matvit.model import MatViT
+    from matvit_data import demo_folder
+
+    checkpoints.refuse_to_replace(out.resolve())  # before the minutes are spent
+    files = [file for folder in images or (demo_folder(),) for file in _pictures_below(folder)]
+    model = MatViT.from_timm(timm_model, weights=weights, pretrained=pretrained, image_size=image_size)
+    result = run(model, files, progress=progress)
+    model.record = {"converted": {"from": model.name, "pictures": result.pictures, "held_back": result.held_back}}
+    model.pareto = tuple(
+        checkpoints.pareto_row(model, spec, {"agreement@10": found.agreement_at_10, "cosine": found.cosine})
+        for spec, found in result.agreement.items()
+    )
+    model.save_pretrained(out)
+    return model, result
 
 
 def adapt(checkpoint: str, *, images: Path, out: Path, minutes: float, progress: Progress = silent) -> Adaptation:

@@ -116,6 +116,19 @@ class ParetoRow(BaseModel):
     quality: dict[str, FiniteFloat] = {}
 
 
+def pareto_row(model: MatViT, spec: str, quality: dict[str, float]) -> dict[str, Any]:
+    """A `ParetoRow` of pareto.json: what the submodel costs, and the quality that was measured."""
+    flops = model.flops(spec)
+    return {
+        "name": spec,
+        "spec": spec,
+        "flops": flops,
+        "params": model.num_params(spec),
+        "relative_flops": flops / model.flops(),
+        "quality": quality,
+    }
+
+
 _PARETO: TypeAdapter[list[ParetoRow]] = TypeAdapter(list[ParetoRow])
 _RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # not ../folder

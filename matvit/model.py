@@ -5,6 +5,7 @@ Letters in shape comments: B batch, C channels, H W pixels, N tokens, D embeddin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from matvit import backbone, cost, identity, positions
 from matvit.backbone import TimmBlock, TimmViT
+from matvit.backbone.weights import read_weights
 from matvit.block import run_block
 from matvit.errors import BackboneError, SpecError
 from matvit.preprocess import Preprocessing
@@ -105,13 +107,15 @@ class MatViT(nn.Module):
         model: str | nn.Module,
         *,
         pretrained: bool = False,
+        weights: Path | None = None,
         image_size: int | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> MatViT:
         """A MatViT whose full submodel computes what the timm model computes; its units are not yet ordered.
 
-        `model` is a timm name or a module (copied, its classifier left out). `image_size` (pixels)
-        resamples the position table. Raises BackboneError for an unknown or unsupported model.
+        `model` is a timm name or a module (copied, its classifier left out). `weights` is a safetensors file to
+        fill it from. `image_size` (pixels) resamples the position table. Raises BackboneError for an unknown or
+        unsupported model, and for weights that do not fit.
 
         Of the model's `pretrained_cfg`, mean and std alone are taken over, not crop_pct and interpolation: pictures
         are resized bilinearly and their whole centre square is used. For another mean and std give
@@ -120,11 +124,14 @@ class MatViT(nn.Module):
         name = model.rpartition("/")[2] if isinstance(model, str) else "matvit"
         vit = _create(model, pretrained) if isinstance(model, str) else model
         config = backbone.describe(vit)
+        if weights is not None:
+            vit = copy.deepcopy(vit)
+            vit.load_state_dict(read_weights(weights, like=vit), strict=False)  # all but a classifier
         state = {key: value.detach().clone() for key, value in vit.state_dict().items() if not key.startswith("head.")}
         if image_size is not None and image_size != config.image_size:
             state, config = _resample(vit, state, config, image_size)
-        copy = backbone.build(config, state)
-        return cls(copy, preprocessing=preprocessing or _timm_preprocessing(vit), name=name)
+        built = backbone.build(config, state)
+        return cls(built, preprocessing=preprocessing or _timm_preprocessing(vit), name=name)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> MatViT:
@@ -162,12 +169,20 @@ class MatViT(nn.Module):
 
     def through(self, images: Tensor, widths: Mapping[int, int], *, heads: int) -> Tensor:
         """`features` of these blocks alone, in this order, each with so many hidden units, and `heads` heads."""
+        return self.pooled(self.tokens(images, widths, heads=heads))
+
+    def tokens(self, images: Tensor, widths: Mapping[int, int], *, heads: int) -> Tensor:
+        """The tokens (B, N, D) that come out of these blocks, in this order, before the final norm."""
         vit = self.vit
-        tokens = vit.norm_pre(positions.embed(vit, self.config, images))  # (B, N, D)
+        tokens: Tensor = vit.norm_pre(positions.embed(vit, self.config, images))  # (B, N, D)
         rope = positions.rotary(vit, self.config, images)
         for index, width in widths.items():
             tokens = self.block_forward(self.block_of(index, width), tokens, width, heads, rope)
-        embedding: Tensor = vit.forward_head(vit.norm(tokens), pre_logits=True)
+        return tokens
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """The last block's tokens -> `features`: (B, N, D) -> (B, D)."""
+        embedding: Tensor = self.vit.forward_head(self.vit.norm(tokens), pre_logits=True)
         return embedding
 
     def extract(self, spec: str | SubmodelSpec | None = None) -> TimmViT:

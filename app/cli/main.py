@@ -17,6 +17,7 @@ from matvit.errors import MatVitError, MissingExtraError
 from matvit_app.cli import (
     adapt,
     compact,
+    convert,
     demo,
     doctor,
     duplicates,
@@ -69,6 +70,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
     "extract": extract.extract,
     "eval": evaluate.evaluate,
+    "convert": convert.convert,
     "adapt": adapt.adapt,
     "app": app_command.app,
     "doctor": doctor.doctor,

@@ -21,7 +21,7 @@ class EncoderRecipe(_Strict):
 
     timm_model: str | None = None
     checkpoint: str | None = None  # bundled name, folder or hub id
-    model_args: dict[str, int] = {}  # sizes that timm's model is made with, such as depth
+    model_args: dict[str, int | str] = {}  # what timm's model is made with: sizes such as depth, global_pool
     weights: Path | None = None  # safetensors, relative to the working folder; None: random
     pretrained: bool = False  # timm's own weights, from the hub
     image_size: PositiveInt | None = None  # pixels, the native resolution; None: the model's own

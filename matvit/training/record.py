@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from matvit.block import run_block
+from matvit.checkpoint import pareto_row
 from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.evaluation import cross_test
 from matvit.model import MatViT
@@ -45,7 +46,7 @@ def finish(
         trained = _validate(model, names, recipe.validation, progress)
         quality = _validate(saved, names, recipe.validation, progress)
         saved.record["metrics"] = {"validation": quality, "before_storage": trained}
-    saved.pareto = tuple(_pareto_row(saved, name, quality.get(name, {})) for name in names)
+    saved.pareto = tuple(pareto_row(saved, name, quality.get(name, {})) for name in names)
     saved.save_pretrained(folder, storage=recipe.storage)
     return saved
 
@@ -82,18 +83,6 @@ def _validate(
     kept = ("recall@1", "recall@10", "map@100", "agreement@10")
     matrix = result.to_json()["matrix"]
     return {name: {key: matrix[name]["XL"][key] for key in kept} for name in names}
-
-
-def _pareto_row(model: MatViT, spec: str, quality: dict[str, float]) -> dict[str, Any]:
-    flops = model.flops(spec)
-    return {
-        "name": spec,
-        "spec": spec,
-        "flops": flops,
-        "params": model.num_params(spec),
-        "relative_flops": flops / model.flops(),
-        "quality": quality,
-    }
 
 
 def _record(

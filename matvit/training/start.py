@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matvit.errors import RecipeError
+from matvit.errors import BackboneError, RecipeError
 from matvit.model import AxesConfig, MatViT
-from matvit.training.recipe import Recipe, TeacherRecipe
+from matvit.training.recipe import EncoderRecipe, Recipe, TeacherRecipe
 
 
 def start_encoder(recipe: Recipe) -> MatViT:
@@ -25,15 +26,22 @@ def start_encoder(recipe: Recipe) -> MatViT:
     if start.checkpoint is not None:
         model = MatViT.from_pretrained(start.checkpoint)
     else:
-        assert start.timm_model is not None
-        pretrained = start.pretrained and start.weights is None
-        vit = _create("encoder", start.timm_model, pretrained=pretrained, sizes=start.model_args | {"num_classes": 0})
-        if start.weights is not None:
-            _fill(vit, start.weights)
-        model = MatViT.from_timm(vit, image_size=start.image_size)
+        model = _plain_encoder(start)
         open_axes(model, recipe, keep_order=tuple(range(model.shape.num_blocks)))  # until the order is found
     model.name = recipe.name
     return model
+
+
+def _plain_encoder(start: EncoderRecipe) -> MatViT:
+    assert start.timm_model is not None
+    pretrained = start.pretrained and start.weights is None
+    vit = _create("encoder", start.timm_model, pretrained=pretrained, arguments=start.model_args | {"num_classes": 0})
+    try:
+        return MatViT.from_timm(vit, weights=start.weights, image_size=start.image_size)
+    except BackboneError as error:
+        if start.weights is None or error.where != str(start.weights):
+            raise
+        raise _unfit(error.what, start.weights) from error
 
 
 def open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:
@@ -46,15 +54,15 @@ def open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> 
 
 def load_teacher(recipe: TeacherRecipe) -> Any:
     """The recipe's timm teacher, frozen, in eval mode. Raises RecipeError when it cannot be made."""
-    teacher = _create("teacher", recipe.timm_model, pretrained=recipe.weights is None, sizes=recipe.model_args)
+    teacher = _create("teacher", recipe.timm_model, pretrained=recipe.weights is None, arguments=recipe.model_args)
     if recipe.weights is not None:
         _fill(teacher, recipe.weights)
     return teacher.eval().requires_grad_(False)
 
 
-def _create(role: str, name: str, *, pretrained: bool, sizes: dict[str, int]) -> Any:
+def _create(role: str, name: str, *, pretrained: bool, arguments: Mapping[str, int | str]) -> Any:
     try:
-        return timm.create_model(name, pretrained=pretrained, **sizes)
+        return timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
         raise RecipeError(
             what=f"timm cannot create it ({(str(error) or type(error).__name__).splitlines()[0]})",
@@ -68,8 +76,12 @@ def _fill(model: Any, path: Path) -> None:
         tensors: dict[str, Tensor] = {name: tensor.float() for name, tensor in load_file(path).items()}
         model.load_state_dict(tensors)
     except (RuntimeError, OSError, SafetensorError) as error:
-        raise RecipeError(
-            what=f"start weights cannot be loaded ({str(error).strip().splitlines()[-1].strip()})",
-            where=str(path),
-            fix="make them with `python -m matvit_data.start_weights`, or correct the recipe",
-        ) from error
+        raise _unfit(str(error).strip().splitlines()[-1].strip(), path) from error
+
+
+def _unfit(why: str, path: Path) -> RecipeError:
+    return RecipeError(
+        what=f"start weights cannot be loaded ({why})",
+        where=str(path),
+        fix="make them with `python -m matvit_data.start_weights`, or correct the recipe",
+    )

@@ -53,6 +53,7 @@ OPTIONS = {
         "--write-table",
         "--json",
     ],
+    "convert": ["timm_model", "--out", "--weights", "--pretrained", "--images", "--image-size", "--json"],
     "adapt": ["checkpoint", "--images", "--out", "--minutes", "--json"],
     "app": ["index", "--host", "--port", "--no-browser", "--json"],
     "doctor": ["--json"],

@@ -1,0 +1,89 @@
+"""Do the small encoders answer as XL does? Measured on pictures without labels.
+
+N pictures, R pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from matvit.errors import DatasetError, ImageError
+from matvit.metrics import agreement, top_k
+from matvit.model import MatViT
+from matvit.preprocess import FloatArray, ImageSource
+
+HELD_BACK = 5  # every fifth picture is only measured on
+_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How a submodel's answers differ from XL's in XL's index of the same pictures: means over queries, 0 to 1."""
+
+    cosine: float  # of its embedding with XL's, both centred by XL's mean
+    first: float  # share of queries with XL's own first hit
+    agreement_at_10: float  # share of XL's first 10 hits that it finds
+    by_query: NDArray[np.float64]  # that share for each query
+
+
+def read_pictures(
+    model: MatViT, images: Sequence[ImageSource], *, fewest: int
+) -> tuple[FloatArray, tuple[tuple[str, str], ...]]:
+    """As the encoder takes them (N, 3, R, R), and those that cannot be read, with the reason.
+
+    Raises DatasetError when fewer than `fewest` can be read.
+    """
+    ready, skipped = [], []
+    for image in images:
+        try:
+            ready.append(model.preprocessing(image, size=model.shape.image_size))
+        except ImageError as error:
+            skipped.append((str(image), error.what))
+    if len(ready) < fewest:
+        raise DatasetError(
+            what=f"{len(ready)} of {len(images)} pictures can be read, and {fewest} are needed",
+            where="pictures",
+            fix="give a folder with more of them, a few hundred at best",
+        )
+    return np.stack(ready), tuple(skipped)
+
+
+@torch.inference_mode()
+def agreement_with_full(
+    model: MatViT, pixels: FloatArray, queries: Sequence[int], *, specs: Sequence[str]
+) -> dict[str, Agreement]:
+    """Each spec's answers beside XL's: the pictures at `queries` search XL's embeddings of all others.
+
+    `pixels` (N, 3, R, R), normalised, of native resolution.
+    """
+    gallery = embed(model, pixels, "XL")
+    own = np.asarray(queries, dtype=np.int64)
+    return {spec: compare(embed(model, pixels[own], spec), gallery, own) for spec in specs}
+
+
+def compare(vectors: FloatArray, gallery: FloatArray, own: NDArray[np.int64]) -> Agreement:
+    """A submodel's embeddings (Q, D) of the pictures `own` (Q,), which search XL's embeddings (N, D) of the others."""
+    wanted = top_k(gallery[own], gallery, 10, exclude=own[:, None])[1]
+    hits = top_k(vectors, gallery, 10, exclude=own[:, None])[1]
+    mean = gallery.mean(axis=0)
+    centred, target = vectors - mean, gallery[own] - mean
+    norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(target, axis=1)
+    shares = agreement(hits, wanted)
+    return Agreement(
+        cosine=float(((centred * target).sum(axis=1) / np.maximum(norms, 1e-12)).mean()),
+        first=float((hits[:, 0] == wanted[:, 0]).mean()),
+        agreement_at_10=float(shares.mean()),
+        by_query=shares,
+    )
+
+
+@torch.inference_mode()
+def embed(model: MatViT, pixels: FloatArray, spec: str) -> FloatArray:
+    """(N, 3, R, R) of native resolution -> (N, D) by the submodel `spec`."""
+    encoder = model.encoder(spec)
+    return np.concatenate([encoder.encode(pixels[start : start + _BATCH]) for start in range(0, len(pixels), _BATCH)])

@@ -1,0 +1,54 @@
+"""A plain ViT made elastic without training: hidden units ordered by importance, and what each granularity loses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from matvit.agreement import HELD_BACK, Agreement, agreement_with_full, read_pictures
+from matvit.importance import order_by_importance
+from matvit.model import AxesConfig, MatViT
+from matvit.preprocess import ImageSource
+from matvit.progress import Progress, ProgressEvent, silent
+
+FEWEST_PICTURES, MOST_PICTURES = 20, 400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """On what the units were ordered, and how each granularity's answers differ from XL's on other pictures."""
+
+    pictures: int  # that the order was found on
+    held_back: int
+    skipped: tuple[tuple[str, str], ...]  # pictures that cannot be read, and why
+    agreement: Mapping[str, Agreement]
+
+
+def convert(model: MatViT, images: Sequence[ImageSource], *, progress: Progress = silent) -> Conversion:
+    """Order the hidden units of a plain encoder in place, and open its resolution axis; XL stays to rounding.
+
+    Of more than MOST_PICTURES a sample is taken. Every fifth picture is held back, to measure on.
+    Raises DatasetError for too few pictures.
+    """
+    chosen = images
+    if len(images) > MOST_PICTURES:
+        chosen = random.Random(0).sample(images, MOST_PICTURES)  # noqa: S311  # a seed, not a secret
+    _tell(progress, 0, "reading pictures")
+    pixels, skipped = read_pictures(model, chosen, fewest=FEWEST_PICTURES)
+    held_back = range(0, len(pixels), HELD_BACK)
+    others = [row for row in range(len(pixels)) if row % HELD_BACK]
+    _tell(progress, 1, "ordering hidden units")
+    model.open_axes(AxesConfig(image_size_step=model.config.patch_size))
+    order_by_importance(model, torch.from_numpy(pixels[others]))
+    _tell(progress, 2, "measuring")
+    specs = [str(spec) for spec in model.shape.granularities()]
+    found = agreement_with_full(model, pixels, held_back, specs=specs)
+    _tell(progress, 3, "measured")
+    return Conversion(pictures=len(others), held_back=len(held_back), skipped=skipped, agreement=found)
+
+
+def _tell(progress: Progress, done: int, note: str) -> None:
+    progress(ProgressEvent(stage="convert", done=done, total=3, unit="steps", note=note))
