@@ -21,6 +21,7 @@ from matvit.progress import Progress, silent
 if TYPE_CHECKING:
     from matvit import MatViT
     from matvit.adapting import Adaptation
+    from matvit.agreement import Agreement
     from matvit.converting import Conversion
     from matvit_app.demo import DemoTable
     from retrieval.filters import Where
@@ -92,6 +93,7 @@ def search(
     encoder: str | None,
     max_latency_ms: float | None = None,
     min_recall: float | None = None,
+    checkpoint: str | None = None,
     k: int | None,
     min_score: float | None = None,
     where: Where | None = None,
@@ -101,8 +103,10 @@ def search(
 ) -> list[Hits]:
     """What the index at `path` has that looks like each of `like` (pictures, or ids), found by the submodel `encoder`.
 
-    `fusion`: `like` and `unlike` are one query. The others are those of `Retriever.search`.
-    Raises MatVitError: a damaged index, an encoder that is gone, a wrong spec, an unreadable picture.
+    `checkpoint` None means the one that built the index. `fusion`: `like` and `unlike` are one query. The others are
+    those of `Retriever.search`.
+    Raises MatVitError: a damaged index, an encoder that is gone or of another space, a wrong spec, an unreadable
+    picture.
     """
     from retrieval import Blend, Retriever
     from retrieval.locations import os_reason
@@ -113,7 +117,8 @@ def search(
                 image.stat()
             except OSError as error:
                 raise ImageError(what=os_reason(error), where=str(image), fix="name pictures that are there") from error
-    return Retriever.open(path).search_many(
+    elastic = None if checkpoint is None else load_encoder(checkpoint)
+    return Retriever.open(path, encoder=elastic).search_many(
         [Blend(like, unlike=unlike, fusion=fusion)] if fusion else like,
         encoder=encoder,
         max_latency_ms=max_latency_ms,
@@ -409,8 +414,8 @@ def convert(
     return model, result
 
 
-def adapt(checkpoint: str, *, images: Path, out: Path, minutes: float, progress: Progress = silent) -> Adaptation:
-    """Tunes what S, M and L own on the pictures below `images`, and saves the encoder at `out` if that helped.
+def adapt(checkpoint: str, *, images: Path, out: Path, progress: Progress = silent) -> Adaptation:
+    """Fits what S, M and L own to the pictures below `images`, and saves the encoder at `out` if that helped.
 
     Raises MatVitError: too few pictures, a missing checkpoint, an `out` that holds something else.
     """
@@ -421,7 +426,7 @@ def adapt(checkpoint: str, *, images: Path, out: Path, minutes: float, progress:
     model = load_encoder(checkpoint)
     checkpoints.refuse_to_replace(out.resolve())  # before the minutes are spent
     storage = checkpoints.read_config(checkpoints.locate(checkpoint)).weights.storage
-    result = run(model, files, minutes=minutes, progress=progress)
+    result = run(model, files, progress=progress)
     if result.kept:
         model.pareto = tuple(_without_stale_quality(model, row) for row in model.pareto)
         model.record = {**model.record, "adapted": adaptation_json(result, out=None)}
@@ -431,13 +436,16 @@ def adapt(checkpoint: str, *, images: Path, out: Path, minutes: float, progress:
 
 def adaptation_json(result: Adaptation, *, out: Path | None) -> dict[str, Any]:
     """The form that `matvit adapt --json` prints; without `out` and paths, that of a checkpoint's record."""
+
+    def of(measured: Agreement) -> dict[str, float]:
+        return {"cosine": measured.cosine, "first": measured.first, "agreement@10": measured.agreement_at_10}
+
     described: dict[str, Any] = {
         "pictures": result.pictures,
-        "held_back": result.held_back,
-        "steps": result.steps,
         "kept": list(result.kept),
-        "before": {name: asdict(measured) for name, measured in result.before.items()},
-        "after": {name: asdict(measured) for name, measured in result.after.items()},
+        "before": {name: of(gain.before) for name, gain in result.gains.items()},
+        "after": {name: of(gain.after) for name, gain in result.gains.items()},
+        "interval": {name: [gain.low, gain.high] for name, gain in result.gains.items()},  # of agreement@10's gain
     }
     if out is None:
         return described

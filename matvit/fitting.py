@@ -23,13 +23,13 @@ def fit_private(model: MatViT, images: Tensor, *, batch_size: int = 64) -> None:
     the output most is kept. For a truncated encoder: trained submodels follow XL by ways of their own, and lose.
     """
     assert model.private is not None
+    rank = model.private.config.rank
+    assert rank is not None
     layers = [block.mlp.fc2 for block in model.vit.blocks]
     for index, (layer, units) in enumerate(zip(layers, _hidden_units(model, images, layers, batch_size), strict=True)):
         for owner in OWNERS:
             own: PrivateBlock = model.private.blocks[owner.value][index]  # type: ignore[index]  # a ModuleList
-            up, down, offset = _best_change(
-                layer.weight.double(), *units, width=own.width, rank=model.private.config.rank
-            )
+            up, down, offset = _best_change(layer.weight.double(), *units, width=own.width, rank=rank)
             own.set_matrix("mlp.fc2.weight", up=up, down=down)
             if layer.bias is not None:
                 own.set_vector("mlp.fc2.bias", offset)

@@ -1,7 +1,8 @@
 """What a granularity owns besides its slice: a delta to each tensor of its blocks, merged before it computes.
 
 Matrices have deltas of low rank (Hu et al., "LoRA", arXiv 2106.09685), vectors (biases, norms, layer scales)
-full ones, both zero at first. XL owns none: it, and so every index that it made, stays as it is.
+full ones, and two matrices of the last block may have full ones as well; all are zero at first. XL owns none: it,
+and so every index that it made, stays as it is.
 
 Letters in shape comments: R rank, n and m a tensor's sizes.
 """
@@ -12,13 +13,14 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from matvit import feed_forward
 from matvit.backbone import TimmBlock, TimmViT
 from matvit.spec import EncoderShape, Granularity, SubmodelSpec
 
+LAST = ("attn.proj.weight", "mlp.fc2.weight")  # what leads into the last tokens: see matvit.adapting
 OWNERS = (Granularity.S, Granularity.M, Granularity.L)
 
 
@@ -27,26 +29,41 @@ class PrivateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: int = Field(ge=1, le=2**10)  # of a matrix's delta
+    rank: int | None = Field(ge=1, le=2**10)  # of a matrix's delta; None: only the last block owns anything
+    last: bool = False  # the last block's attention output and second feed-forward matrix have full deltas, too
+
+    @model_validator(mode="after")
+    def _something(self) -> PrivateConfig:
+        if self.rank is None and not self.last:
+            raise ValueError("without a rank, `last` must be true")
+        return self
 
 
 class PrivateBlock(nn.Module):
-    """The deltas of one block at one granularity: `up.T @ down` to each matrix (n, m), `vector` to each vector (n,)."""
+    """The deltas of one block at one granularity.
 
-    def __init__(self, block: TimmBlock, *, width: int, rank: int) -> None:
+    `up.T @ down` to each matrix (n, m), `vector` to each vector (n,), and `full` to those matrices that have one.
+    """
+
+    def __init__(self, block: TimmBlock, *, width: int, config: PrivateConfig, last: bool) -> None:
         super().__init__()
         self.width = width
+        self.owns = last or config.rank is not None
         # Vectors as rows, and `up` lying: int8 storage keeps one scale a row. Module names may not hold dots.
         self.down, self.up, self.vector = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        for name, tensor in _sliced(block, width).items():
+        self.full = nn.ParameterDict()
+        for name, tensor in _sliced(block, width).items() if self.owns else ():
             key = _key(name)
             if tensor.ndim == 1:
                 self.vector[key] = nn.Parameter(tensor.new_zeros(1, len(tensor)))
                 continue
-            rows, columns = tensor.shape
-            random = torch.randn(rank, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
-            self.down[key] = nn.Parameter(random.to(tensor))  # (R, m)
-            self.up[key] = nn.Parameter(tensor.new_zeros(rank, rows))  # (R, n)
+            if last and config.last and name in LAST:
+                self.full[key] = nn.Parameter(torch.zeros_like(tensor))
+            if config.rank is not None:
+                rows, columns = tensor.shape
+                random = torch.randn(config.rank, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
+                self.down[key] = nn.Parameter(random.to(tensor))  # (R, m)
+                self.up[key] = nn.Parameter(tensor.new_zeros(config.rank, rows))  # (R, n)
 
     def merged(self, block: TimmBlock) -> TimmBlock:
         """`block` cut to this granularity's hidden units, with its deltas added; gradients reach both."""
@@ -70,22 +87,32 @@ class PrivateBlock(nn.Module):
         key = _key(name)
         if tensor.ndim == 1:
             changed: Tensor = tensor + self.vector[key][0]
-        else:
-            changed = tensor + self.up[key].T @ self.down[key]
-        return changed
+            return changed
+        if key in self.up:
+            tensor = tensor + self.up[key].T @ self.down[key]
+        return tensor + self.full[key] if key in self.full else tensor
+
+    @torch.no_grad()
+    def add(self, name: str, delta: Tensor) -> None:
+        """Adds to the full delta (n, m) of a matrix that has one, or to that of a vector (n,)."""
+        kind = self.vector if delta.ndim == 1 else self.full
+        kind[_key(name)].add_(delta)
 
 
 class PrivateParameters(nn.Module):
-    """The private blocks of S, M and L."""
+    """The private blocks of S, M and L; of the last block alone where there is no rank."""
 
     def __init__(self, vit: TimmViT, config: PrivateConfig) -> None:
         super().__init__()
         self.config = config
+        last = len(vit.blocks) - 1
         self.blocks = nn.ModuleDict(
             {
                 owner.value: nn.ModuleList(
-                    PrivateBlock(block, width=owner.width_of(block.mlp.fc2.in_features), rank=config.rank)
-                    for block in vit.blocks
+                    PrivateBlock(
+                        block, width=owner.width_of(block.mlp.fc2.in_features), config=config, last=index == last
+                    )
+                    for index, block in enumerate(vit.blocks)
                 )
                 for owner in OWNERS
             }
@@ -97,7 +124,7 @@ class PrivateParameters(nn.Module):
         if owner not in OWNERS:
             return None
         found: PrivateBlock = self.blocks[owner.value][index]  # type: ignore[index]  # a ModuleList
-        return found
+        return found if found.owns else None
 
 
 def owns_something(shape: EncoderShape, spec: SubmodelSpec) -> bool:

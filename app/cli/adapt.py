@@ -20,21 +20,21 @@ def adapt(
     *,
     images: Annotated[Path, typer.Option(help="The folder of pictures to learn; no labels are needed.")],
     out: Annotated[Path, typer.Option(help="The folder of the adapted checkpoint.")],
-    minutes: Annotated[float, typer.Option(min=0.01, help="How long to train.")] = 10.0,
     json: JsonFlag = False,
 ) -> None:
-    """Tune S, M and L on your own pictures, without labels.
+    """Fit S, M and L to your own pictures, without labels.
 
-    The full encoder stays as it is to the bit, and so does every index that it made. Every fifth picture is held
-    back: on these the table shows how well each submodel agrees with XL, before and after. A submodel that agrees
-    no better keeps its old weights; when none does better, nothing is written and the exit code is 1.
+    The full encoder stays as it is to the bit, and so does every index that it made. The table shows how well each
+    submodel agrees with XL, before and after, on pictures that were held back from the fit, every fifth in turn. A
+    submodel that does not surely gain keeps its old weights; when none does, nothing is written and the exit code
+    is 1.
 
     \b
     Example:
       matvit adapt matvit-small --images photos/ --out adapted/
     """
     with progress_bar() as progress:
-        result = services.adapt(checkpoint, images=images, out=out, minutes=minutes, progress=progress)
+        result = services.adapt(checkpoint, images=images, out=out, progress=progress)
     if json:
         write_json(services.adaptation_json(result, out=out))
     else:
@@ -42,7 +42,7 @@ def adapt(
     for path, reason in result.skipped:
         say(f"skipped {path}: {reason}")
     if not result.kept:
-        say("nothing was gained on the pictures that were held back: nothing is written")
+        say("nothing was surely gained on the pictures that were held back: nothing is written")
         raise typer.Exit(code=1)
     if not json:
         write_line(f"{out}: {', '.join(result.kept)} adapted; the index of the old checkpoint stays valid")
@@ -53,21 +53,17 @@ def _show(result: Adaptation) -> None:
         [
             name,
             *(
-                f"{100 * getattr(side[name], field):.1f}"
-                for field in _MEASURES
-                for side in (result.before, result.after)
+                f"{100 * getattr(gain.before, field):.1f} → {100 * getattr(gain.after, field):.1f}"
+                for field in ("cosine", "first", "agreement_at_10")
             ),
-            "adapted" if name in result.kept else "as before",
+            f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}",
+            "adapted" if gain.kept else "as before",
         ]
-        for name in result.before
+        for name, gain in result.gains.items()
     ]
-    columns = ["query", *(f"{title} {when}" for title in _MEASURES.values() for when in ("before", "after")), "kept"]
     write_table(
-        columns,
+        ["query", "centred cosine", "same first hit", "agreement@10", "its gain", "kept"],
         rows,
-        title=f"{result.held_back} pictures that were held back, in XL's index of all pictures",
-        caption=f"Percent, beside XL's own answers; {result.pictures} pictures trained on, {result.steps} steps.",
+        title=f"{result.pictures} pictures, each held back once, in XL's index of the others",
+        caption="Percent, beside XL's own answers; the gain is the 95 % interval of the paired difference.",
     )
-
-
-_MEASURES = {"cosine": "centred cosine", "first": "same first hit", "agreement_at_10": "agreement@10"}

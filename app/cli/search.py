@@ -43,6 +43,13 @@ def search(
             metavar="SHARE", help="The cheapest submodel that keeps this share of XL's recall.", show_default=False
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="What SPEC is cut from, such as an adapted checkpoint. [default: the one that built the index]",
+            show_default=False,
+        ),
+    ] = None,
     k: Annotated[
         int | None, typer.Option("-k", "--k", min=1, help="Hits for each query. [default: 10; with --min-score: all]")
     ] = None,
@@ -90,6 +97,7 @@ def search(
         encoder=encoder,
         max_latency_ms=max_latency_ms,
         min_recall=min_recall,
+        checkpoint=checkpoint,
         k=10 if k is None and min_score is None else k,
         min_score=min_score,
         where=parse_conditions(where or ()),

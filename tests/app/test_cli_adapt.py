@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matvit import MatViT
+from matvit import MatViT, adapting
 from matvit_app import services
 
 
@@ -16,7 +16,7 @@ from matvit_app import services
 def many(tmp_path_factory):
     folder = tmp_path_factory.mktemp("many")
     random = np.random.default_rng(0)
-    for number in range(45):
+    for number in range(60):
         Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((28, 28)).save(
             folder / f"{number}.png"
         )
@@ -26,38 +26,56 @@ def many(tmp_path_factory):
 
 def test_adapting_keeps_the_space_and_records_what_was_gained(run, checkpoint, many, tmp_path):
     out = tmp_path / "adapted"
-    done = run("adapt", checkpoint, "--images", many, "--out", out, "--minutes", "0.1", "--json")
+    done = run("adapt", checkpoint, "--images", many, "--out", out, "--json")
     assert done.code == 0, done
     old, new = MatViT.from_pretrained(checkpoint), MatViT.from_pretrained(out)
     assert new.space_id == old.space_id
     assert new.weights_sha256 != old.weights_sha256
-    assert (done.json["pictures"], done.json["held_back"]) == (36, 9)
+    assert done.json["pictures"] == 60
     assert new.record["adapted"]["kept"] == done.json["kept"] != []
+    for name in done.json["kept"]:
+        assert done.json["after"][name]["agreement@10"] > done.json["before"][name]["agreement@10"]
+        assert 0 < done.json["interval"][name][0] < done.json["interval"][name][1]
     assert [row["path"].endswith("bad.jpg") for row in done.json["skipped"]] == [True]
     assert "bad.jpg" in done.err
 
 
-def test_nothing_gained_is_bad_news_and_writes_nothing(run, checkpoint, many, tmp_path, monkeypatch):
-    from matvit import adapting
+def test_the_adapted_checkpoint_searches_the_index_of_the_old_one(
+    run, checkpoint, other_checkpoint, many, index, photos, tmp_path
+):
+    assert run("adapt", checkpoint, "--images", many, "--out", tmp_path / "adapted").code == 0
+    query = ("search", photos / "cats" / "0.png", "--index", index, "--json")
 
-    monkeypatch.setattr(adapting, "_LEARNING_RATE", 0.0)
-    done = run("adapt", checkpoint, "--images", many, "--out", tmp_path / "adapted", "--minutes", "0.01")
+    def scores(*options):
+        found = run(*query, *options)
+        assert found.code == 0, found
+        return [hit["score"] for hit in found.json["queries"][0]["hits"]]
+
+    adapted = ("--checkpoint", tmp_path / "adapted")
+    assert scores(*adapted) == scores()  # XL
+    assert scores("--encoder", "S", *adapted) != scores("--encoder", "S")
+    refused = run(*query, "--checkpoint", other_checkpoint)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "embedding space" in refused.err
+
+
+def test_nothing_gained_is_bad_news_and_writes_nothing(run, checkpoint, many, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapting, "fit_last_block", lambda *_: {})
+    done = run("adapt", checkpoint, "--images", many, "--out", tmp_path / "adapted")
     assert done.code == 1
-    assert "nothing was gained" in done.err
-    assert "agreement@10 before" in done.out
+    assert "nothing was surely gained" in done.err
+    assert "as before" in done.out
     assert not (tmp_path / "adapted").exists()
 
 
 def test_ctrl_c_leaves_the_old_checkpoint_whole(run, checkpoint, many, tmp_path, monkeypatch):
-    from matvit import adapting
-
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     old = tmp_path / "mine"
     MatViT.from_pretrained(checkpoint).save_pretrained(old)
     before = (old / "model.safetensors").read_bytes()
-    monkeypatch.setattr(adapting, "_train", interrupted)
+    monkeypatch.setattr(adapting, "fit_last_block", interrupted)
     assert run("adapt", old, "--images", many, "--out", old).code == 130
     assert (old / "model.safetensors").read_bytes() == before
     assert services.verify(str(old)).problems == ()
@@ -68,7 +86,7 @@ def test_measures_of_submodels_that_changed_leave_the_table(run, checkpoint, man
     cost = {"flops": 1, "params": 1, "relative_flops": 1.0, "quality": {"recall@1": 0.5}}
     model.pareto = tuple({"name": spec, "spec": spec, **cost} for spec in ("S", "XL"))
     model.save_pretrained(tmp_path / "old")
-    assert run("adapt", tmp_path / "old", "--images", many, "--out", tmp_path / "new", "--minutes", "0.1").code == 0
+    assert run("adapt", tmp_path / "old", "--images", many, "--out", tmp_path / "new").code == 0
     rows = json.loads((tmp_path / "new" / "pareto.json").read_text())
     assert {row["spec"]: row["quality"] for row in rows} == {"S": {}, "XL": {"recall@1": 0.5}}
 
@@ -85,6 +103,6 @@ def test_bad_input_is_one_sentence(run, checkpoint, photos, many, tmp_path, imag
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
     folder = {"photos": photos, "many": many, "gone": tmp_path / "gone"}[images]
-    done = run("adapt", checkpoint, "--images", folder, "--out", tmp_path / out, "--minutes", "0.01")
+    done = run("adapt", checkpoint, "--images", folder, "--out", tmp_path / out)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done
     assert words in done.err

@@ -12,7 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import timm
+import torch
+from PIL import Image
 
+from matvit import MatViT
 from matvit.progress import silent
 from matvit_data import demo_folder
 from retrieval.backends import KINDS
@@ -136,3 +140,22 @@ def test_decoders_measures_threads_beside_processes() -> None:
     assert processes["start s"] > threads["start s"]
     assert threads["workers MiB"] == 0 < processes["workers MiB"]
     assert all(row["decode/s"] > 0 and row["both/s"] > 0 for row in (threads, processes))
+
+
+def test_adapting_is_measured_on_pictures_that_it_never_saw(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2)
+    MatViT.from_timm(vit).save_pretrained(tmp_path / "tiny")
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((32, 32)).save(tmp_path / "data" / name / f"{number}.png")
+    sizes = ("--encoder", tmp_path / "tiny", "--pictures", 45, "--queries", 15, "--specs", "S,XL")
+    done = run("benchmarks/adapting.py", tmp_path / "data", *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["pictures"], result["queries"]) == (45, 15)
+    assert result["specs"]["XL"]["agreement@10"] == {"before": 1, "after": 1, "gain": [0, 0, 0]}
+    assert ("S" in result["kept"]) == (result["specs"]["S"]["agreement@10"]["gain"][0] != 0)
