@@ -85,7 +85,7 @@ def begin_stage(run: Run, stage: Stage) -> None:
     if stage.ema is not None:
         run.ema = follow(run.model, stage)
     if stage.average < 1:
-        run.stage_start = {name: tensor.clone() for name, tensor in run.model.vit.state_dict().items()}
+        run.stage_start = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
 
 
 def _begin_nesting(run: Run, stage: Stage) -> None:
@@ -116,11 +116,11 @@ def _pictures(run: Run, stage: Stage) -> Tensor:
 
 @torch.no_grad()
 def end_stage(run: Run, stage: Stage) -> None:
-    """Take the moving average as the result, then average the shared weights with the stage's first, if it says so."""
+    """Take the moving average as the result, then average that with the stage's first weights, if it says so."""
     if run.ema is not None:
         run.model.load_state_dict(run.ema.module.state_dict())
     if run.stage_start is not None:
-        for name, tensor in run.model.vit.state_dict().items():
+        for name, tensor in run.model.state_dict().items():
             if tensor.is_floating_point():
                 tensor.lerp_(run.stage_start[name], 1 - stage.average)
     run.ema = run.stage_start = None

@@ -49,7 +49,7 @@ class Run:
     std: Tensor
     anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
     ema: ModelEmaV3 | None = None
-    stage_start: dict[str, Tensor] | None = None  # the shared weights, where the stage's result is averaged with them
+    stage_start: dict[str, Tensor] | None = None  # the weights, where the stage's result is averaged with them
     stage: int = 0
     step: int = 0
     board: Board | None = None  # TensorBoard's

@@ -90,6 +90,14 @@ def test_what_is_aligned_to_is_the_encoder_before_it_was_first_nested(data, make
         assert all(map(torch.equal, seen, alone))
 
 
+def test_a_later_nested_stage_alone_may_align(data, make_recipe, tmp_path):
+    common = {"steps": 2, "learning_rate": 1e-3, "full": {"classification": 1}}
+    nested = common | {"name": "nested", "submodels": {"classification": 1}}
+    aligned = common | {"name": "aligned", "submodels": {"cosine": 1}}
+    train(make_recipe(stages=[common | {"name": "full"}, nested, aligned]), out=tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["anchor"] is not None
+
+
 def test_a_stage_may_take_other_batches(data, make_recipe, monkeypatch, tmp_path):
     stages = make_recipe().model_dump(mode="json")["stages"]
     stages[1]["batches"] = [6]
