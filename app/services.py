@@ -109,14 +109,15 @@ def search(
     picture.
     """
     from retrieval import Blend, Retriever
-    from retrieval.locations import os_reason
+    from retrieval.locations import location, os_reason, split_member, status_of
 
     for image in (*like, *unlike):  # before the encoder is loaded, which takes seconds
         if isinstance(image, Path):
+            place = location(image)
             try:
-                image.stat()
+                status_of(split_member(place)[0])
             except OSError as error:
-                raise ImageError(what=os_reason(error), where=str(image), fix="name pictures that are there") from error
+                raise ImageError(what=os_reason(error), where=place, fix="name pictures that are there") from error
     elastic = None if checkpoint is None else load_encoder(checkpoint)
     return Retriever.open(path, encoder=elastic).search_many(
         [Blend(like, unlike=unlike, fusion=fusion)] if fusion else like,
@@ -248,7 +249,7 @@ def info_of(target: str) -> dict[str, Any]:
     Raises MatVitError when it is neither, damaged, or an index whose encoder is gone.
     """
     if not is_index(Path(target)):
-        _check_is_checkpoint(target)
+        _checkpoint_at(target)
         return _encoder_info(load_encoder(target))
     from retrieval.locations import location
 
@@ -277,7 +278,10 @@ def _reasons(index: IndexInfo) -> dict[str, int]:
     return dict(Counter(file.reason.partition(" (")[0] for file in index.skipped).most_common())
 
 
-def _check_is_checkpoint(target: str) -> None:
+def _checkpoint_at(target: str) -> Path:
+    """The folder of a checkpoint, where an index could have been named as well. Raises CheckpointError."""
+    from matvit.checkpoint import NO_SUCH, locate
+
     folder = Path(target)
     if folder.exists() and not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -285,6 +289,11 @@ def _check_is_checkpoint(target: str) -> None:
             where=target,
             fix="give a checkpoint (a folder with config.json, a bundled name, a hub id) or an index",
         )
+    try:
+        return locate(target)
+    except CheckpointError as error:
+        what = f"{NO_SUCH}, nor an index" if error.what == NO_SUCH else error.what
+        raise CheckpointError(what=what, where=error.where, fix=f"check the path, or {error.fix}") from error
 
 
 def _encoder_info(model: MatViT) -> dict[str, Any]:
@@ -343,10 +352,9 @@ def verify(target: str, *, sample: int = 0, progress: Progress = silent) -> Veri
 
         report = verify_index(Path(target).absolute(), sample=sample, progress=progress)
         return Verification(kind="index", problems=report.problems, sampled=report.sampled, unusable=report.unusable)
-    _check_is_checkpoint(target)
-    from matvit.checkpoint import load, locate
+    folder = _checkpoint_at(target)
+    from matvit.checkpoint import load
 
-    folder = locate(target)
     try:
         load(folder)
     except CheckpointError as error:

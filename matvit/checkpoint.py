@@ -131,6 +131,7 @@ def pareto_row(model: MatViT, spec: str, quality: dict[str, float]) -> dict[str,
 
 _PARETO: TypeAdapter[list[ParetoRow]] = TypeAdapter(list[ParetoRow])
 _RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+NO_SUCH = "no such checkpoint"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # not ../folder
 
 
@@ -159,7 +160,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     if isinstance(source, str) and _HUB_ID.fullmatch(text) and not exists:
         return _download(text, revision)
     raise CheckpointError(
-        what="is a file, not a checkpoint folder" if exists else "no such checkpoint",
+        what="is a file, not a checkpoint folder" if exists else NO_SUCH,
         where=text,
         fix=f"give a bundled name ({', '.join(bundled_names())}), a checkpoint folder, or a hub id such as owner/name",
     )

@@ -40,8 +40,13 @@ def is_url(name: str) -> bool:
 
 
 def location(path: str | os.PathLike[str]) -> str:
-    """A hit's or a skipped file's path as text that can be read again: `Path` folds the slashes of a URL."""
+    """A hit's or a skipped file's path as text that can be read again: `Path` folds the slashes of a URL.
+
+    A URL of the scheme "file" is the path that it means.
+    """
     text = os.fspath(path)
+    if text.startswith("file:/"):
+        return "/" + text.removeprefix("file:").lstrip("/")
     return _FOLDED.sub(r"\1/", text, count=1) if _FOLDED.match(text) else text
 
 
@@ -100,6 +105,18 @@ def read_picture(path: str | os.PathLike[str]) -> bytes:
             return file.read()
     except OSError as error:
         raise ImageError(what=os_reason(error), where=place, fix="put its file back, or index again") from error
+
+
+def is_virtual(place: str) -> bool:
+    """Whether a location is no file of its own: a URL, or a place inside a shard or table."""
+    return is_url(place) or split_member(place)[1] is not None
+
+
+def absolute(place: str) -> str:
+    """A location, whatever the current folder."""
+    container, member = split_member(place)
+    path = container if is_url(container) else os.path.abspath(container)  # noqa: PTH100 - as text, like those of the index
+    return path if member is None else f"{path}#{member}"
 
 
 def filesystem(url: str) -> tuple[Any, str]:

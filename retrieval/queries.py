@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from matvit.encoder import ImageEncoder
+from matvit.errors import ImageError
 from matvit.preprocess import FloatArray, ImageSource
 from retrieval.encoders import normalised
 from retrieval.errors import SearchError
@@ -18,6 +20,7 @@ from retrieval.exact import Found
 from retrieval.files import sha256_bytes
 from retrieval.gallery import Gallery
 from retrieval.items import IntArray
+from retrieval.locations import absolute, is_virtual, location, read_picture
 
 PICTURE = (str, os.PathLike, bytes, Image.Image)  # ImageSource, as isinstance takes it
 Fusion = Literal["mean", "rank"]
@@ -127,10 +130,25 @@ def _own(part: ImageSource | int, gallery: Gallery) -> set[int]:
         )
     if isinstance(part, bytes):
         return gallery.same_picture(file=None, digest=bytes.fromhex(sha256_bytes(part)))
-    path = os.path.abspath(part)  # noqa: PTH100 - as text, like those of the index
-    with open(path, "rb") as file:  # noqa: PTH123 - it was decoded a moment ago
-        digest = bytes.fromhex(sha256_bytes(file.read()))
-    return gallery.same_picture(file=path, digest=digest)
+    place = absolute(location(part))
+    return gallery.same_picture(file=place, digest=bytes.fromhex(sha256_bytes(read_picture(place))))
+
+
+def preprocess_all(pictures: Sequence[ImageSource], encoder: ImageEncoder) -> FloatArray:
+    """(N, 3, H, W) float32, of N pictures at least. Raises ImageError, which names the picture."""
+    return np.concatenate([_preprocessed(picture, encoder) for picture in pictures])
+
+
+def _preprocessed(picture: ImageSource, encoder: ImageEncoder) -> FloatArray:
+    if not isinstance(picture, str | os.PathLike):
+        return encoder.preprocess([picture])
+    place = location(picture)
+    if not is_virtual(place):
+        return encoder.preprocess([place])
+    try:
+        return encoder.preprocess([read_picture(place)])
+    except ImageError as error:
+        raise ImageError(what=error.what, where=place, fix=error.fix) from error
 
 
 def embeddings(asked: Asked, encoded: Iterator[FloatArray], gallery: Gallery) -> FloatArray:
@@ -178,4 +196,4 @@ def fuse_ranks(asked: Asked, answers: Sequence[Found], *, ids: IntArray, k: int 
 def _name(part: ImageSource | int, gallery: Gallery) -> str | None:
     if isinstance(part, int):
         return str(gallery.path(gallery.positions[part]))
-    return None if isinstance(part, bytes | Image.Image) else os.fspath(part)
+    return None if isinstance(part, bytes | Image.Image) else location(part)

@@ -38,6 +38,7 @@ from retrieval.queries import (
     mean,
     name_of,
     own_positions,
+    preprocess_all,
 )
 from retrieval.types import Duplicate, DuplicateGroup, Hit, Hits, Latency
 
@@ -129,7 +130,8 @@ class Retriever:
     ) -> Hits:
         """The `k` pictures nearest to `query`, best first, equal scores by id; fewer when there are fewer.
 
-        `query`: a picture (a path, encoded bytes, or a PIL image), the id of an item (its stored embedding is taken,
+        `query`: a picture (a path, which may be one inside a shard or a table, or a URL, as hits have them; encoded
+        bytes; or a PIL image), the id of an item (its stored embedding is taken,
         nothing is encoded), or several of those as a `Blend`.
         `encoder`: a granularity, a spec string, a spec, any encoder of the index's embedding space, or "auto".
         "auto" chooses by the checkpoint's table: the cheapest submodel that keeps `min_recall` of XL's recall@1 (0.98);
@@ -257,7 +259,7 @@ class _Search:
         """The answers to `batch`; `encoder` None: there is no picture in it."""
         pictures = [picture for asked in batch for picture in asked.pictures]
         start = time.perf_counter()
-        pixels = encoder.preprocess(pictures) if encoder else None
+        pixels = preprocess_all(pictures, encoder) if encoder else None
         preprocessed = time.perf_counter()
         encoded = self._encoded(encoder, pixels, rows=len(pictures))
         done = time.perf_counter()

@@ -194,10 +194,10 @@ def _find(named: list[str]) -> Found:
     found = Found()
     for name in named:
         name = location(name)  # noqa: PLW2901 - a URL that went through Path
-        if is_url(name) and not name.startswith("file://"):
+        if is_url(name):
             _add_url(found, name)
         else:
-            _add(found, name.removeprefix("file://"))
+            _add(found, name)
     return found
 
 

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -252,8 +253,47 @@ def test_a_store_that_is_not_there_is_one_sentence(url):
     assert url in str(caught.value)
 
 
-def test_a_file_url_is_the_file(photos):
+def test_a_file_url_is_the_file(photos, build, elastic):
     assert len(find_files(f"file://{photos}")) == 10
+    assert len(find_files(Path(f"file://{photos}"))) == 10  # folds the slashes
+    retriever = Retriever.open(build(photos).path, encoder=elastic)
+    hits = retriever.search(f"file://{photos}/1.png", k=1, exclude_self=True)
+    assert hits.query == f"{photos}/1.png"
+    assert hits[0].path != photos / "1.png"
+
+
+@pytest.fixture
+def places(shard, store, tmp_path, picture):
+    """Locations of picture(1) that are no files."""
+    table = write_table(tmp_path / "rows.parquet", {"image": [picture(0), picture(1), picture(2)]})
+    return [f"{shard}#a/1.png", f"{table}#1", "memory://shop/sub/1.png"]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_place_in_a_shard_a_table_or_a_store_can_be_searched_with(places, kind, build, elastic, picture, monkeypatch):
+    index = build([place.split("#")[0] for place in places])
+    retriever = Retriever.open(index.path, encoder=elastic)
+    expected = [(hit.id, hit.score) for hit in retriever.search(picture(1))]
+    for place in places:
+        hits = retriever.search(kind(place))
+        assert hits.query == place
+        assert [(hit.id, hit.score) for hit in hits] == expected
+        assert location(hits[0].path) in places
+        others = retriever.search(kind(place), exclude_self=True)
+        assert {hit.id for hit in hits} - {hit.id for hit in others} == {hit.id for hit in hits[:3]}
+    monkeypatch.chdir(index.path.parent)
+    assert len(retriever.search(kind("shard.tar#a/1.png"), exclude_self=True)) == len(expected) - 3
+
+
+def test_a_place_that_holds_no_picture_is_named_in_one_sentence(places, build, elastic, tmp_path):
+    retriever = Retriever.open(build(places[0].split("#")[0]).path, encoder=elastic)
+    bad = [place[:-1] + "9" for place in places]  # another suffix, row or file
+    bad += [f"{tmp_path / 'shard.tar'}#a/2.bin", f"{tmp_path / 'gone.tar'}#a/1.png"]
+    for place in bad:
+        with pytest.raises(ImageError) as caught:
+            retriever.search(place)
+        assert str(caught.value).startswith(f"{place}: ")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_disk_without_room_for_the_list_of_files_is_one_sentence(photos, monkeypatch):
