@@ -127,6 +127,8 @@ class _Guarded:
 
 @contextmanager
 def _file_of(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
+    if not isinstance(source, bytes) and Path(source).is_fifo():
+        raise _PipeError  # opening it would wait for ever
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
         if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
             raise _TooLargeError
@@ -135,6 +137,10 @@ def _file_of(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
 
 
 class _TooLargeError(Exception):
+    pass
+
+
+class _PipeError(Exception):
     pass
 
 
@@ -210,6 +216,7 @@ def _reason(error: Exception, source: ImageSource) -> str:
         IsADirectoryError: "is a folder, not a picture",
         PermissionError: "may not be read",
         UnidentifiedImageError: "not a picture in a supported format",
+        _PipeError: "is a pipe, not a picture",
         _TooLargeError: f"has more than {MAX_FILE_BYTES // 2**20} MiB",
         Image.DecompressionBombError: f"has more than {MAX_PIXELS // 10**6} megapixels",
     }

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def search(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGES...]", help="The pictures to search with, each on its own.", show_default=False),
+        typer.Argument(
+            metavar="[IMAGES...]",
+            show_default=False,
+            help="The pictures to search with, each on its own: files, places such as shard.tar#name, or URLs.",
+        ),
     ] = None,
     *,
     path: Annotated[Path, typer.Option("--index", help="The index to search.")] = services.DEFAULT_INDEX,

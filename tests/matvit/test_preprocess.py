@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -373,6 +374,8 @@ def test_the_limit_holds_where_a_program_has_lifted_pillows_own(monkeypatch: pyt
 def test_missing_files_folders_and_formats_off_the_list_are_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "gone.jpg").what == "no such file"
     assert refusal(str(tmp_path)).what == "is a folder, not a picture"
+    os.mkfifo(tmp_path / "pipe.jpg")  # without anybody who writes to it
+    assert refusal(tmp_path / "pipe.jpg").what == "is a pipe, not a picture"
     assert refusal("nul\0byte.jpg").what == "damaged picture (embedded null byte)"
     assert refusal(encode(Image.new("RGB", (4, 4)), "PPM")).what == "not a picture in a supported format"
     assert refusal(encode(Image.new("RGB", (4, 4)), "PDF")).what == "not a picture in a supported format"
