@@ -1,6 +1,7 @@
 """Search beside its peers, in one run and on one thread: recall, time, memory, and how long an index takes to build.
 
-    python benchmarks/search.py [--sizes 1000,10000,100000] [--kinds exact,hnsw,ivfpq,sq] [--rounds 15] [--json]
+    python benchmarks/search.py [--sizes 1000,10000,100000] [--kinds exact,hnsw,ivfpq,sq] [--rounds 15]
+                                [--duplicates] [--json]
 
 Exact search stands beside bare faiss (IndexFlatIP) and a blocked matrix product with top-k, by numpy and by torch. Its
 physical limit is reading the gallery once: its bytes over the speed of a large copy. Every other kind stands beside
@@ -24,6 +25,7 @@ import argparse
 import json
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -39,12 +41,14 @@ from retrieval.backends.approximate import ApproximateSearch
 from retrieval.backends.build import Built, build, build_order
 from retrieval.backends.kinds import Kind
 from retrieval.backends.rows import MappedRows
+from retrieval.duplicates import linked
 from retrieval.flat import FlatSearch
 
 DIM, K, BATCH = 384, 10, 32
 CLUSTERS, LATENT, NOISE = 1000, 32, 0.05
 RECALL_QUERIES = 256
 APART = 83  # queries between two peers of a round: what one has read must not lie in the cache for the next
+WAYS = (("single", 1), ("batch", BATCH))
 BLOCK = 8192  # vectors of one matrix product
 
 Search = Callable[[FloatArray], npt.NDArray[np.int64]]  # queries (Q, DIM) -> positions (Q, K), best first
@@ -127,7 +131,7 @@ def ours_of(search: FlatSearch | ApproximateSearch) -> Search:
 def timed(searches: dict[str, Callable[[FloatArray], object]], queries: FloatArray, rounds: int) -> dict[str, Any]:
     """Milliseconds of each search for one query and for BATCH of them, in each round, interleaved after a warm-up."""
     times: dict[str, Any] = {}
-    for way, count in (("single", 1), ("batch", BATCH)):
+    for way, count in WAYS:
         taken: dict[str, list[float]] = {name: [] for name in searches}
         for number in range(1 + rounds):
             # What the one before has left in the cache must not always hit the same one.
@@ -182,13 +186,34 @@ def measure_kind(
     }
 
 
-def measure(size: int, kinds: list[str], rounds: int) -> dict[str, Any]:
+def measure_duplicates(gallery: FloatArray) -> dict[str, Any]:
+    """Near-duplicates at 0.95, with a twentieth of copies: time, beside that of the products alone, and memory."""
+    random = np.random.default_rng(2)
+    copied = gallery.copy()
+    copies, originals = random.integers(0, len(gallery), (2, len(gallery) // 20))
+    copied[copies] = gallery[originals]
+    search = FlatSearch(np.arange(len(gallery), dtype=np.int64), [copied], dim=DIM)
+    pairs, product = len(gallery) ** 2 / 2, gallery[:2048] @ gallery[:2048].T
+    start = time.process_time()
+    np.matmul(gallery[:2048], gallery[:2048].T, out=product)
+    products = (time.process_time() - start) * pairs / product.size
+    tracemalloc.start()
+    start = time.process_time()
+    groups = linked(search, same=(), min_score=0.95)
+    seconds, memory = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {"seconds": seconds, "ratio": seconds / products, "bytes": memory, "groups": len(groups)}
+
+
+def measure(size: int, kinds: list[str], rounds: int, *, duplicates: bool) -> dict[str, Any]:
     """One gallery size: every kind, one query at a time and in batches."""
     gallery, queries = vectors(size, 0), vectors(RECALL_QUERIES, 1)
     searches = exact_peers(gallery)
     result: dict[str, Any] = {"size": size, "approximate": []}
     if EXACT in kinds:
         result["exact"] = timed({**searches, "copy": lambda _: gallery.copy()}, queries, rounds)
+    if duplicates:
+        result["duplicates"] = measure_duplicates(gallery)
     exact = searches["ours"]
     del searches
     for name in kinds:
@@ -197,26 +222,44 @@ def measure(size: int, kinds: list[str], rounds: int) -> dict[str, Any]:
     return result
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """Print the tables."""
-    peers = ("faiss", "numpy", "torch", "copy")
-    print("Exact:\n\n| pictures | queries at once | ms a query | of faiss | of numpy | of torch | of one copy |")
+def show_exact(results: list[dict[str, Any]]) -> None:
+    """Print the table of exact search."""
+    print("| pictures | queries at once | ms a query | of faiss | of numpy | of torch | of one copy |")
     print("|---|---|---|---|---|---|---|")
     for result in results:
-        for way, count in (("single", 1), ("batch", BATCH)):
-            if row := result.get("exact", {}).get(way):
-                print(f"| {result['size']:,} | {count} | {row['ms']:.3f} | {_ratios(row, peers)} |")
-    print(
-        "\nApproximate:\n\n| pictures | kind | built in s | MB | recall@10 | of bare faiss | queries at once ", end=""
-    )
-    print("| ms a query | of bare faiss | of exact |\n|---|---|---|---|---|---|---|---|---|---|")
+        for way, count in WAYS:
+            row = result["exact"][way]
+            print(f"| {result['size']:,} | {count} | {row['ms']:.3f} ", end="")
+            print(f"| {_ratios(row, ('faiss', 'numpy', 'torch', 'copy'))} |")
+
+
+def show_approximate(results: list[dict[str, Any]]) -> None:
+    """Print the table of the other kinds."""
+    print("\n| pictures | kind | built in s | MB | recall@10 | of bare faiss | queries at once | ms a query ", end="")
+    print("| of bare faiss | of exact |\n|---|---|---|---|---|---|---|---|---|---|")
     for result in results:
         for kind in result["approximate"]:
             head = f"| {result['size']:,} | {kind['kind']} | {kind['seconds']:.0f} | {kind['bytes'] / 1e6:.0f} "
             head += f"| {kind['recall']['ours']:.3f} | {kind['recall']['faiss']:.3f} "
-            for way, count in (("single", 1), ("batch", BATCH)):
-                ratios = _ratios(kind[way], ("faiss", "exact"))
-                print(f"{head}| {count} | {kind[way]['ms']:.3f} | {ratios} |")
+            for way, count in WAYS:
+                print(f"{head}| {count} | {kind[way]['ms']:.3f} | {_ratios(kind[way], ('faiss', 'exact'))} |")
+
+
+def show_duplicates(size: int, found: dict[str, Any]) -> None:
+    """Print one line."""
+    print(f"\nDuplicates of {size:,}: {found['seconds']:.1f} s, {found['ratio']:.2f} of the products alone, ", end="")
+    print(f"{found['bytes'] / 1e6:.0f} MB besides the vectors, {found['groups']} groups")
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print what was measured."""
+    if any("exact" in result for result in results):
+        show_exact(results)
+    if any(result["approximate"] for result in results):
+        show_approximate(results)
+    for result in results:
+        if "duplicates" in result:
+            show_duplicates(result["size"], result["duplicates"])
 
 
 def _ratios(row: dict[str, Any], peers: tuple[str, ...]) -> str:
@@ -230,11 +273,15 @@ def main() -> None:
     parser.add_argument("--sizes", default="1000,10000,100000")
     parser.add_argument("--kinds", default=",".join(INDEX_TYPES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--duplicates", action="store_true", help="also: every pair compared")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = arguments.kinds.split(",")
-    results = [measure(int(size), kinds, arguments.rounds) for size in arguments.sizes.split(",")]
+    kinds = [name for name in arguments.kinds.split(",") if name]
+    results = [
+        measure(int(size), kinds, arguments.rounds, duplicates=arguments.duplicates)
+        for size in arguments.sizes.split(",")
+    ]
     if arguments.json:
         print(json.dumps(results, indent=2))
     else:

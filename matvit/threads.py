@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 _MOST_AT_ONCE = 4  # batches encoded at one time: each holds its activations
@@ -38,6 +38,11 @@ def batches_at_once() -> int:
 def threads_of_each() -> int:
     """Threads of each of `batches_at_once`."""
     return max(1, computing_threads() // batches_at_once())
+
+
+def for_queries(count: int) -> AbstractContextManager[None]:
+    """Within the block, faiss compares one query on one thread: others have no share in it, and are waited for."""
+    return limited("faiss", 1) if count == 1 else nullcontext()
 
 
 @contextmanager

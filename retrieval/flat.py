@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from matvit.preprocess import FloatArray
+from matvit.threads import for_queries
 from retrieval.items import IntArray
 
 ScoreArray = npt.NDArray[np.float64]
@@ -81,7 +82,9 @@ class FlatSearch:
             yield positions[start : start + BLOCK], self._vectors[start : start + BLOCK]
 
     def _knn_here(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        found: tuple[FloatArray, IntArray] = faiss.knn(queries, self._vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+        found: tuple[FloatArray, IntArray]
+        with for_queries(len(queries)):
+            found = faiss.knn(queries, self._vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
         return found
 
     def _few(self, queries: FloatArray, *, k: int) -> tuple[IntArray, IntArray]:

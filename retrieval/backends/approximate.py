@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from matvit.preprocess import FloatArray
+from matvit.threads import for_queries
 from retrieval.backends.kinds import Kind, Setting
 from retrieval.backends.rows import MappedRows
 from retrieval.flat import FlatSearch, ScoreArray, best_of, check_finite, float32_slack
@@ -78,7 +79,8 @@ class ApproximateSearch:
             every = self._positions[self._positions >= 0]
             return [every for _ in queries]
         usual = depth == self._setting.depth
-        _, rows = self._index.search(queries, depth, params=self._usual if usual else self._parameters(depth))
+        with for_queries(len(queries)):
+            _, rows = self._index.search(queries, depth, params=self._usual if usual else self._parameters(depth))
         # faiss pads with -1 what it did not find; the index's -1 are deleted vectors.
         found = np.where(rows >= 0, self._positions[rows], -1)
         return [own[own >= 0] for own in found]

@@ -65,11 +65,22 @@ def test_query_cost_measures_every_submodel_and_its_peer_beside_xl() -> None:
 
 
 def test_search_measures_every_kind_beside_its_peers() -> None:
-    done = run("benchmarks/search.py", "--sizes", "100,300", "--kinds", "exact,hnsw,sq", "--rounds", 1, "--json")
+    done = run(
+        "benchmarks/search.py",
+        "--sizes",
+        "100,300",
+        "--kinds",
+        "exact,hnsw,sq",
+        "--rounds",
+        1,
+        "--duplicates",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert [result["size"] for result in results] == [100, 300]
     for result in results:
+        assert result["duplicates"]["groups"] > 0
         kinds = result["approximate"]
         assert [kind["kind"] for kind in kinds] == ["hnsw", "sq"]
         for kind in kinds:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matvit.threads import limited
 from retrieval import flat
 from retrieval.flat import FlatSearch
 
@@ -59,6 +61,23 @@ def test_one_query_equals_the_same_query_in_a_batch():
         [alone] = search.search(query[np.newaxis], k=7)
         np.testing.assert_array_equal(alone[0], batched[0])
         np.testing.assert_array_equal(alone[1], batched[1])
+
+
+def test_one_query_is_compared_on_one_thread(monkeypatch):
+    """A second one would have nothing to do but keep the first waiting."""
+    vectors, taken, knn = unit(np.random.default_rng(0).standard_normal((50, 8))), [], faiss.knn
+
+    def recording(*arguments, **named):
+        taken.append(faiss.omp_get_max_threads())
+        return knn(*arguments, **named)
+
+    monkeypatch.setattr(faiss, "knn", recording)
+    search = FlatSearch(np.arange(50), [vectors], dim=8)
+    with limited("faiss", 3):
+        search.search(vectors[:1], k=2)
+        search.search(vectors[:2], k=2)
+        assert faiss.omp_get_max_threads() == 3
+    assert taken == [1, 3]
 
 
 def test_the_order_of_the_vectors_does_not_matter():
