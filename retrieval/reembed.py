@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ class EmbeddedAgain:
 
 def embed_again(
     items: Iterable[Item], *, file_name: Callable[[Place], str], encoder: ImageEncoder
-) -> Iterator[EmbeddedAgain]:
+) -> Generator[EmbeddedAgain]:
     """Every one of `items`, in order. A file that has changed is embedded as it is now.
 
     Raises EmbeddingError for an encoder that gives embeddings of another shape than it says.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,15 +130,18 @@ class Upgrade:
                 self._add(item, None, known)
         pictures = [item for item in todo if item.status == OK]
         encoder = self._encoder.encoder(self._entry.spec)
-        again = embed_again(pictures, file_name=self._snapshot.file_name, encoder=encoder)
-        for done, embedded in enumerate(again, start=1):
-            if embedded.embedding is None:
-                self._missing.append(embedded)
-            else:
-                self._add(embedded.item, embedded, known)
-                self._embedded += 1
-            note = f"{len(self._missing)} missing" if self._missing else ""
-            self._progress(ProgressEvent(stage="upgrade", done=done, total=len(pictures), unit="pictures", note=note))
+        results = embed_again(pictures, file_name=self._snapshot.file_name, encoder=encoder)
+        with closing(results):  # Ctrl-C may fall between two of them
+            for done, embedded in enumerate(results, start=1):
+                if embedded.embedding is None:
+                    self._missing.append(embedded)
+                else:
+                    self._add(embedded.item, embedded, known)
+                    self._embedded += 1
+                note = f"{len(self._missing)} missing" if self._missing else ""
+                self._progress(
+                    ProgressEvent(stage="upgrade", done=done, total=len(pictures), unit="pictures", note=note)
+                )
         self._publish()
 
     def _add(self, item: Item, embedded: EmbeddedAgain | None, known: Staged) -> None:
