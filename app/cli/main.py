@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -104,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What a user or a file supplied wrongly is one sentence on stderr, never a traceback.
     """
+    # What Pillow remarks on damaged files: one can draw thousands of lines; what is skipped is listed by us.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with _warnings_as_sentences():

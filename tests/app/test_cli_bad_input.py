@@ -10,10 +10,13 @@ import errno
 import hashlib
 import os
 import shutil
+import struct
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import retrieval.locations
 
@@ -138,6 +141,15 @@ def test_a_full_disk_is_one_sentence_and_the_index_stays_as_it_was(run, build, p
     assert run("verify", tmp_path / "i").code == 0
     assert run("info", tmp_path / "i", "--json").json["items"] == 8
     assert build()[1]["indexed"] == 1
+
+
+def test_damaged_metadata_leave_the_picture_and_the_terminal_alone(build, pictures):
+    spoilt = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x0112, 3, 99, 9999)
+    Image.new("RGB", (32, 32), "red").save(pictures / "odd.jpg", exif=spoilt)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert build()[1]["indexed"] == 9
+    assert not [warning for warning in told if "PIL" in warning.filename]
 
 
 @pytest.mark.parametrize("command", ["verify", "info"])
