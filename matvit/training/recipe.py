@@ -21,7 +21,7 @@ class EncoderRecipe(_Strict):
 
     timm_model: str | None = None
     checkpoint: str | None = None  # bundled name, folder or hub id
-    model_args: dict[str, int | str] = {}  # what timm's model is made with: sizes such as depth, global_pool
+    model_args: dict[str, int | float | str] = {}  # what timm's model is made with: depth, mlp_ratio, global_pool
     weights: Path | None = None  # safetensors, relative to the working folder; None: random
     pretrained: bool = False  # timm's own weights, from the hub
     image_size: PositiveInt | None = None  # pixels, the native resolution; None: the model's own
@@ -43,7 +43,7 @@ class TeacherRecipe(_Strict):
     """A frozen timm classifier whose pooled features and class probabilities are distilled."""
 
     timm_model: str
-    model_args: dict[str, int] = {}  # sizes that timm's model is made with, such as num_classes
+    model_args: dict[str, int | float] = {}  # sizes that timm's model is made with, such as num_classes
     weights: Path | None = None  # safetensors; None: timm's own weights, from the hub
     image_size: PositiveInt  # pixels
     mean: tuple[float, float, float]

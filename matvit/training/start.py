@@ -60,7 +60,7 @@ def load_teacher(recipe: TeacherRecipe) -> Any:
     return teacher.eval().requires_grad_(False)
 
 
-def _create(role: str, name: str, *, pretrained: bool, arguments: Mapping[str, int | str]) -> Any:
+def _create(role: str, name: str, *, pretrained: bool, arguments: Mapping[str, int | float | str]) -> Any:
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
