@@ -23,7 +23,7 @@ from matvit import MatViT
 from matvit.preprocess import FloatArray
 from matvit.torch_encoder import TorchEncoder
 
-SPECS = ("S", "M", "L", "XL", "6S.6XL", "XL-r112", "XL-r84", "M-d10-r84", "XL-d10-r56")
+SPECS = ("S", "M", "L", "XL", "6S.6XL", "XL-r168", "XL-r112", "XL-r98", "XL-r84", "XL-r70", "XL-r56")
 
 
 def milliseconds(call: Callable[[], object]) -> float:

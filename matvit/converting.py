@@ -1,4 +1,4 @@
-"""A plain ViT made elastic without training: its hidden units ordered, what is cut made up for, the loss measured."""
+"""A plain ViT made elastic without training: hidden units ordered by importance, and what each granularity loses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from matvit.agreement import HELD_BACK, Agreement, agreement_with_full, read_pictures
-from matvit.fitting import fit_private
 from matvit.importance import order_by_importance
 from matvit.model import AxesConfig, MatViT
 from matvit.preprocess import ImageSource
-from matvit.private import PrivateConfig
 from matvit.progress import Progress, ProgressEvent, silent
 
 FEWEST_PICTURES, MOST_PICTURES = 20, 400
-RANK = 16  # of what S, M and L own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +30,6 @@ class Conversion:
 def convert(model: MatViT, images: Sequence[ImageSource], *, progress: Progress = silent) -> Conversion:
     """Order the hidden units of a plain encoder in place, and open its resolution axis; XL stays to rounding.
 
-    S, M and L own a least-squares fit, by which the units that they keep make up for those that they do not.
     Of more than MOST_PICTURES a sample is taken. Every fifth picture is held back, to measure on.
     Raises DatasetError for too few pictures.
     """
@@ -46,17 +42,13 @@ def convert(model: MatViT, images: Sequence[ImageSource], *, progress: Progress 
     others = [row for row in range(len(pixels)) if row % HELD_BACK]
     _tell(progress, 1, "ordering hidden units")
     model.open_axes(AxesConfig(image_size_step=model.config.patch_size))
-    learnt = torch.from_numpy(pixels[others])
-    order_by_importance(model, learnt)
-    _tell(progress, 2, "fitting what the kept units give")
-    model.add_private(PrivateConfig(rank=RANK))
-    fit_private(model, learnt)
-    _tell(progress, 3, "measuring")
+    order_by_importance(model, torch.from_numpy(pixels[others]))
+    _tell(progress, 2, "measuring")
     specs = [str(spec) for spec in model.shape.granularities()]
     found = agreement_with_full(model, pixels, held_back, specs=specs)
-    _tell(progress, 4, "measured")
+    _tell(progress, 3, "measured")
     return Conversion(pictures=len(others), held_back=len(held_back), skipped=skipped, agreement=found)
 
 
 def _tell(progress: Progress, done: int, note: str) -> None:
-    progress(ProgressEvent(stage="convert", done=done, total=4, unit="steps", note=note))
+    progress(ProgressEvent(stage="convert", done=done, total=3, unit="steps", note=note))

@@ -22,7 +22,7 @@ from matvit.model import MatViT
 from matvit.preprocess import FloatArray
 from matvit.spec import SubmodelSpec
 
-_PENALTIES = tuple(10.0**power for power in (-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2))
+PENALTIES = tuple(10.0**power for power in (-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2))
 _GROUPS = 4  # of pictures, that the penalty is chosen by
 _BATCH = 32
 _PATCHES = 16  # of a picture, that are fitted where its embedding is no one token's
@@ -147,7 +147,7 @@ def _ridge(features: Tensor, targets: Tensor, groups: Tensor, *, offset: bool) -
             total += float((matrix * (gram @ matrix - 2 * product)).sum())
         return total
 
-    best = min(_PENALTIES, key=error)
+    best = min(PENALTIES, key=error)
     matrix = _solve(grams.sum(dim=0), products.sum(dim=0), best * len(rows)) / spread[:, None]
     return _Fit(matrix, target_mean - mean @ matrix)
 

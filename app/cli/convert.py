@@ -39,8 +39,7 @@ def convert(
 ) -> None:
     """Make a plain timm ViT elastic, without training, and say how much each granularity loses.
 
-    Hidden units are ordered by their importance on up to 400 pictures, and S, M and L own a least-squares fit that
-    makes up for the units cut; XL computes what the timm model does.
+    Hidden units are ordered by their importance on up to 400 pictures; XL computes what the timm model does.
     On every fifth picture, held back, the table shows how well each granularity's answers agree with XL's.
     Train it (matvit train), or tune it to your pictures (matvit adapt), before small queries are of use.
 

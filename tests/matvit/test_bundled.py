@@ -39,16 +39,17 @@ def test_int8_weights_lose_less_than_a_tenth_of_a_point(encoder):
         assert 100 * (before - after) < 0.1
 
 
-def test_small_queries_lose_at_most_six_points_on_unseen_classes(encoder):
+def test_small_queries_lose_at_most_seven_points_on_unseen_classes(encoder):
     recall = {row["name"]: row["quality"]["recall@1"] for row in encoder.pareto}
     assert tuple(recall)[:4] == SIZES
-    assert 100 * (recall["XL"] - recall["S"]) < 6
+    assert 100 * (recall["XL"] - recall["S"]) < 7
 
 
-def test_queries_at_half_the_cost_lose_at_most_half_a_point_on_unseen_classes(encoder):
-    cheap = [row["quality"]["recall@1"] for row in encoder.pareto if row["relative_flops"] <= 0.5]
+@pytest.mark.parametrize(("share", "points"), [(0.5, 0.5), (0.25, 1.5), (0.1, 4.0)])
+def test_cheap_queries_lose_little_on_unseen_classes(encoder, share, points):
+    cheap = [row["quality"]["recall@1"] for row in encoder.pareto if row["relative_flops"] <= share]
     full = next(row["quality"]["recall@1"] for row in encoder.pareto if row["name"] == "XL")
-    assert 100 * (full - max(cheap)) <= 0.5
+    assert 100 * (full - max(cheap)) <= points
 
 
 def test_the_documented_recall_is_the_recorded_one(encoder):
