@@ -2,6 +2,7 @@
 
 make soak                                   # in full, on every core: hours of processor time
 MATVIT_SOAK_KILLS=300 MATVIT_SOAK_RUNS=200 python benchmarks/soak.py --workers 4 [--out docs/soak.md]
+python benchmarks/soak.py --only "kills,loss of power"      # the page keeps its other rows
 
 The work is cut into shards, each a pytest of its own with its own seed (MATVIT_SOAK_SHARD). Needs no network and no
 git: MATVIT_COMMIT names the commit where there is none.
@@ -99,8 +100,8 @@ def parts() -> list[Part]:
         ),
         Part(
             "loss of power",
-            "test_crashes.py::test_losing_power_at_any_sync_leaves_the_state_before_or_after",
-            "{MATVIT_SOAK_POWER} disks at each sync of 4 operations",
+            "test_crashes.py -k losing_power",
+            "{MATVIT_SOAK_POWER} disks at each sync of 5 operations",
             "MATVIT_SOAK_POWER",
         ),
         Part(
@@ -131,7 +132,7 @@ def run_shard(part: Part, environment: dict[str, int]) -> tuple[float, str, str 
         own = {"TMPDIR": home, "PYTHONPATH": paths} | {name: str(value) for name, value in environment.items()}
         options = ["-q", "-s", "-o", "timeout=0", "-p", "no:cacheprovider", f"--hypothesis-seed={shard}"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, f"--basetemp={home}/pytest", TESTS + part.test],
+            [sys.executable, "-m", "pytest", *options, f"--basetemp={home}/pytest", *f"{TESTS}{part.test}".split()],
             cwd=ROOT,
             env=ONE_THREAD | os.environ | own,
             stdout=output,
@@ -150,33 +151,58 @@ def _last_line(text: str) -> str:
     return re.sub(r" in [0-9.]+s.*", "", lines[-1]).strip("= ")
 
 
-def page(all_parts: list[Part], counts: dict[str, int], head: str) -> str:
+@dataclass(frozen=True)
+class Before:
+    """What earlier runs wrote, and one of some parts keeps."""
+
+    heads: list[str] = field(default_factory=list)
+    rows: dict[str, str] = field(default_factory=dict)  # by the part's name
+
+    @classmethod
+    def read(cls, path: Path, option: str) -> Before:
+        """`option`: this run's --only; it replaces what the same one wrote."""
+        if not option or not path.exists():
+            return cls()
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return cls(
+            heads=[line for line in lines if line.startswith("Written by ") and option not in line],
+            rows={line.split("|")[1].strip(): line for line in lines if line.startswith("| ")},
+        )
+
+
+def page(run: list[Part], counts: dict[str, int], head: str, before: Before) -> str:
     """docs/soak.md as far as the parts have come."""
     full = ", ".join(f"{name.removeprefix('MATVIT_SOAK_').lower()} {count:,}" for name, count in FULL.items())
     lines = [
         "# Soak of the index",
         "",
+        *before.heads,
         head,
         f"The full counts are {full}.",
         "",
         "| what | how much | processor seconds | result |",
         "|---|---|---|---|",
     ]
-    for part in all_parts:
-        result = "passed" if part.done == part.shards else f"{part.done} of {part.shards} shards passed so far"
-        if part.failures:
-            result = f"{len(part.failures)} of {part.shards} shards failed: {'; '.join(part.failures)}"
-        told = "".join(f"; {name} {value:g}" for name, value in part.measured.items())
-        lines.append(f"| {part.what} | {part.much.format(**counts)} | {part.seconds:.0f} | {result}{told} |")
+    rows = before.rows | {part.what: row(part, counts) for part in run}
+    lines += [rows[part.what] for part in parts() if part.what in rows]
     return "\n".join(lines) + "\n"
 
 
-def heading(counts: dict[str, int], workers: int) -> Callable[[float], str]:
+def row(part: Part, counts: dict[str, int]) -> str:
+    """A part's line in the table."""
+    result = "passed" if part.done == part.shards else f"{part.done} of {part.shards} shards passed so far"
+    if part.failures:
+        result = f"{len(part.failures)} of {part.shards} shards failed: {'; '.join(part.failures)}"
+    told = "".join(f"; {name} {value:g}" for name, value in part.measured.items())
+    return f"| {part.what} | {part.much.format(**counts)} | {part.seconds:.0f} | {result}{told} |"
+
+
+def heading(counts: dict[str, int], workers: int, option: str) -> Callable[[float], str]:
     """What the page says of the run, after so many seconds."""
     setting = "".join(f"{name}={count} " for name, count in counts.items() if count != FULL[name])
     where = f"Python {platform.python_version()}, {os.cpu_count()} cores of {processor()}"
     begun = f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}"
-    command = f"{setting}python benchmarks/soak.py --workers {workers}"
+    command = f"{setting}python benchmarks/soak.py --workers {workers}{option}"
     return lambda seconds: f"Written by `{command}`, begun {begun}, {where}; {seconds:.0f} seconds."
 
 
@@ -202,16 +228,25 @@ def processor() -> str:
 
 
 def main() -> int:
-    """Run every part and write the page; 1 when one failed."""
+    """Run the parts and write the page; 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak.md")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time (all cores)")
+    parser.add_argument(
+        "--only", metavar="PARTS", help="parts to run, as the page names them, with commas between them"
+    )
     arguments = parser.parse_args()
+    names = [name.strip() for name in (arguments.only or "").split(",") if name.strip()]
+    if unknown := set(names) - {part.what for part in parts()}:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(part.what for part in parts())}")
+    run = [part for part in parts() if not names or part.what in names]
+    option = f' --only "{",".join(names)}"' if names else ""
     counts = {name: int(os.environ.get(name, full)) for name, full in FULL.items()}
-    head, start, all_parts = heading(counts, arguments.workers), time.monotonic(), parts()
+    head, start = heading(counts, arguments.workers, option), time.monotonic()
+    before = Before.read(arguments.out, option)
     with ThreadPoolExecutor(arguments.workers) as pool:
         waiting = {}
-        for part in all_parts:
+        for part in run:
             shards = list(plan(part, counts, arguments.workers))
             part.shards = len(shards)
             waiting |= {pool.submit(run_shard, part, shard): part for shard in shards}
@@ -222,8 +257,8 @@ def main() -> int:
             print(
                 f"{seconds:.0f} s: {part.what}, {part.done} of {part.shards}, {len(part.failures)} failed", flush=True
             )
-            arguments.out.write_text(page(all_parts, counts, head(seconds)), encoding="utf-8")
-    return int(any(part.failures for part in all_parts))
+            arguments.out.write_text(page(run, counts, head(seconds), before), encoding="utf-8")
+    return int(any(part.failures for part in run))
 
 
 if __name__ == "__main__":

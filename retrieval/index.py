@@ -27,6 +27,7 @@ from retrieval.manifest import (
     SEGMENTS,
     Manifest,
     is_index,
+    make_folders,
     manifest_name,
     publish_manifest,
     read_pointer,
@@ -60,8 +61,7 @@ class Index:
         folder = Path(path).absolute()
         with writing(folder):
             _check_free(folder)
-            for name in (GENERATIONS, SEGMENTS, DELETIONS):
-                (folder / name).mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
         with writer_lock(folder):
             _check_free(folder)  # another process may have been faster
             manifest = Manifest(

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from matvit.durable import write_atomic
+from matvit.durable import sync_folder, write_atomic
 from retrieval.errors import IndexFormatError
 from retrieval.files import RESTORE, damaged, reading, sha256_bytes
 from retrieval.locations import is_url
@@ -236,6 +236,19 @@ def parse_manifest(data: bytes, *, path: Path) -> Manifest:
 def manifest_name(generation: int) -> str:
     """The manifest's file below `generations/`."""
     return f"{generation:06d}.json"
+
+
+def make_folders(folder: Path) -> None:
+    """Make `folder` and those in it, where they are missing, and wait until the disk has their names.
+
+    CURRENT must not be there before them, and a copy or a loss of power may have left out those that are empty.
+    """
+    homes = [folder / name for name in (GENERATIONS, SEGMENTS, DELETIONS)]
+    missing = {place for home in homes for place in (home, *home.parents) if not place.is_dir()}
+    for home in homes:
+        home.mkdir(parents=True, exist_ok=True)
+    for parent in sorted({place.parent for place in missing}):
+        sync_folder(parent)
 
 
 def publish_manifest(folder: Path, manifest: Manifest) -> Pointer:

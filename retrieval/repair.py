@@ -33,6 +33,7 @@ from retrieval.manifest import (
     Pointer,
     SegmentEntry,
     is_index,
+    make_folders,
     parse_manifest,
     read_pointer,
 )
@@ -60,8 +61,7 @@ def repair_index(folder: Path, *, encoder: ElasticEncoder | None, drop_lost: boo
         read_pointer(folder)  # raises
     with writer_lock(folder):
         with writing(folder):
-            for name in (GENERATIONS, SEGMENTS, DELETIONS):
-                (folder / name).mkdir(exist_ok=True)
+            make_folders(folder)
         damage: list[str] = []
         base = _find_base(folder, damage)
         repair = _Repair(folder, base, damage=damage, encoder=encoder, progress=progress)

@@ -18,11 +18,10 @@ from retrieval.errors import IndexFormatError, IngestError
 from retrieval.files import writing
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.manifest import (
-    DELETIONS,
-    GENERATIONS,
     SEGMENTS,
     EncoderEntry,
     Manifest,
+    make_folders,
     publish_manifest,
     read_manifest,
     read_pointer,
@@ -100,9 +99,7 @@ class Upgrade:
                 return staged
         with writing(self._folder):
             shutil.rmtree(self._folder, ignore_errors=True)
-            for name in (GENERATIONS, SEGMENTS, DELETIONS):
-                (self._folder / name).mkdir(parents=True)
-            sync_folder(self._snapshot.folder)
+            make_folders(self._folder)
             manifest = self._snapshot.manifest.model_copy(
                 update={
                     "generation": 1,

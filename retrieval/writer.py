@@ -30,6 +30,7 @@ from retrieval.manifest import (
     IndexType,
     Manifest,
     SegmentEntry,
+    make_folders,
     manifest_name,
     publish_manifest,
     read_manifest,
@@ -63,6 +64,7 @@ class GenerationWriter:
         """Remove whatever the newest generation does not name: unfinished files, and what it replaced.
 
         Readers have in memory what they need; those that are just opening the generation before begin anew.
+        Folders that are missing are made.
         """
         manifest = self.manifest
         named = {segment.name for segment in manifest.segments} | {entry.file for entry in manifest.deletions.values()}
@@ -70,6 +72,7 @@ class GenerationWriter:
         if manifest.approximate is not None:
             named.add(manifest.approximate.file)
         with writing(self.folder):
+            make_folders(self.folder)
             for name in ("", GENERATIONS, SEGMENTS, DELETIONS, CACHE):
                 if not (self.folder / name).is_dir():  # only an index with an approximate part has a cache
                     continue

@@ -238,6 +238,36 @@ def test_losing_power_at_any_sync_leaves_the_state_before_or_after(base, photos,
         shutil.rmtree(image)
 
 
+def test_losing_power_while_an_index_is_made_leaves_none_or_one_that_can_grow(tmp_path, photos, elastic, monkeypatch):
+    home = tmp_path / "disk"
+    home.mkdir()
+    disk, images = PowerLoss(home, random.Random(f"making {SHARD}")), []
+
+    def lose_power():
+        images.append(tmp_path / f"image-{len(images)}")
+        disk.image(images[-1])
+
+    def fsync(descriptor):
+        for _ in range(POWER):
+            lose_power()
+        disk.sync(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        Index.build(photos, encoder=elastic, path=home / "new" / "index")
+    after = state(home / "new" / "index", elastic)
+    lose_power()
+    assert state(images[-1] / "new" / "index", elastic) == after
+    for image in images:
+        folder = image / "new" / "index"
+        if (folder / "CURRENT").exists():
+            Index.open(folder).ingest(photos, encoder=elastic)
+        else:
+            Index.build(photos, encoder=elastic, path=folder)
+        assert state(folder, elastic) == after
+        shutil.rmtree(image)
+
+
 class Refusals:
     """The `at`-th write of any kind fails with one errno."""
 

@@ -102,6 +102,21 @@ def test_the_old_index_serves_and_grows_while_an_interrupted_upgrade_waits(
     assert (found.path.name, round(found.score, 5)) == ("0.png", 1.0)
 
 
+def test_folders_that_a_copy_or_a_loss_of_power_left_out_because_they_are_empty_are_made_again(
+    index, photos, elastic, other
+):
+    other.fail_after = 0
+    with pytest.raises(KeyboardInterrupt):
+        index.upgrade(other)
+    for name in ("deletions", "upgrade/segments", "upgrade/deletions"):
+        (index.path / name).rmdir()
+    other.fail_after = 10**9
+    assert Index.open(index.path).upgrade(other).published
+    (index.path / "deletions").rmdir()
+    Index.open(index.path).delete([photos / "1.png"])
+    assert Index.open(index.path).verify() == []
+
+
 def test_nothing_changes_while_pictures_are_missing_and_nothing_is_embedded_twice(
     index, photos, elastic, other, picture
 ):
