@@ -55,6 +55,7 @@ def test_the_public_names_are_the_documented_ones():
         "IndexExistsError",
         "IndexFormatError",
         "IndexLockedError",
+        "IndexWarning",
         "IngestError",
         "IngestReport",
         "RepairReport",
