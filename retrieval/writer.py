@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,6 @@ from retrieval.manifest import (
     SEGMENTS,
     ApproximateEntry,
     DeletionsEntry,
-    EncoderEntry,
     FileEntry,
     FileName,
     IndexType,
@@ -114,15 +114,8 @@ class GenerationWriter:
 
     def publish_search(self, index_type: IndexType, *, reason: str, approximate: ApproximateEntry | None) -> None:
         """Make one more generation that is searched in another way. Raises IngestError when the disk refuses."""
-        changed = {"index_type": index_type, "index_reason": reason, "approximate": approximate}
-        self.manifest = manifest = self.manifest.model_copy(update=changed)
         with writing(self.folder):
-            self._publish(
-                segments=manifest.segments,
-                deletions=manifest.deletions,
-                roots=manifest.roots,
-                next_id=manifest.next_id,
-            )
+            self._publish(index_type=index_type, index_reason=reason, approximate=approximate)
 
     def merge_small(self) -> bool:
         """Make one segment of many small ones, as one more generation; False when there are not so many.
@@ -165,8 +158,6 @@ class GenerationWriter:
             self._publish(
                 segments=tuple(kept),
                 deletions={name: gone for name, gone in self.manifest.deletions.items() if name not in merged},
-                roots=self.manifest.roots,
-                next_id=self.manifest.next_id,
             )
 
     def adopt(self, staged: Manifest) -> None:
@@ -203,7 +194,6 @@ class GenerationWriter:
             self._publish(
                 segments=tuple(kept),
                 deletions={name: gone for name, gone in deletions.items() if name not in instead_of},
-                roots=self.manifest.roots,
                 next_id=next_id,
                 generation=generation,
             )
@@ -212,29 +202,11 @@ class GenerationWriter:
         deletions = self.manifest.deletions.get(segment.name)
         return segment.items - (deletions.count if deletions else 0)
 
-    def _publish(
-        self,
-        *,
-        segments: tuple[SegmentEntry, ...],
-        deletions: dict[str, DeletionsEntry],
-        roots: dict[str, str],
-        next_id: int,
-        encoder: EncoderEntry | None = None,
-        generation: int | None = None,
-    ) -> None:
-        manifest = Manifest(
-            generation=generation or self.manifest.generation + 1,
-            parent=self.manifest.generation,
-            created=datetime.now(UTC),
-            encoder=encoder or self.manifest.encoder,
-            index_type=self.manifest.index_type,
-            index_reason=self.manifest.index_reason,
-            approximate=self.manifest.approximate,
-            roots=roots,
-            segments=segments,
-            deletions=deletions,
-            next_id=next_id,
-        )
+    def _publish(self, **changed: Any) -> None:
+        """Publish the newest manifest with some fields changed; `self.manifest` stays what it was if that fails."""
+        manifest = self.manifest
+        following = {"generation": manifest.generation + 1, "parent": manifest.generation, "created": datetime.now(UTC)}
+        manifest = Manifest(**{**dict(manifest), **following, **changed})
         publish_manifest(self.folder, manifest)
         self.manifest = manifest
 

@@ -35,6 +35,7 @@ class ApproximateSearch:
         self._usual = self._parameters(setting.depth)  # making them takes as long as a small search
         held = np.zeros(len(ids), dtype=bool)
         held[positions[positions >= 0]] = True
+        self._held = int(held.sum())
         self._new = np.flatnonzero(~held)  # (M,) positions that the index does not hold
         self._beside = FlatSearch(ids[self._new], raw.blocks(self._new, _BLOCK), dim=index.d)
 
@@ -55,11 +56,7 @@ class ApproximateSearch:
             return []
         k = min(k, len(self))
         beside = [self._new[found] for found, _ in self._beside.search(queries, k=k)]
-        depth = self._setting.depth * -(-k // 10)
-        found = self._candidates(queries, depth=depth)
-        while depth < len(self._positions) and min(map(len, found)) < k - len(beside[0]):
-            depth *= 8  # many were deleted, or k is large
-            found = self._candidates(queries, depth=depth)
+        found = self._candidates(queries, k=k)
         near = [self._near(query, own, k=k) for query, own in zip(queries, found, strict=True)] + beside
         rows = np.repeat(np.tile(np.arange(len(queries)), 2), [len(own) for own in near])
         return best_of(queries, self.vectors, rows, np.concatenate(near), ids=self._ids, k=k)
@@ -73,8 +70,22 @@ class ApproximateSearch:
         near: IntArray = positions[scores >= kth - 2 * float32_slack(len(query))]  # twice: numpy rounds it to float32
         return near
 
-    def _candidates(self, queries: FloatArray, *, depth: int) -> list[IntArray]:
-        """Per query, positions of about `depth` vectors near it; all there are when `depth` is as many."""
+    def _candidates(self, queries: FloatArray, *, k: int) -> list[IntArray]:
+        """Per query, positions of vectors of the index near it: at least k, if so many count.
+
+        A query looks wider when a quarter of what it found was deleted: recall was measured with `depth` that count.
+        """
+        depth = self._setting.depth * -(-k // 10)
+        enough = min(max(k, depth * 3 // 4), self._held)
+        found = self._nearest(queries, depth=depth)
+        while depth < len(self._positions) and (short := [row for row, own in enumerate(found) if len(own) < enough]):
+            depth *= 8
+            for row, own in zip(short, self._nearest(queries[short], depth=depth), strict=True):
+                found[row] = own
+        return found
+
+    def _nearest(self, queries: FloatArray, *, depth: int) -> list[IntArray]:
+        """Per query, positions of those of about `depth` vectors near it that count; all when `depth` is as many."""
         if depth >= len(self._positions):
             every = self._positions[self._positions >= 0]
             return [every for _ in queries]

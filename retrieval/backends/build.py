@@ -28,6 +28,7 @@ class Built:
     """A faiss index of R vectors in `build_order`, and how it must be searched."""
 
     index: Any
+    parameters: dict[str, int]  # it was made with
     setting: Setting
     recall: float  # recall@10 against exact search, mean over the held-out queries
 
@@ -61,7 +62,7 @@ def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
     if found is None:
         return None
     index.add(queries)
-    return Built(index=index, setting=found[0], recall=found[1])
+    return Built(index=index, parameters=kind.parameters(len(rest), index.d), setting=found[0], recall=found[1])
 
 
 def _measure(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +32,7 @@ from retrieval.writer import GenerationWriter
 
 _STALE = 0.1  # so much of what counts may be missing from the approximate index, or be dead in it
 _LOOPS = 2**31  # more than any index of ours asks of faiss's reader
-_LIMITS = threading.Lock()  # held while faiss reads a file: its limits are the process's
+_LIMITS = threading.Lock()  # held while faiss reads a file
 
 
 def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> FlatSearch | ApproximateSearch:
@@ -112,7 +114,7 @@ def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> Approxima
         bytes=len(data),
         sha256=sha256,
         segments={segment.entry.name: segment.entry.rows for segment in snapshot.segments},
-        parameters=kind.parameters(len(raw), dim),
+        parameters=built.parameters,
         effort=built.setting.effort,
         depth=built.setting.depth,
         recall_at_10=built.recall,
@@ -138,9 +140,7 @@ def read_cache(folder: Path, manifest: Manifest, entry: ApproximateEntry) -> Any
     path, dim = folder / CACHE / entry.file, manifest.encoder.embedding_dim
     check_file(path, size=entry.bytes, sha256=entry.sha256)  # faiss itself does not notice flipped bits
     try:
-        with _LIMITS:
-            faiss.set_deserialization_vector_byte_limit(2 * entry.bytes)
-            faiss.set_deserialization_loop_limit(_LOOPS)
+        with _reading_at_most(2 * entry.bytes):
             index = faiss.read_index(str(path))
     except RuntimeError as error:
         raise damaged(path, "is no index that this faiss reads") from error
@@ -149,6 +149,20 @@ def read_cache(folder: Path, manifest: Manifest, entry: ApproximateEntry) -> Any
     if any(entry.segments.get(segment.name, segment.rows) != segment.rows for segment in manifest.segments):
         raise damaged(path, "does not hold the segments as they are")
     return index
+
+
+@contextmanager
+def _reading_at_most(size: int) -> Iterator[None]:
+    """While the block runs, faiss's reader refuses vectors of more than `size` bytes; its limits are the process's."""
+    with _LIMITS:
+        before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+        faiss.set_deserialization_vector_byte_limit(size)
+        faiss.set_deserialization_loop_limit(_LOOPS)
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before[0])
+            faiss.set_deserialization_loop_limit(before[1])
 
 
 def _warn(folder: Path, error: IndexFormatError) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -102,6 +103,21 @@ def test_hits_are_true_scores_of_pictures_that_are_there(built, seed, lost, new,
         np.testing.assert_array_equal(scores, (gallery[positions] * query.astype(np.float64)).sum(axis=1))
         assert (np.diff(scores) <= 0).all()
         assert scores[0] <= best[0]
+
+
+@pytest.mark.parametrize("lost", [20, 40, 80, 149])
+def test_the_next_nearest_are_found_when_the_nearest_were_deleted_whatever_came_or_is_asked_beside(built, lost):
+    vectors = built[1]
+    for item in (0, 1000, 3999):
+        near = np.argsort(-(vectors @ vectors[item]))[1 : lost + 1]
+        search, exact, _ = searching(built, deleted=near, new=20)
+        queries = np.stack([vectors[item], *clustered(5, seed=item)])
+        answers, truth = search.search(queries, k=10), exact.search(queries, k=10)
+        for answer, best in zip(answers, truth, strict=True):
+            assert recall([answer], [best]) >= 0.9
+        for query, (positions, _) in zip(queries, answers, strict=True):
+            [(alone, _)] = search.search(query[np.newaxis], k=10)
+            np.testing.assert_array_equal(alone, positions)
 
 
 def test_new_vectors_are_searched_exactly_beside_the_index(built):
@@ -321,6 +337,30 @@ def test_a_file_that_asks_for_more_memory_than_it_has_bytes_is_refused(index):
     entry = manifest.approximate.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(IndexFormatError, match="no index that this faiss reads"):
         read_cache(index.path, manifest, entry)
+
+
+def test_reading_a_cache_leaves_faiss_as_it_was_for_the_program_around_it(index, elastic, tmp_path):
+    larger = faiss.IndexFlatIP(64)
+    larger.add(np.zeros((20_000, 64), dtype=np.float32))
+    faiss.write_index(larger, str(tmp_path / "larger.faiss"))
+    index.set_search("sq")
+    Retriever.open(index.path, encoder=elastic)
+    assert faiss.read_index(str(tmp_path / "larger.faiss")).ntotal == 20_000
+
+
+def test_the_parameters_that_are_told_are_those_that_were_used(index):
+    parameters = index.set_search("ivfpq").index_parameters
+    manifest = index._snapshot.manifest
+    lists = faiss.extract_index_ivf(read_cache(index.path, manifest, manifest.approximate))
+    assert lists.nlist == parameters["lists"]
+
+
+def test_a_writer_whose_publication_failed_says_what_is_published(index, failing):
+    with index._writing() as writer:
+        before = writer.manifest
+        with failing("replace", at=0), pytest.raises(IngestError):
+            writer.publish_search("exact", reason="changed", approximate=None)
+        assert writer.manifest == before
 
 
 def test_a_writer_that_replaces_the_cache_while_it_is_read_does_no_harm(index, elastic, monkeypatch):
