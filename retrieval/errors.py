@@ -2,6 +2,7 @@
 
 MatVitError
 ├── IndexFormatError        not an index, a damaged one, or one of a newer format
+│   └── DamagedFileError    a file of it is missing, or is not what was written: reading it again would not help
 ├── IndexExistsError        an index cannot be created where something else already is
 ├── IndexLockedError        another process is writing to the index
 ├── EncoderMismatchError    an encoder of another embedding space than the index's
@@ -19,6 +20,10 @@ from matvit.errors import MatVitError
 
 class IndexFormatError(MatVitError):
     """A folder that holds no index, a damaged one, or one of a newer format."""
+
+
+class DamagedFileError(IndexFormatError):
+    """A file of an index that is missing, or is not what was written; not one that merely cannot be read now."""
 
 
 class IndexExistsError(MatVitError):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from matvit.durable import TEMPORARY
-from retrieval.errors import IndexFormatError, IngestError
+from retrieval.errors import DamagedFileError, IndexFormatError, IngestError
 
 RESTORE = "try matvit repair, which never makes it worse, or restore the index from a copy"
 
@@ -41,7 +41,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise IndexFormatError(what="a file of the index is missing", where=str(path), fix=RESTORE) from error
+        raise DamagedFileError(what="a file of the index is missing", where=str(path), fix=RESTORE) from error
     except OSError as error:
         raise IndexFormatError(
             what=f"a file of the index cannot be read ({error.strerror})",
@@ -110,6 +110,6 @@ class CheckedOnce:
         return self._path
 
 
-def damaged(path: Path, what: str) -> IndexFormatError:
+def damaged(path: Path, what: str) -> DamagedFileError:
     """The error for a file that fails a check."""
-    return IndexFormatError(what=f"the file {what}", where=str(path), fix=RESTORE)
+    return DamagedFileError(what=f"the file {what}", where=str(path), fix=RESTORE)

@@ -14,10 +14,11 @@ from matvit.durable import sync_folder, temporary_name
 from matvit.encoder import ElasticEncoder
 from matvit.progress import Progress, ProgressEvent
 from retrieval.encoders import describe
-from retrieval.errors import IndexFormatError, IngestError
-from retrieval.files import writing
+from retrieval.errors import DamagedFileError, IndexFormatError, IngestError
+from retrieval.files import reading, writing
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.manifest import (
+    CURRENT,
     SEGMENTS,
     EncoderEntry,
     Manifest,
@@ -27,7 +28,7 @@ from retrieval.manifest import (
     read_pointer,
 )
 from retrieval.reembed import EmbeddedAgain, embed_again
-from retrieval.snapshot import OpenSegment, Snapshot
+from retrieval.snapshot import OpenSegment, Snapshot, open_segment
 from retrieval.types import SkippedFile, UpgradeReport
 from retrieval.writer import Entry, GenerationWriter
 
@@ -63,9 +64,10 @@ class Upgrade:
     def run(self, *, drop_missing: bool) -> UpgradeReport:
         """Embed what is not staged yet; adopt it when it is all of the index, or may be less."""
         started = time.monotonic()
-        staged = self._open_staging()
-        self._staging = GenerationWriter(self._folder, staged.manifest)
+        self._staging = GenerationWriter(self._folder, self._open_staging())
         self._staging.clean()
+        self._drop_damaged()
+        staged = Snapshot.open(self._folder)
         known: Staged = {item.id: (segment, item) for segment, item in staged.live_items()}
         live = {item.id: item for _, item in self._snapshot.live_items()}
         self._drop_stale(known, live)
@@ -89,16 +91,24 @@ class Upgrade:
             seconds=time.monotonic() - started,
         )
 
-    def _open_staging(self) -> Snapshot:
-        """What an interrupted run for the same encoder has left, or an empty one."""
-        with suppress(IndexFormatError):
-            staged = Snapshot.open(self._folder)
-            if _same_gallery(staged.manifest.encoder, self._entry):
-                for segment in staged.segments:
-                    segment.embeddings()  # raises where they are damaged
+    def _open_staging(self) -> Manifest:
+        """What an interrupted run for the same encoder has left, or an empty one.
+
+        Raises IndexFormatError when that cannot be told: hours of work may lie there.
+        """
+        if _waits(self._folder):
+            try:
+                staged = read_manifest(self._folder, read_pointer(self._folder))
+            except DamagedFileError as error:
+                raise DamagedFileError(
+                    what=f"an interrupted upgrade cannot go on: {error.what}",
+                    where=error.where,
+                    fix=f"mend it with: matvit repair {self._folder}, or remove that folder to begin anew",
+                ) from error
+            if _same_gallery(staged.encoder, self._entry):
                 return staged
+        _discard(self._folder)
         with writing(self._folder):
-            shutil.rmtree(self._folder, ignore_errors=True)
             make_folders(self._folder)
             manifest = self._snapshot.manifest.model_copy(
                 update={
@@ -111,7 +121,24 @@ class Upgrade:
                 }
             )
             publish_manifest(self._folder, manifest)
-        return Snapshot.open(self._folder)
+        return manifest
+
+    def _drop_damaged(self) -> None:
+        """Forget staged segments that fail their hash: their pictures are embedded again."""
+        manifest, damaged = self._staging.manifest, set[str]()
+        for segment in manifest.segments:
+            try:
+                open_segment(self._folder, manifest, segment).embeddings()
+            except DamagedFileError:
+                damaged.add(segment.name)
+        if damaged:
+            self._staging.restore(
+                [],
+                instead_of=damaged,
+                deletions=manifest.deletions,
+                next_id=manifest.next_id,
+                generation=manifest.generation + 1,
+            )
 
     def _drop_stale(self, known: Staged, live: dict[int, Item]) -> None:
         """Forget staged items that the index has deleted since."""
@@ -177,13 +204,30 @@ def remove_adopted(folder: Path, manifest: Manifest) -> None:
     staging = folder / STAGING
     if not staging.is_dir():
         return
-    try:
-        staged = read_manifest(staging, read_pointer(staging))
-    except IndexFormatError:  # a creation or a removal that was killed: it can hardly be resumed
-        shutil.rmtree(staging, ignore_errors=True)
-        return
-    if _same_gallery(staged.encoder, manifest.encoder):
-        shutil.rmtree(staging, ignore_errors=True)
+    with suppress(IndexFormatError):  # what cannot be read now is not lost: whoever goes on with it is told
+        if not _waits(staging) or _same_gallery(
+            read_manifest(staging, read_pointer(staging)).encoder, manifest.encoder
+        ):
+            _discard(staging)
+
+
+def _waits(staging: Path) -> bool:
+    """Whether an upgrade is staged there. Without CURRENT it is what the kill of a creation or a removal has left."""
+    if not staging.is_dir():
+        return False
+    with reading(staging / CURRENT):
+        try:
+            (staging / CURRENT).lstat()
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def _discard(staging: Path) -> None:
+    with suppress(OSError):  # where the disk refuses, the next writer does it
+        (staging / CURRENT).unlink(missing_ok=True)
+        sync_folder(staging)  # before the rest goes: so no kill or loss of power leaves half of one that counts
+        shutil.rmtree(staging)
 
 
 def _same_gallery(one: EncoderEntry, other: EncoderEntry) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import retrieval.upgrade
-from retrieval import EncoderMismatchError, Index, IngestError, Retriever
+from retrieval import EncoderMismatchError, Index, IndexFormatError, IngestError, Retriever
+from retrieval.manifest import read_pointer
 
 
 @pytest.fixture
@@ -179,3 +184,102 @@ def test_an_upgrade_that_fails_at_any_step_leaves_one_whole_space(index, elastic
         assert ids(index, elastic, picture) == expected
     assert at >= 4
     assert ids(index, other, picture) == expected
+
+
+@pytest.fixture
+def staging(index, other, monkeypatch):
+    """What an interrupted upgrade has left: three segments of two pictures."""
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "batches_at_once", lambda: 1)
+    monkeypatch.setattr(retrieval.upgrade, "PUBLISH_ITEMS", 2)
+    other.fail_after = 8
+    with pytest.raises(KeyboardInterrupt):
+        index.upgrade(other)
+    other.fail_after = 10**9
+    return index.path / "upgrade"
+
+
+@contextmanager
+def refused(monkeypatch, folder):
+    """No file below `folder` can be read, since the process has too many open."""
+
+    def refusing(real):
+        def call(path, *arguments, **named):
+            if folder in path.parents:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), os.fspath(path))
+            return real(path, *arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "read_bytes"):
+            patch.setattr(Path, name, refusing(getattr(Path, name)))
+        yield
+
+
+def staged_segments(staging):
+    return len(Index.open(staging)._snapshot.segments)
+
+
+@pytest.mark.parametrize("part", ["generations", "segments"])
+def test_a_read_that_fails_once_discards_nothing_of_what_is_staged(index, photos, other, staging, monkeypatch, part):
+    before = staged_segments(staging)
+    with refused(monkeypatch, staging / part):
+        index.delete([photos / "4.png"])
+        with pytest.raises(IndexFormatError, match="Too many open files"):
+            index.upgrade(other)
+    assert staged_segments(staging) == before >= 2
+    report = index.upgrade(other)
+    assert report.published
+    assert report.resumed >= 3
+    assert index.verify() == []
+
+
+@pytest.mark.parametrize("name", ["embeddings.f32", "items.sqlite"])
+def test_only_damaged_segments_of_what_is_staged_are_embedded_again(
+    index, photos, elastic, other, staging, picture, name
+):
+    before = ids(index, elastic, picture)
+    path = next(path for path in sorted((staging / "segments").glob(f"*/{name}")) if path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    index.delete([photos / "4.png"])
+    assert path.exists()
+    other.encoded = 0
+    report = index.upgrade(other)
+    assert report.published
+    assert report.resumed >= 1
+    assert report.embedded == other.encoded == 9 - report.resumed
+    del before[photos / "4.png"]
+    assert ids(index, other, picture) == before
+    assert index.verify(sample=9) == []
+
+
+def test_a_staged_manifest_that_is_damaged_or_newer_is_told_and_kept(index, photos, other, staging):
+    pointer = read_pointer(staging)
+    path = staging / "generations" / pointer.name
+    whole, current = path.read_bytes(), (staging / "CURRENT").read_bytes()
+
+    newer = whole.replace(b'"format_version": 1', b'"format_version": 9')
+    path.write_bytes(newer)
+    (staging / "CURRENT").write_text(f"{pointer.name} {hashlib.sha256(newer).hexdigest()}\n")
+    index.delete([photos / "4.png"])
+    with pytest.raises(IndexFormatError, match="newer than the 1"):
+        index.upgrade(other)
+
+    (staging / "CURRENT").write_bytes(current)
+    path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    index.delete([photos / "5.png"])
+    with pytest.raises(IndexFormatError, match=r"cannot go on: .*; mend it with: matvit repair .*upgrade, or remove"):
+        index.upgrade(other)
+    assert Index.repair(staging).whole
+    report = index.upgrade(other)
+    assert report.published
+    assert report.resumed >= 2
+
+
+def test_what_a_killed_creation_or_removal_has_left_is_begun_anew(index, photos, other, staging):
+    (staging / "CURRENT").unlink()
+    report = index.upgrade(other)
+    assert (report.resumed, report.published) == (0, True)
