@@ -20,7 +20,7 @@ from matvit.pareto import EncoderChoice
 from matvit.preprocess import ImageSource
 from matvit.spec import SubmodelSpec
 from matvit_app import services
-from matvit_app.pareto import encoder_choices
+from matvit_app.pareto import bargain, encoder_choices
 from matvit_app.ui.comparison import DEPTH, Comparison, compare
 from matvit_app.ui.examples import Example, examples
 from matvit_app.ui.latency import STEPS, latency_chart
@@ -170,6 +170,7 @@ def _choose_encoder(encoder: MatViT) -> tuple[SubmodelSpec | None, int]:
     named = st.selectbox(
         "Encoder, and its share of XL's FLOPs",
         list(choices),
+        index=bargain(list(choices.values())),
         format_func=lambda name: _label(choices[name]),
         key="encoder",
     )

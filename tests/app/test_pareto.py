@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from matvit import MatViT
 from matvit.model import AxesConfig
 from matvit.pareto import EncoderChoice, pareto_front
-from matvit_app.pareto import encoder_choices
+from matvit_app.pareto import bargain, encoder_choices
 
 
 def choice(flops: float, recall: float | None, spec: str = "S") -> EncoderChoice:
@@ -89,3 +89,16 @@ def test_one_submodel_by_two_names_is_offered_once(model):
         ("L", None),
         ("XL", 0.8),
     ]
+
+
+@given(st.lists(st.builds(choice, few, st.none() | few), min_size=1, max_size=8))
+def test_the_bargain_is_the_cheapest_that_loses_at_most_a_point(choices):
+    found = choices[bargain(choices)]
+    recalls = [one.recall for one in choices if one.recall]
+    if not recalls:
+        assert found is choices[0]
+        return
+    assert found.recall >= max(recalls) - 0.01
+    assert not any(
+        one.recall and one.recall >= found.recall and one.relative_flops < found.relative_flops for one in choices
+    )
