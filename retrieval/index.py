@@ -185,8 +185,9 @@ class Index:
         with self._writing() as writer:
             run = Upgrade(self._snapshot, writer=writer, encoder=encoder, progress=progress)
             report = run.run(drop_missing=drop_missing)
-        if report.published:
-            self._encoder = encoder
+            if report.published:
+                self._encoder = encoder
+                _refresh_search(writer, progress=progress)
         return report
 
     @classmethod
@@ -212,9 +213,10 @@ class Index:
         """Choose how the index is searched: "exact", "hnsw", "ivfpq", "sq", or "auto" by size and memory.
 
         `max_ram`: bytes that the searched vectors may take; only "auto" looks at it. An approximate index is measured
-        on held-out vectors; if its recall@10 stays under 0.99 the index stays exact, which `index_reason` then says.
-        Later ingests build it again when a tenth has changed; until then, what is new is searched exactly beside it.
-        Raises IngestError (an unknown type, or the disk refuses), IndexFormatError or IndexLockedError.
+        on held-out vectors; if its recall@10 stays under 0.99, or there are fewer than 1,000 vectors, the index stays
+        exact, which `index_reason` then says. The wish is kept: later ingests and compactions choose again, and build
+        again when a tenth has changed; until then, what is new is searched exactly beside it.
+        Raises IngestError (an unknown type or limit, or the disk refuses), IndexFormatError or IndexLockedError.
         """
         from retrieval.backends import INDEX_TYPES
 
@@ -222,8 +224,13 @@ class Index:
             raise IngestError(
                 what=f"'{index_type}' is no index type", where="index_type", fix=f"use one of: {', '.join(known)}"
             )
+        if max_ram is not None and not 0 <= max_ram < 2**62:
+            raise IngestError(
+                what=f"{max_ram} is no number of bytes", where="max_ram", fix="give one from 0 on, or None"
+            )
+        limit = None if max_ram is None else int(max_ram)
         with self._writing() as writer:
-            _refresh_search(writer, index_type=index_type, max_ram=max_ram, progress=progress)
+            _refresh_search(writer, index_type=index_type, max_ram=limit, progress=progress)
         return self.info()
 
     def info(self) -> IndexInfo:

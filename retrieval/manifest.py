@@ -114,6 +114,14 @@ class ApproximateEntry(_Model):
         return sum(self.segments.values())
 
 
+class AskedEntry(_Model):
+    """How the index was asked to be searched: its type is chosen again when it grows or shrinks."""
+
+    type: Literal["auto", "exact", "hnsw", "ivfpq", "sq"]
+    max_ram: Count | None = None  # bytes that the searched vectors may take, for "auto"
+    chosen: IndexType  # the last time; the index stays exact where that type's recall is too low
+
+
 class Manifest(_Model):
     """One immutable published state of an index."""
 
@@ -124,6 +132,7 @@ class Manifest(_Model):
     encoder: EncoderEntry
     index_type: IndexType = "exact"
     index_reason: str | None = None  # why this type, when it was chosen or asked for
+    index_asked: AskedEntry | None = None  # None: nothing was
     approximate: ApproximateEntry | None = None  # None: every vector is compared
     roots: dict[str, Root]  # name -> absolute folder
     segments: tuple[SegmentEntry, ...]
@@ -138,6 +147,11 @@ class Manifest(_Model):
         if (self.index_type == "exact") != (self.approximate is None):
             raise ValueError("does not describe the index of its type")
         return self
+
+    @property
+    def asked(self) -> AskedEntry:
+        """How it is to be searched; where nothing was asked, as it is."""
+        return self.index_asked or AskedEntry(type=self.index_type, chosen=self.index_type)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

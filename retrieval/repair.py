@@ -124,7 +124,7 @@ class _Repair:
             read_cache(self._folder, writer.manifest, entry)
         except IndexFormatError as error:
             self._damage.append(f"{error.where}: {error.what}")
-        refresh(writer, index_type=None, max_ram=None, progress=self._progress)
+        refresh(writer, progress=self._progress)
 
     def _report(self, unnamed: int, *, generation: int, leftovers: int, whole: bool) -> RepairReport:
         return RepairReport(

@@ -116,6 +116,8 @@ class Upgrade:
                     "parent": None,
                     "created": datetime.now(UTC),
                     "encoder": self._entry,
+                    "index_type": "exact",
+                    "approximate": None,
                     "segments": (),
                     "deletions": {},
                 }

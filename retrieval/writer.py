@@ -24,6 +24,7 @@ from retrieval.manifest import (
     ITEMS,
     SEGMENTS,
     ApproximateEntry,
+    AskedEntry,
     DeletionsEntry,
     FileEntry,
     FileName,
@@ -112,10 +113,12 @@ class GenerationWriter:
                 deletions[name] = self.write_deletions(name, ids)
             self._publish(segments=segments, deletions=deletions, roots=dict(roots), next_id=next_id)
 
-    def publish_search(self, index_type: IndexType, *, reason: str, approximate: ApproximateEntry | None) -> None:
+    def publish_search(
+        self, index_type: IndexType, *, reason: str, asked: AskedEntry, approximate: ApproximateEntry | None
+    ) -> None:
         """Make one more generation that is searched in another way. Raises IngestError when the disk refuses."""
         with writing(self.folder):
-            self._publish(index_type=index_type, index_reason=reason, approximate=approximate)
+            self._publish(index_type=index_type, index_reason=reason, index_asked=asked, approximate=approximate)
 
     def merge_small(self) -> bool:
         """Make one segment of many small ones, as one more generation; False when there are not so many.
@@ -163,7 +166,8 @@ class GenerationWriter:
     def adopt(self, staged: Manifest) -> None:
         """Publish another encoder's gallery, whose segments lie in this index's folder already, as the next generation.
 
-        Raises IngestError when the disk refuses.
+        Every vector is compared until `refresh` builds the approximate index that was asked for: the old one is of
+        another space. Raises IngestError when the disk refuses.
         """
         with writing(self.folder):
             self._publish(
@@ -172,6 +176,9 @@ class GenerationWriter:
                 roots=staged.roots,
                 next_id=staged.next_id,
                 encoder=staged.encoder,
+                index_type="exact",
+                index_asked=self.manifest.asked.model_copy(update={"chosen": "exact"}),
+                approximate=None,
             )
 
     def restore(

@@ -53,7 +53,7 @@ def index(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="What the searched vectors may take, such as 500MB or 2GB; for --index-type auto.",
+            help="What the searched vectors may take, such as 500MB or 2GB: --index-type auto, now and when it grows.",
             show_default=False,
         ),
     ] = None,
@@ -73,6 +73,7 @@ def index(
     if index_type is not None and index_type not in (known := services.index_types()):
         raise typer.BadParameter(f"'{index_type}' is none of {', '.join(known)}", param_hint="--index-type")
     limit = None if max_ram is None else _bytes(max_ram)
+    index_type = index_type or (None if limit is None else "auto")
     try:
         with progress_bar() as progress:
             report = services.ingest(images, path=path, checkpoint=encoder, delete=delete, progress=progress)

@@ -26,7 +26,7 @@ from retrieval.errors import IndexFormatError, IndexWarning
 from retrieval.files import check_file, damaged, sha256_bytes, writing
 from retrieval.flat import FlatSearch
 from retrieval.items import IntArray
-from retrieval.manifest import CACHE, ApproximateEntry, IndexType, Manifest, read_pointer
+from retrieval.manifest import CACHE, ApproximateEntry, AskedEntry, IndexType, Manifest, read_pointer
 from retrieval.snapshot import Snapshot
 from retrieval.writer import GenerationWriter
 
@@ -70,36 +70,35 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
     )
 
 
-def refresh(writer: GenerationWriter, *, index_type: str | None, max_ram: int | None, progress: Progress) -> None:
+def refresh(
+    writer: GenerationWriter, *, progress: Progress, index_type: str | None = None, max_ram: int | None = None
+) -> None:
     """Publish the newest generation with an index of `index_type`, "auto" or a name of INDEX_TYPES.
 
-    None: the type that it has, built anew where the cache is missing, damaged or stale.
+    None: as was asked before, built where another type is chosen by now, or the cache is missing, damaged or stale.
     Raises IngestError when the disk refuses, IndexFormatError when embeddings are damaged.
     """
     snapshot = Snapshot.open(writer.folder)
     manifest = snapshot.manifest
-    if index_type is None:
-        if manifest.index_type == EXACT or not _is_stale(snapshot):
-            return
-        index_type, reason = manifest.index_type, manifest.index_reason or ""
-    else:
-        rows, dim = sum(len(segment.live_rows()) for segment in snapshot.segments), manifest.encoder.embedding_dim
-        chosen = choose(rows, dim, max_ram=max_ram) if index_type == "auto" else (index_type, "as asked")
-        index_type, reason = chosen
-        if (index_type, reason) == (manifest.index_type, manifest.index_reason) and not _is_stale(snapshot):
-            return
-    entry = None if index_type == EXACT else _build(snapshot, index_type, progress)
-    if entry is None and index_type != EXACT:
-        reason = f"{index_type} was left: recall@10 stays under {RECALL} ({reason})"
-        index_type = EXACT
-    writer.publish_search(cast(IndexType, index_type), reason=reason, approximate=entry)
+    before = manifest.asked
+    asked, limit = (before.type, before.max_ram) if index_type is None else (index_type, max_ram)
+    rows = sum(len(segment.live_rows()) for segment in snapshot.segments)
+    chosen, reason = choose(asked, rows, manifest.encoder.embedding_dim, max_ram=limit)
+    now = AskedEntry.model_validate({"type": asked, "max_ram": limit, "chosen": chosen})
+    was_left = manifest.index_type != chosen  # for its recall: tried again only when it is asked for again
+    if now == before and not _is_stale(snapshot) and (index_type is None or not was_left):
+        return
+    entry = None if chosen == EXACT else _build(snapshot, chosen, progress)
+    if entry is None and chosen != EXACT:
+        chosen, reason = EXACT, f"{chosen} was left: recall@10 stays under {RECALL} ({reason})"
+    writer.publish_search(cast(IndexType, chosen), reason=reason, asked=now, approximate=entry)
 
 
 def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> ApproximateEntry | None:
     kind, dim = KINDS[index_type], snapshot.manifest.encoder.embedding_dim
     arrays = [(segment.embeddings(), np.arange(segment.entry.rows)) for segment in snapshot.segments]
     raw = MappedRows(arrays, dim=dim)
-    built = build(kind, raw, progress=progress) if len(raw) else None
+    built = build(kind, raw, progress=progress)
     if built is None:
         return None
     names = [segment.entry.name for segment in snapshot.segments]
@@ -124,10 +123,9 @@ def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> Approxima
 def _is_stale(snapshot: Snapshot) -> bool:
     entry = snapshot.manifest.approximate
     if entry is None:
-        return snapshot.manifest.index_type != EXACT
-    path = snapshot.folder / CACHE / entry.file
+        return False
     try:
-        check_file(path, size=entry.bytes, sha256=entry.sha256)
+        read_cache(snapshot.folder, snapshot.manifest, entry)
     except IndexFormatError:
         return True
     live = sum(len(segment.live_rows()) for segment in snapshot.segments)

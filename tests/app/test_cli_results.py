@@ -428,7 +428,8 @@ def test_index_type_and_memory_choose_how_an_index_is_searched(run, photos, chec
     done = run("index", photos, "--index", path, "--encoder", checkpoint, "--index-type", "auto", "--max-ram", "1GB")
     assert done.code == 0
     assert "exact search (" in done.err
-    assert "of 1000 MB allowed)" in done.err
+    assert "of 1,000.0 MB allowed)" in done.err
+    assert "of 2,000.0 MB allowed)" in run("index", photos, "--index", path, "--max-ram", "2GB").err
     for arguments in (["--index-type", "tree"], ["--max-ram", "much"]):
         refused = run("index", photos, "--index", path, *arguments)
         assert (refused.code, refused.out) == (2, "")

@@ -167,7 +167,7 @@ def test_vectors_without_neighbours_are_no_case_for_a_quantiser():
     [
         (1_000, None, "exact"),
         (200_000, None, "exact"),
-        (1_000_000, None, "hnsw"),
+        (1_000_000, None, "ivfpq"),
         (100_000, 100_000_000, "sq"),
         (100_000, 10_000_000, "ivfpq"),
         (1_000_000, 1_000_000_000, "ivfpq"),
@@ -175,7 +175,18 @@ def test_vectors_without_neighbours_are_no_case_for_a_quantiser():
     ],
 )
 def test_auto_chooses_by_size_and_memory(rows, max_ram, expected):
-    assert choose(rows, 384, max_ram=max_ram)[0] == expected
+    assert choose("auto", rows, 384, max_ram=max_ram)[0] == expected
+
+
+def test_the_reason_says_when_nothing_fits_or_recall_cannot_be_measured():
+    assert (
+        choose("auto", 1_000_000, 384, max_ram=10**6)[1] == "1,000,000 vectors, 59.7 MB, more than the 1.0 MB allowed"
+    )
+    assert choose("hnsw", 999, 384, max_ram=None) == (
+        "exact",
+        "hnsw was left: its recall is measured from 1,000 vectors on (as asked)",
+    )
+    assert choose("hnsw", 1000, 384, max_ram=None) == ("hnsw", "as asked")
 
 
 def test_searches_of_many_threads_do_not_disturb_one_another(built):
@@ -244,7 +255,7 @@ def test_an_index_is_searched_as_it_was_set_and_says_so(index, elastic):
     assert index.verify() == []
     info = index.set_search("auto", max_ram=10**6)
     assert (info.index_type, info.recall_at_10) == ("exact", None)
-    assert info.index_reason == "1,500 vectors, 0 MB of 1 MB allowed"
+    assert info.index_reason == "1,500 vectors, 0.1 MB of 1.0 MB allowed"
 
 
 @pytest.mark.parametrize("index_type", KINDS)
@@ -359,7 +370,7 @@ def test_a_writer_whose_publication_failed_says_what_is_published(index, failing
     with index._writing() as writer:
         before = writer.manifest
         with failing("replace", at=0), pytest.raises(IngestError):
-            writer.publish_search("exact", reason="changed", approximate=None)
+            writer.publish_search("exact", reason="changed", asked=before.asked, approximate=None)
         assert writer.manifest == before
 
 
@@ -381,11 +392,63 @@ def test_a_writer_that_replaces_the_cache_while_it_is_read_does_no_harm(index, e
 
 def test_compaction_builds_the_index_again(index, elastic):
     index.set_search("sq")
-    index.delete(range(800))
+    index.delete(range(400))
     index.compact()
     search = Retriever.open(index.path, encoder=elastic)._gallery.vectors
     assert isinstance(search, ApproximateSearch)
     assert len(search._new) == 0
+
+
+def test_what_was_asked_for_is_heeded_again_when_the_index_grows_or_shrinks(index):
+    assert index.set_search("auto", max_ram=100_000).index_type == "exact"
+    with index._writing() as writer:
+        add(writer, 1000, seed=3)
+    index.compact()
+    info = index.info()
+    assert (info.index_type, info.index_reason) == ("sq", "2,500 vectors, 0.0 MB of 0.1 MB allowed")
+    generation = index.generation
+    index.compact()
+    assert index.generation == generation
+    index.delete(range(1600))
+    index.compact()
+    assert (index.info().index_type, index.verify()) == ("exact", [])
+    with index._writing() as writer:
+        add(writer, 1000, seed=4)
+    index.compact()
+    assert index.info().index_type == "sq"
+
+
+def test_a_type_whose_recall_is_too_low_is_tried_again_only_when_it_is_asked_for_again(index, monkeypatch):
+    tried = []
+    monkeypatch.setattr(cache, "build", lambda *arguments, **named: tried.append(arguments))
+    for _ in range(2):
+        info = index.set_search("sq")
+        assert info.index_type == "exact"
+        assert info.index_reason == "sq was left: recall@10 stays under 0.99 (as asked)"
+        index.compact()
+    assert len(tried) == 2
+
+
+def test_repair_and_the_next_writer_replace_a_cache_that_faiss_cannot_read_though_its_sha256_is_right(index):
+    for mend in (lambda: Index.repair(index.path).whole, lambda: index.set_search("sq").recall_at_10):
+        index.set_search("sq")
+        manifest = index._snapshot.manifest
+        file = index.path / "cache" / manifest.approximate.file
+        data = b"no faiss index"
+        file.write_bytes(data)
+        entry = manifest.approximate.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        with index._writing() as writer:
+            writer.publish_search("sq", reason="as asked", asked=manifest.asked, approximate=entry)
+        [problem] = index.verify()
+        assert "no index that this faiss reads" in problem
+        assert mend()
+        assert index.verify() == []
+
+
+@pytest.mark.parametrize("limit", [-1, 2**62, float("nan")])
+def test_a_limit_that_is_no_number_of_bytes_is_one_sentence(index, limit):
+    with pytest.raises(IngestError, match="is no number of bytes"):
+        index.set_search("auto", max_ram=limit)
 
 
 def test_an_unknown_type_is_one_sentence(index):

@@ -11,14 +11,22 @@ import pytest
 import retrieval
 from retrieval import Index, Retriever
 from retrieval.items import Item
-from retrieval.manifest import DeletionsEntry, EncoderEntry, FileEntry, Manifest, SegmentEntry
+from retrieval.manifest import (
+    ApproximateEntry,
+    AskedEntry,
+    DeletionsEntry,
+    EncoderEntry,
+    FileEntry,
+    Manifest,
+    SegmentEntry,
+)
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "formats" / "index.md"
 
 
 def test_every_field_and_column_is_documented():
-    models = Manifest, EncoderEntry, SegmentEntry, FileEntry, DeletionsEntry
+    models = Manifest, EncoderEntry, AskedEntry, ApproximateEntry, SegmentEntry, FileEntry, DeletionsEntry
     names = [name for model in models for name in model.model_fields] + [field.name for field in fields(Item)]
     text = DOCUMENT.read_text(encoding="utf-8")
     assert [name for name in names if f"`{name}`" not in text] == []

@@ -8,12 +8,14 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 import retrieval.upgrade
 from retrieval import EncoderMismatchError, Index, IndexFormatError, IngestError, Retriever
+from retrieval.backends import cache, choice
 from retrieval.manifest import read_pointer
 
 
@@ -59,6 +61,35 @@ class Turned:
 @pytest.fixture
 def other(elastic):
     return OtherElastic(elastic.in_another_space())
+
+
+@pytest.fixture
+def approximate(index, monkeypatch):
+    """The same, searched by an approximate index."""
+    monkeypatch.setattr(choice, "LEAST_ROWS", 1)
+    assert index.set_search("sq").index_type == "sq"
+    return index
+
+
+def test_an_upgrade_builds_the_approximate_index_again(approximate, other):
+    old = approximate._snapshot.manifest.approximate
+    approximate.upgrade(other)
+    manifest = approximate._snapshot.manifest
+    assert list(manifest.approximate.segments) == [segment.name for segment in manifest.segments]
+    assert (manifest.index_type, manifest.index_reason) == ("sq", "as asked")
+    assert [file.name for file in (approximate.path / "cache").iterdir()] == [manifest.approximate.file] != [old.file]
+    assert approximate.verify() == []
+
+
+def test_after_an_upgrade_that_was_stopped_before_it_built_every_vector_is_compared(approximate, other, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "build", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            approximate.upgrade(other)
+    assert approximate.info().index_type == "exact"
+    assert approximate.verify() == []
+    approximate.compact()
+    assert approximate.info().index_type == "sq"
 
 
 def ids(index, encoder, picture):
