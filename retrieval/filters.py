@@ -97,7 +97,7 @@ def _condition(name: str, asked: object) -> Condition:
         if any(isinstance(limit, bool) for _, limit in limits):
             raise _refused(name, "is compared with true or false", "compare with numbers or text")
         return Bounds(limits)
-    if isinstance(asked, Sequence | set | frozenset) and asked:
+    if isinstance(asked, Sequence | set | frozenset) and asked and not isinstance(asked, bytes | bytearray):
         return AnyOf(tuple(_checked(name, value) for value in asked))
     raise _refused(name, f"is asked to be {asked!r}", 'give a value, a list of values, or bounds such as {">=": 3}')
 

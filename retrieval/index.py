@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from operator import index
 from pathlib import Path
+from typing import SupportsIndex, cast
 
 from matvit.durable import TEMPORARY
 from matvit.encoder import ElasticEncoder
@@ -18,6 +19,7 @@ from retrieval.encoders import check_space, describe, load_encoder
 from retrieval.errors import IndexExistsError, IngestError
 from retrieval.files import keeping_lists, writing
 from retrieval.ingest import Ingest
+from retrieval.locations import absolute, location
 from retrieval.lock import NAME as LOCK
 from retrieval.lock import writer_lock
 from retrieval.manifest import (
@@ -40,6 +42,9 @@ from retrieval.types import CompactReport, IndexInfo, IngestReport, RepairReport
 from retrieval.upgrade import Upgrade, remove_adopted
 from retrieval.verify import verify_index
 from retrieval.writer import GenerationWriter
+
+Selected = int | str | os.PathLike[str]
+"""A picture's id, its file, or a folder around it."""
 
 
 class Index:
@@ -134,13 +139,13 @@ class Index:
         """
         return self._ingest(find_files(images), encoder=encoder, delete=delete, progress=progress)
 
-    def delete(self, items: Iterable[int | str | os.PathLike[str]]) -> int:
-        """Forget pictures and skipped files by id, by file, or by a folder around them; gives how many.
+    def delete(self, items: Selected | Iterable[Selected]) -> int:
+        """Forget pictures and skipped files by id, by file, or by a folder around them, one or several; gives how many.
 
         Durable when it returns, and at once for whoever opens the index or reloads. Files are not touched: an
         ingest that finds one again indexes it again, with a new id.
         Raises IngestError, and forgets nothing, when the index holds nothing of that id or path (an absolute path,
-        or one relative to the working directory), or cannot be written; IndexLockedError.
+        one relative to the working directory, or a URL), or cannot be written; IndexLockedError.
         """
         with self._writing() as writer:
             deleted = items_of(self._snapshot, items)
@@ -162,7 +167,7 @@ class Index:
             for left in writer.compact():
                 total = max(total, left)
                 progress(ProgressEvent(stage="compact", done=total - left, total=total, unit="segments"))
-            _refresh_search(writer, progress=progress)
+            _refresh_search(writer, self._snapshot, progress=progress)
             writer.clean()
         return CompactReport(
             segments_before=len(before.segments),
@@ -187,7 +192,7 @@ class Index:
             report = run.run(drop_missing=drop_missing)
             if report.published:
                 self._encoder = encoder
-                _refresh_search(writer, progress=progress)
+                _refresh_search(writer, self._snapshot, progress=progress)
         return report
 
     @classmethod
@@ -230,7 +235,7 @@ class Index:
             )
         limit = None if max_ram is None else int(max_ram)
         with self._writing() as writer:
-            _refresh_search(writer, index_type=index_type, max_ram=limit, progress=progress)
+            _refresh_search(writer, self._snapshot, index_type=index_type, max_ram=limit, progress=progress)
         return self.info()
 
     def info(self) -> IndexInfo:
@@ -256,7 +261,7 @@ class Index:
             report = run.run(delete=delete)
             while writer.merge_small():
                 pass
-            _refresh_search(writer, progress=progress)
+            _refresh_search(writer, snapshot, progress=progress)
         self._encoder = encoder
         return report
 
@@ -274,12 +279,11 @@ class Index:
                 self._snapshot = Snapshot.open(self.path, reuse=self._snapshot)
 
 
-def items_of(snapshot: Snapshot, wanted: Iterable[int | str | os.PathLike[str]]) -> dict[str, list[int]]:
+def items_of(snapshot: Snapshot, wanted: Selected | Iterable[Selected]) -> dict[str, list[int]]:
     """Ids of the wanted items that count, by segment. Raises IngestError for one that selects nothing."""
-    asked = [
-        os.path.abspath(os.fspath(item)) if isinstance(item, str | os.PathLike) else index(item)  # noqa: PTH100
-        for item in wanted
-    ]
+    several = isinstance(wanted, Iterable) and not isinstance(wanted, str | bytes | os.PathLike)
+    listed = cast(Iterable[object], wanted if several else [wanted])
+    asked = [_id_or_place(item) for item in listed]
     named, missing = set(asked), set(asked)
     folders = [item for item in named if isinstance(item, str)]
     found: dict[str, list[int]] = {}
@@ -297,12 +301,28 @@ def items_of(snapshot: Snapshot, wanted: Iterable[int | str | os.PathLike[str]])
     return found
 
 
+def _id_or_place(item: object) -> int | str:
+    if isinstance(item, str | os.PathLike) and (path := os.fspath(item)):
+        return absolute(location(path))
+    # A bool is an int to Python; numpy's integers are none, but mean one.
+    if isinstance(item, bool) or not isinstance(item, SupportsIndex):
+        raise IngestError(what=f"{item!r} is no id and no path", where="delete", fix="give ids, files or folders")
+    return index(item)
+
+
 def _refresh_search(
-    writer: GenerationWriter, *, progress: Progress, index_type: str | None = None, max_ram: int | None = None
+    writer: GenerationWriter,
+    before: Snapshot,
+    *,
+    progress: Progress,
+    index_type: str | None = None,
+    max_ram: int | None = None,
 ) -> None:
+    if index_type is None and writer.manifest.asked.type == "exact":
+        return
     from retrieval.backends.cache import refresh  # imports faiss
 
-    refresh(writer, index_type=index_type, max_ram=max_ram, progress=progress)
+    refresh(writer, reuse=before, index_type=index_type, max_ram=max_ram, progress=progress)
 
 
 def build_index(

@@ -23,7 +23,7 @@ from retrieval.pipeline import NO_EMBEDDING, Embedded, embed_all
 from retrieval.plan import Plan, Unchanged
 from retrieval.presence import Presence
 from retrieval.snapshot import Snapshot
-from retrieval.sources import Found, Roots, is_below
+from retrieval.sources import Found, Roots
 from retrieval.types import IngestReport, SkippedFile
 from retrieval.writer import Entry, GenerationWriter
 
@@ -92,17 +92,19 @@ class Ingest:
 
         And those of the named places, gone as well, that such items lay at or below.
         """
-        gone: dict[str, list[Known]] = {}
-        missing = [location(file.path) for file in self._found.missing]
+        gone: dict[int, Known] = {}
+        missing = {location(file.path) for file in self._found.missing}
         left: set[str] = set()
         is_there = Presence(self._found)
-        for known in self._known.all():
-            path = self._snapshot.file_name(known.item.place)
-            homes = [place for place in missing if path == place or is_below(path, [place])]
-            if (homes or is_below(path, self._found.scopes)) and not is_there(path, known.item):
-                gone.setdefault(known.item.content_sha256, []).append(known)
-                left.update(homes)
-        return gone, left
+        for place in sorted(missing.union(self._found.scopes)):
+            for known in self._known.at_or_below(place):
+                if known.item.id in gone or not is_there(self._snapshot.file_name(known.item.place), known.item):
+                    gone[known.item.id] = known
+                    left.update(missing.intersection([place]))
+        by_content: dict[str, list[Known]] = {}
+        for known in gone.values():
+            by_content.setdefault(known.item.content_sha256, []).append(known)
+        return by_content, left
 
     def _forget_gone(self) -> None:
         for known in chain.from_iterable(self._gone.values()):  # those that were not found elsewhere

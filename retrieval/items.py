@@ -78,18 +78,19 @@ class Picture(NamedTuple):
 _LEADS_OUT = (
     "instr(path, x'00') OR substr(path, 1, 1) = x'2f' OR instr(CAST('/' || path || '/' AS BLOB), CAST('/../' AS BLOB))"
 )
-_COLUMNS = ", ".join(field.name for field in fields(Item))
-_values = attrgetter(*(field.name for field in fields(Item)))  # astuple would copy each value, slowly
+_NAMES = tuple(field.name for field in fields(Item))
+COLUMNS = ", ".join(_NAMES)
+_values = attrgetter(*_NAMES)  # astuple would copy each value, slowly
 
 
 def write_items(path: Path, items: Iterable[Item]) -> None:
     """Make the file at `path`, synced. Raises sqlite3.Error or OSError when the disk refuses."""
-    marks = ", ".join("?" * len(fields(Item)))
+    marks = ", ".join("?" * len(_NAMES))
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA user_version = 1")
         connection.execute(_SCHEMA)
-        connection.executemany(f"INSERT INTO items ({_COLUMNS}) VALUES ({marks})", map(_values, items))  # noqa: S608
+        connection.executemany(f"INSERT INTO items ({COLUMNS}) VALUES ({marks})", map(_values, items))  # noqa: S608
     sync_file(path)
 
 
@@ -126,12 +127,12 @@ class ItemStore:
 
     def all(self) -> list[Item]:
         """Every item, by id."""
-        return [_item(values) for values in self._fetch(f"SELECT {_COLUMNS} FROM items ORDER BY id")]  # noqa: S608
+        return [item_of(values) for values in self._fetch(f"SELECT {COLUMNS} FROM items ORDER BY id")]  # noqa: S608
 
     def skipped(self) -> list[Item]:
         """The items without an embedding, by id."""
-        query = f"SELECT {_COLUMNS} FROM items WHERE status = '{SKIPPED}' ORDER BY id"  # noqa: S608
-        return [_item(values) for values in self._fetch(query)]
+        query = f"SELECT {COLUMNS} FROM items WHERE status = '{SKIPPED}' ORDER BY id"  # noqa: S608
+        return [item_of(values) for values in self._fetch(query)]
 
     def _fetch(self, query: str) -> list[Any]:
         # ro: a file that a writer has just removed is not made anew. immutable: no locks and no journal look-up, so
@@ -146,6 +147,6 @@ class ItemStore:
             ) from error
 
 
-def _item(values: tuple[object, ...]) -> Item:
-    named = dict(zip((field.name for field in fields(Item)), values, strict=True))
-    return Item(**named)  # type: ignore[arg-type]  # the table is STRICT: its columns have these types
+def item_of(values: Iterable[object]) -> Item:
+    """The item whose COLUMNS have these values."""
+    return Item(**dict(zip(_NAMES, values, strict=True)))  # type: ignore[arg-type]  # the table is STRICT

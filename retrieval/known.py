@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from retrieval.items import OK, Item
+from retrieval.items import COLUMNS, OK, Item, item_of
 from retrieval.manifest import ITEMS
 from retrieval.snapshot import OpenSegment, Snapshot
-
-_COLUMNS = ", ".join(field.name for field in fields(Item))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +31,7 @@ class KnownItems:
 
     def __init__(self, snapshot: Snapshot) -> None:
         """Raises sqlite3.Error when the disk refuses; the segments were checked when the snapshot was opened."""
+        self._roots = snapshot.manifest.roots
         self._segments = {segment.entry.name: segment for segment in snapshot.segments}
         self._connection = sqlite3.connect("", uri=True, isolation_level=None, check_same_thread=False)
         weakref.finalize(self, self._connection.close)
@@ -41,7 +41,7 @@ class KnownItems:
     def _fill(self) -> None:
         run = self._connection.execute
         run("PRAGMA journal_mode = OFF")
-        run(f"CREATE TABLE known (segment TEXT, {_COLUMNS})")
+        run(f"CREATE TABLE known (segment TEXT, {COLUMNS})")
         run("CREATE TABLE gone (id INTEGER PRIMARY KEY)")
         for name, segment in self._segments.items():
             uri = f"{(segment.folder / ITEMS).absolute().as_uri()}?immutable=1"
@@ -51,7 +51,7 @@ class KnownItems:
             self._connection.executemany(
                 "INSERT INTO gone VALUES (?)", ((number,) for number in segment.deleted.tolist())
             )
-            columns = f"?, {_COLUMNS}"
+            columns = f"?, {COLUMNS}"
             run(f"INSERT INTO known SELECT {columns} FROM one.items WHERE id NOT IN gone", (name,))  # noqa: S608
             run("COMMIT")
             run("DETACH one")
@@ -66,12 +66,24 @@ class KnownItems:
         """A picture with this content, the first by id."""
         return self._one(f"status = '{OK}' AND content_sha256 = ? ORDER BY id", content_sha256)
 
-    def all(self) -> Iterator[Known]:
-        """Every item, by place; in pieces, so that others may ask meanwhile."""
-        last = "", b""
-        while rows := self._rows("(root, path) > (?, ?) ORDER BY root, path LIMIT 1000", *last):
+    def at_or_below(self, place: str) -> Iterator[Known]:
+        """The items at an absolute place, inside it when it is a shard, or below it when it is a folder."""
+        inside = os.path.join(place, "")  # noqa: PTH118 - as text, like `is_below`
+        for name, folder in self._roots.items():
+            root = os.path.join(folder, "")  # noqa: PTH118
+            if root.startswith(inside):
+                yield from self._between(name, b"", None)
+            elif inside.startswith(root):
+                path = os.fsencode(inside[len(root) : -1].replace(os.sep, "/"))
+                for first, end in ((b"", b"\0"), (b"#", b"$"), (b"/", b"0")):  # each of these, and what begins with it
+                    yield from self._between(name, path + first, path + end)
+
+    def _between(self, root: str, first: bytes, end: bytes | None) -> Iterator[Known]:
+        """Items by path, from `first` to before `end`; in pieces, so that others may ask meanwhile."""
+        condition = "root = ? AND path >= ?" + ("" if end is None else " AND path < ?") + " ORDER BY path LIMIT 1000"
+        while rows := self._rows(condition, root, first, *(() if end is None else (end,))):
             yield from map(self._known, rows)
-            last = rows[-1][2], rows[-1][3]
+            first = rows[-1][3] + b"\0"  # the next path that there could be
 
     def _one(self, condition: str, *values: object) -> Known | None:
         rows = self._rows(f"{condition} LIMIT 1", *values)
@@ -79,9 +91,8 @@ class KnownItems:
 
     def _rows(self, condition: str, *values: object) -> list[tuple[str, int, str, bytes]]:
         with self._lock:
-            query = f"SELECT segment, {_COLUMNS} FROM known WHERE {condition}"  # noqa: S608
+            query = f"SELECT segment, {COLUMNS} FROM known WHERE {condition}"  # noqa: S608
             return self._connection.execute(query, values).fetchall()
 
     def _known(self, row: tuple[object, ...]) -> Known:
-        named = dict(zip((field.name for field in fields(Item)), row[1:], strict=True))
-        return Known(item=Item(**named), segment=self._segments[str(row[0])])  # type: ignore[arg-type]
+        return Known(item=item_of(row[1:]), segment=self._segments[str(row[0])])

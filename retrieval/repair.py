@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +120,13 @@ class _Repair:
         entry = writer.manifest.approximate
         if entry is None:
             return
+        damaged = False
         try:
             read_cache(self._folder, writer.manifest, entry)
         except IndexFormatError as error:
             self._damage.append(f"{error.where}: {error.what}")
-        refresh(writer, progress=self._progress)
+            damaged = True
+        refresh(writer, progress=self._progress, anew=damaged)
 
     def _report(self, unnamed: int, *, generation: int, leftovers: int, whole: bool) -> RepairReport:
         return RepairReport(
@@ -220,10 +222,10 @@ class _Repair:
             later.update(_live_ids(segment))
         return deletions
 
-    def _bring_back(self, damaged: Iterable[_Damaged], held: set[int]) -> Iterator[Entry]:
+    def _bring_back(self, damaged: Sequence[_Damaged], held: set[int]) -> Iterator[Entry]:
         pictures: list[Item] = []
         unproven: dict[int, str] = {}  # ids -> the content that their file must have
-        for segment in damaged:
+        for segment in reversed(damaged):  # where deletions are lost, the newest record of a picture counts
             for item in segment.items:
                 if item.id in held:
                     continue

@@ -27,6 +27,7 @@ from retrieval.flat import exact_scores
 from retrieval.gallery import Gallery
 from retrieval.items import IntArray
 from retrieval.locations import read_picture
+from retrieval.manifest import read_pointer
 from retrieval.queries import (
     PICTURE,
     Asked,
@@ -43,6 +44,7 @@ from retrieval.queries import (
 from retrieval.types import Duplicate, DuplicateGroup, Hit, Hits, Latency
 
 QueryEncoder = str | SubmodelSpec | ImageEncoder
+_ROUNDING = 1e-6  # the inner product of two embeddings of unit length in float32 may be so much less than it is
 
 
 class Retriever:
@@ -104,12 +106,14 @@ class Retriever:
         return self._encoder
 
     def reload(self) -> int:
-        """Move on to the generation that counts now; returns its number.
+        """Move on to the generation that counts now, at once if it is the same; returns its number.
 
         Raises IndexFormatError, or EncoderMismatchError when the folder now holds another encoder's index;
         the generation before is then kept.
         """
         with self._lock:
+            if read_pointer(self.path) == self._gallery.snapshot.pointer:
+                return self.generation
             gallery = Gallery.open(self.path, device=self._gallery.device, reuse=self._gallery.snapshot)
             if self._encoder is not None:
                 check_space(self._encoder.elastic, gallery.snapshot.manifest.encoder, index=self.path)
@@ -137,7 +141,8 @@ class Retriever:
         "auto" chooses by the checkpoint's table: the cheapest submodel that keeps `min_recall` of XL's recall@1 (0.98);
         with `max_latency_ms`, for preprocessing and encoding a picture on this machine, the one that finds most within
         it. None: "auto" where there is such a limit, else XL.
-        `k` None: all. `min_score`: only hits that score at least this.
+        `k` None: all. `min_score`: only hits that score at least this, to a millionth: float32 rounds embeddings, and
+        so a picture may score 0.9999999 with itself.
         `where`: only pictures whose metadata is so, such as {"label": ["cat", "dog"], "price": {">=": 3, "<": 5}}.
         `exclude_self`: not the query's own picture, nor files with the same content.
         Raises ImageError, SpecError, EncoderMismatchError, SearchError (an argument that cannot be meant, an id that
@@ -197,9 +202,9 @@ class Retriever:
     def duplicates(self, *, min_score: float | None = 0.95, progress: Progress = silent) -> list[DuplicateGroup]:
         """Groups of pictures that look the same, by the id of each group's first.
 
-        Linked are files of the same content, and pictures whose cosine similarity is at least `min_score` (None: the
-        former only); a group is all that links reach. Every pair is compared: time grows with the square of the
-        index, memory does not. Raises SearchError.
+        Linked are files of the same content, and pictures whose cosine similarity is at least `min_score`, to a
+        millionth (None: the former only); a group is all that links reach. Every pair is compared: time grows with
+        the square of the index, memory does not. Raises SearchError.
         """
         gallery, score = self._gallery, _score(min_score)
         same = (positions for positions in gallery.by_digest.values() if len(positions) > 1)
@@ -354,7 +359,7 @@ def _group(gallery: Gallery, positions: IntArray) -> DuplicateGroup:
 def _score(value: float | None) -> float | None:
     if value is not None and (isinstance(value, bool | str) or not -1 <= value <= 1):  # also refuses NaN
         raise SearchError(what=f"min_score is {value!r}", where="search", fix="give a number from -1 to 1")
-    return value
+    return None if value is None else value - _ROUNDING
 
 
 def _positive(value: int, *, name: str) -> int:

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, BinaryIO
 
 from matvit import tars
@@ -167,8 +167,7 @@ class Table:
     def groups(self) -> list[range]:
         """Row numbers of each row group: what is read at once."""
         sizes = [self.file.metadata.row_group(number).num_rows for number in range(self.file.num_row_groups)]
-        starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        return [range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
     def rows(self, groups: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The rows of these row groups."""

@@ -23,7 +23,7 @@ from retrieval.backends.gpu import gpu_knn, gpu_of
 from retrieval.backends.kinds import Setting
 from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning
-from retrieval.files import check_file, damaged, sha256_bytes, writing
+from retrieval.files import check_file, check_size, damaged, sha256_bytes, writing
 from retrieval.flat import FlatSearch
 from retrieval.items import IntArray
 from retrieval.manifest import CACHE, ApproximateEntry, AskedEntry, IndexType, Manifest, read_pointer
@@ -71,14 +71,22 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
 
 
 def refresh(
-    writer: GenerationWriter, *, progress: Progress, index_type: str | None = None, max_ram: int | None = None
+    writer: GenerationWriter,
+    *,
+    progress: Progress,
+    index_type: str | None = None,
+    max_ram: int | None = None,
+    anew: bool = False,
+    reuse: Snapshot | None = None,
 ) -> None:
     """Publish the newest generation with an index of `index_type`, "auto" or a name of INDEX_TYPES.
 
-    None: as was asked before, built where another type is chosen by now, or the cache is missing, damaged or stale.
+    None: as was asked before, built `anew`, or where another type is chosen by now, or the cache is missing, of another
+    size, or stale; it is read only where a type is asked for. Segments that `reuse`, an earlier generation, has checked
+    are not checked again.
     Raises IngestError when the disk refuses, IndexFormatError when embeddings are damaged.
     """
-    snapshot = Snapshot.open(writer.folder)
+    snapshot = Snapshot.open(writer.folder, reuse=reuse)
     manifest = snapshot.manifest
     before = manifest.asked
     asked, limit = (before.type, before.max_ram) if index_type is None else (index_type, max_ram)
@@ -86,7 +94,8 @@ def refresh(
     chosen, reason = choose(asked, rows, manifest.encoder.embedding_dim, max_ram=limit)
     now = AskedEntry.model_validate({"type": asked, "max_ram": limit, "chosen": chosen})
     was_left = manifest.index_type != chosen  # for its recall: tried again only when it is asked for again
-    if now == before and not _is_stale(snapshot) and (index_type is None or not was_left):
+    stale = anew or _is_stale(snapshot, thorough=index_type is not None)
+    if now == before and not stale and (index_type is None or not was_left):
         return
     entry = None if chosen == EXACT else _build(snapshot, chosen, progress)
     if entry is None and chosen != EXACT:
@@ -120,12 +129,15 @@ def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> Approxima
     )
 
 
-def _is_stale(snapshot: Snapshot) -> bool:
+def _is_stale(snapshot: Snapshot, *, thorough: bool) -> bool:
     entry = snapshot.manifest.approximate
     if entry is None:
         return False
     try:
-        read_cache(snapshot.folder, snapshot.manifest, entry)
+        if thorough:
+            read_cache(snapshot.folder, snapshot.manifest, entry)
+        else:
+            check_size(snapshot.folder / CACHE / entry.file, size=entry.bytes)
     except IndexFormatError:
         return True
     live = sum(len(segment.live_rows()) for segment in snapshot.segments)

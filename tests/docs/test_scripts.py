@@ -139,6 +139,7 @@ def test_ingest_measures_the_memory_of_a_first_and_a_second_run() -> None:
     assert done.returncode == 0, done.stderr
     [row] = json.loads(done.stdout)
     assert (row["size"], row["first"]["indexed"], row["again"]["indexed"]) == (30, 30, 0)
+    assert row["one more"]["indexed"] == 1
     assert row["first"]["peak"] >= row["first"]["held"] >= row["first"]["before"] > 0
 
 

@@ -327,6 +327,13 @@ def test_the_next_writer_builds_a_damaged_cache_again(damaged, elastic):
     assert isinstance(Retriever.open(index.path, encoder=elastic)._gallery.vectors, ApproximateSearch)
 
 
+def test_one_more_picture_does_not_read_the_cache(index, tmp_path, elastic, picture, monkeypatch):
+    index.set_search("sq")
+    (tmp_path / "one.png").write_bytes(picture(1))
+    monkeypatch.setattr(cache, "check_file", None)
+    assert index.ingest(tmp_path / "one.png", encoder=elastic).indexed == 1
+
+
 def test_a_cache_of_other_segments_is_no_cache_of_this_index(index):
     index.set_search("sq")
     manifest = index._snapshot.manifest

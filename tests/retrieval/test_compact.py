@@ -45,6 +45,20 @@ def test_a_file_that_is_still_there_comes_back_with_a_new_id(index, photos, elas
     assert new > max(9, old)
 
 
+def test_one_picture_or_folder_is_deleted_without_a_list(index, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    assert [index.delete(one) for one in ("1.png", photos / "2.png", np.int64(3), 4, "sub/")] == [1, 1, 1, 1, 3]
+    assert {path.name for path in Retriever.open(index.path).paths().values()} == {"0.png", "5.png", "6.png"}
+
+
+@pytest.mark.parametrize("nonsense", [True, b"0.png", "", 1.5, None])
+def test_what_is_no_id_and_no_path_deletes_nothing(index, nonsense):
+    for items in (nonsense, [nonsense]):
+        with pytest.raises(IngestError, match="is no id and no path; give ids"):
+            index.delete(items)
+    assert index.info().items == 10
+
+
 @pytest.mark.parametrize("unknown", [77, "no.png", Path("/photos")])
 def test_nothing_is_deleted_when_one_of_them_is_not_there(index, photos, unknown):
     with pytest.raises(IngestError, match=f"holds no (item with id|file) .*{unknown}"):

@@ -6,13 +6,20 @@ import os
 import shutil
 import sqlite3
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import retrieval.ingest
+import retrieval.snapshot
 from retrieval import EmbeddingError, EncoderMismatchError, Index, IngestError, Retriever
+from retrieval.items import Item, write_items
+from retrieval.known import KnownItems
 from retrieval.loading import Loader
+from retrieval.sources import is_below
 
 
 def counts(report):
@@ -42,6 +49,43 @@ def test_a_rerun_embeds_nothing_and_publishes_nothing(index, photos, elastic, mo
     generation = index.generation
     assert counts(index.ingest(photos)) == (0, 10, 0, 0)
     assert index.generation == generation
+
+
+def test_one_more_picture_costs_nothing_of_the_others(index, tmp_path, elastic, picture, monkeypatch):
+    (tmp_path / "one.png").write_bytes(picture(77))
+    looked_at, opened = [], []
+    for module, name, seen in ((KnownItems, "_known", looked_at), (retrieval.snapshot, "open_segment", opened)):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, seen=seen: seen.append(a[-1]) or real(*a))
+    monkeypatch.setattr("retrieval.backends.cache.refresh", None)  # the index is exact: there is nothing to build
+    assert counts(index.ingest(tmp_path / "one.png")) == (1, 0, 0, 0)
+    assert looked_at == []
+    assert [entry.items for entry in opened] == [1]
+
+
+PARTS = ("a", "a-b", "a.tar", "a.tar#", "a#b", "b", "\udcff")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    paths=st.sets(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), min_size=1, max_size=25),
+    place=st.lists(st.sampled_from(PARTS), max_size=3).map(lambda parts: "/".join(["/photos", *parts])),
+)
+def test_what_lies_at_or_below_a_place_is_found_under_every_root(tmp_path_factory, paths, place):
+    folder = tmp_path_factory.mktemp("items")
+    roots = {"all": "/photos", "deep": "/photos/a"}
+    places = {(name, path) for name in roots for path in paths}
+    items = [
+        Item(id=n, root=root, path=os.fsencode(path), content_sha256="", size=0, mtime_ns=0, width=None, height=None,
+             status="skipped", reason="", row=None)
+        for n, (root, path) in enumerate(sorted(places))
+    ]  # fmt: skip
+    write_items(folder / "items.sqlite", items)
+    segment = SimpleNamespace(entry=SimpleNamespace(name="one"), folder=folder, deleted=np.empty(0, dtype=np.int64))
+    known = KnownItems(SimpleNamespace(segments=[segment], manifest=SimpleNamespace(roots=roots)))
+    files = {item.id: os.path.join(roots[item.root], os.fsdecode(item.path)) for item in items}  # noqa: PTH118
+    found = [known.item.id for known in known.at_or_below(place)]
+    assert sorted(found) == [n for n, file in files.items() if file == place or is_below(file, [place])]
 
 
 def test_a_changed_file_keeps_its_id_and_only_its_new_content_is_found(index, photos, elastic, picture):

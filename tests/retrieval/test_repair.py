@@ -148,6 +148,19 @@ def test_lost_deletions_are_told_and_ids_stay_single(index, photos, elastic, pic
     assert (found[0].path.name, round(found[0].score, 5)) == ("1.png", 1.0)
 
 
+def test_of_two_damaged_records_of_one_picture_the_newer_counts(index, photos, elastic, picture):
+    (photos / "3.png").write_bytes(picture(3))  # its deletion will be lost
+    (photos / "1.png").rename(photos / "moved.png")
+    index.ingest(photos, encoder=elastic, delete=True)
+    for path in (index.path / "deletions").iterdir():
+        path.unlink()
+    for path in index.path.glob("segments/*/embeddings.f32"):
+        flip(path, 5)
+    report = Index.repair(index.path, encoder=elastic)
+    assert (report.whole, report.lost) == (True, ())
+    assert "moved.png" in {hit.path.name for hit in contents(index, elastic, picture)[0]}
+
+
 def test_a_truncated_manifest_falls_back_to_an_older_generation_and_says_so(index, photos, elastic):
     os.truncate(manifest_of(index), 100)
     before = files_of(index)

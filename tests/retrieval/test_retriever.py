@@ -16,6 +16,7 @@ from PIL import Image
 import matvit
 from matvit import CheckpointError, ImageError, SpecError
 from retrieval import EncoderMismatchError, Hits, Index, IndexFormatError, Retriever, SearchError
+from retrieval.gallery import Gallery
 
 
 @pytest.fixture
@@ -208,6 +209,11 @@ def test_a_reader_stays_on_its_generation_until_it_reloads(index, retriever, pho
     assert retriever.reload() == 3
     fresh = retriever.search(picture(70), k=99)
     assert (fresh.generation, fresh[0].path.name, len(fresh)) == (3, "new.png", 10)
+
+
+def test_a_reload_without_news_reads_nothing_again(index, retriever, monkeypatch):
+    monkeypatch.setattr(Gallery, "open", None)
+    assert retriever.reload() == index.generation == 2
 
 
 def test_an_index_that_was_replaced_by_another_encoders_is_noticed(index, retriever, elastic, photos, picture):

@@ -90,7 +90,7 @@ def test_filtered_range_and_item_search_equal_brute_force(seed, count, k, min_sc
             keep &= [digest != gallery.digests[row] for digest in gallery.digests]
         scores = exact_scores(vectors, vectors[row])
         if min_score is not None:
-            keep &= scores >= min_score
+            keep &= scores >= min_score - 1e-6
         hits = retriever.search(int(gallery.ids[row]), k=k, min_score=min_score, where=where, exclude_self=exclude_self)
         assert found(hits) == ranked(gallery.ids, scores, keep, k)
         assert all(hit.metadata["label"] in present for hit in hits)
@@ -131,7 +131,7 @@ def test_duplicates_are_the_connected_components_of_all_pairs(seed, count, min_s
     retriever, gallery, vectors, _ = made(seed, count)
     alike = np.array([[a == b for a in gallery.digests] for b in gallery.digests])
     if min_score is not None:
-        alike |= np.array([exact_scores(vectors, vector) for vector in vectors]) >= min_score
+        alike |= np.array([exact_scores(vectors, vector) for vector in vectors]) >= min_score - 1e-6
     reach = alike
     for _ in range(7):  # 2^7 steps: further than 60 pictures reach
         reach = reach.astype(int) @ reach.astype(int) > 0
@@ -140,6 +140,17 @@ def test_duplicates_are_the_connected_components_of_all_pairs(seed, count, min_s
         patch.setattr("retrieval.duplicates._BLOCK", block)
         answer = retriever.duplicates(min_score=min_score)
     assert [tuple(picture.id for picture in group) for group in answer] == sorted(groups)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_picture_scores_at_least_one_with_itself_and_with_its_copies(seed):
+    retriever, gallery, vectors, _ = made(seed, 60)
+    assert min(exact_scores(vectors, vector)[row] for row, vector in enumerate(vectors)) < 1.0
+    for number in gallery.ids.tolist():
+        assert number in [hit.id for hit in retriever.search(number, k=None, min_score=1.0)]
+    grouped = {picture.id for group in retriever.duplicates(min_score=1.0) for picture in group}
+    copied = {a for a, v in enumerate(vectors) if sum((v == other).all() for other in vectors) > 1}
+    assert {int(gallery.ids[row]) for row in copied} <= grouped
 
 
 def test_duplicates_of_many_equal_pictures_are_one_group():
@@ -228,6 +239,7 @@ def test_copies_are_found_by_their_content(retriever):
         (0, {"where": "label"}, "where: where is a str; give"),
         (0, {"where": {"lable": "dog"}}, "where: no picture has 'lable'; use one of: label"),
         (0, {"where": {"label": []}}, "where: 'label' is asked to be []; give"),
+        (0, {"where": {"label": b"dog"}}, "where: 'label' is asked to be b'dog'; give"),
         (0, {"where": {"label": None}}, "where: 'label' is asked to be None; give"),
         (0, {"where": {"label": {"=": 3}}}, "where: 'label' is compared by '='; use one of <, <=, >, >="),
         (0, {"where": {"label": {}}}, "where: 'label' has no bound; give"),
