@@ -8,6 +8,7 @@ MatVitError
 ├── EncoderMismatchError    an encoder of another embedding space than the index's
 ├── EmbeddingError          an encoder that gave something other than finite unit-length vectors
 ├── IngestError             pictures that cannot be found, or an index that cannot be written
+│   └── DiskRefusalError    the disk refuses a write: what is not published yet would be refused again
 └── SearchError             a search that cannot be carried out, such as k = 0
 
 IndexWarning (a UserWarning): an index answers rightly, but not as it should.
@@ -44,6 +45,10 @@ class EmbeddingError(MatVitError):
 
 class IngestError(MatVitError):
     """Pictures that cannot be found, or an index that cannot be written."""
+
+
+class DiskRefusalError(IngestError):
+    """The disk refuses to write the index."""
 
 
 class SearchError(MatVitError, ValueError):

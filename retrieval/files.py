@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from matvit.durable import TEMPORARY
-from retrieval.errors import DamagedFileError, IndexFormatError, IngestError
+from retrieval.errors import DamagedFileError, DiskRefusalError, IndexFormatError, IngestError
 
 RESTORE = "try matvit repair, which never makes it worse, or restore the index from a copy"
 
@@ -52,12 +52,12 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a disk's refusal (full, read-only, gone) into IngestError."""
+    """Turn a disk's refusal (full, read-only, gone) into DiskRefusalError."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise IngestError(
+        raise DiskRefusalError(
             what=f"the index cannot be written ({reason})",
             where=str(folder),
             fix="make room or mend the permissions, then run the same again: nothing that was published is lost",

@@ -14,7 +14,7 @@ import numpy as np
 from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
-from retrieval.errors import IngestError
+from retrieval.errors import DiskRefusalError
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.known import Known, KnownItems
 from retrieval.loading import Loaded, Task
@@ -68,7 +68,7 @@ class Ingest:
         try:
             self._read_and_encode()
             self._forget_gone()
-        except IngestError:  # the disk refuses: it would refuse again
+        except DiskRefusalError:  # it would refuse again
             raise
         except BaseException:
             self._writer.catch_up()

@@ -59,7 +59,7 @@ def split_member(place: str) -> tuple[str, str | None]:
 
 
 def status_of(place: str) -> Status:
-    """Size and time of a file or URL. Raises OSError."""
+    """Size and time of a file or URL. Raises OSError, or what `filesystem` raises."""
     if is_url(place):
         system, path = filesystem(place)
         with remote_errors():
@@ -134,7 +134,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise IngestError(
             what=f"this store cannot be read ({one_line(str(error))})",
             where=url,
-            fix="install it, or copy the files here",
+            fix="install its package, or copy the files here",
         ) from error
     return system, path
 
@@ -242,7 +242,9 @@ def one_line(reason: str) -> str:
     return " ".join(reason.encode("utf-8", "replace").decode("utf-8").replace("\0", "").split())[:300]
 
 
-def os_reason(error: OSError) -> str:
+def os_reason(error: OSError | MatVitError) -> str:
     """A short reason for a person."""
+    if isinstance(error, MatVitError):
+        return f"{error.what}; {error.fix}"
     known = {FileNotFoundError: "no such file", PermissionError: "may not be read"}
-    return known.get(type(error)) or f"cannot be read ({error.strerror or type(error).__name__})"
+    return known.get(type(error)) or f"cannot be read ({error.strerror or str(error) or type(error).__name__})"

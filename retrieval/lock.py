@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from retrieval.errors import IndexLockedError
+from retrieval.errors import IndexLockedError, IngestError
 from retrieval.files import writing
 
 NAME = "writer.lock"
+_HELD = {errno.EWOULDBLOCK, errno.EACCES}  # how the two systems say that another has the lock
 
 
 @contextmanager
@@ -24,6 +26,12 @@ def writer_lock(folder: Path) -> Iterator[None]:
         try:
             _lock(descriptor)
         except OSError as error:
+            if error.errno not in _HELD:
+                raise IngestError(
+                    what=f"the index cannot be locked for writing ({error.strerror})",
+                    where=str(folder),
+                    fix="put it where the file system has locks, such as a local disk",
+                ) from error
             holder = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
             raise IndexLockedError(
                 what=f"process {holder} is writing to this index",

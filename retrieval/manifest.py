@@ -27,6 +27,7 @@ IndexType = Literal["exact", "hnsw", "ivfpq", "sq"]
 FileName = Literal["embeddings.f32", "items.sqlite"]  # of a segment
 
 FORMAT_VERSION = 1
+ATTEMPTS = 20  # to read a generation before a writer replaces it
 CURRENT = "CURRENT"
 GENERATIONS = "generations"
 SEGMENTS = "segments"
@@ -208,14 +209,27 @@ def _no_index(folder: Path) -> IndexFormatError:
 
 
 def read_current(folder: Path, read: Callable[[Pointer], T]) -> T:
-    """`read` what CURRENT names; anew when a writer moved on meanwhile, since it removes what it replaced."""
-    while True:
+    """`read` what CURRENT names; anew when a writer moved on meanwhile, since it removes what it replaced.
+
+    Raises IndexFormatError when that happens ATTEMPTS times, and what `read` raises when nothing moved.
+    """
+    for _ in range(ATTEMPTS):
         pointer = read_pointer(folder)
         try:
             return read(pointer)
         except IndexFormatError:
             if read_pointer(folder) == pointer:
                 raise
+    raise restless(folder)
+
+
+def restless(folder: Path) -> IndexFormatError:
+    """The error for an index whose generation is replaced each time before it is read."""
+    return IndexFormatError(
+        what=f"a writer replaced what was being read {ATTEMPTS} times in a row",
+        where=str(folder),
+        fix="run the same again when it is done",
+    )
 
 
 def read_manifest(folder: Path, pointer: Pointer) -> Manifest:

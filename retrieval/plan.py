@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from matvit.errors import MissingExtraError
 from matvit.preprocess import MAX_FILE_BYTES
+from retrieval.errors import IngestError
 from retrieval.known import Known, KnownItems
 from retrieval.loading import Task
 from retrieval.locations import Open, Status, is_url, open_with_status, os_reason, status_of
@@ -43,7 +45,7 @@ class Plan:
         for file in self._found.files():
             try:
                 status = file.status or status_of(file.path)
-            except OSError as error:
+            except (OSError, IngestError, MissingExtraError) as error:  # a list may name stores that are not known here
                 yield _skip(file.path, os_reason(error))
                 continue
             if not status.regular:

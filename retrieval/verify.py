@@ -15,7 +15,7 @@ from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, is_unit, load_encoder
 from retrieval.errors import EncoderMismatchError, IndexFormatError
 from retrieval.items import OK
-from retrieval.manifest import Manifest, read_current, read_manifest, read_pointer
+from retrieval.manifest import ATTEMPTS, Manifest, read_current, read_manifest, read_pointer, restless
 from retrieval.reembed import embed_again
 from retrieval.snapshot import OpenSegment, Snapshot, open_segment
 from retrieval.types import VerifyReport
@@ -33,12 +33,14 @@ def verify_index(
     `encoder`, or the one that built the index. Raises MissingExtraError without torch, if that is needed.
     """
     try:
-        while True:
+        for _ in range(ATTEMPTS):
             pointer = read_pointer(folder)
             manifest = read_current(folder, lambda now: read_manifest(folder, now))
             problems = _problems_of(folder, manifest, progress)
             if not problems or read_pointer(folder) == pointer:  # or else a writer removed what it replaced
                 break
+        else:
+            raise restless(folder)
         if problems or not sample:
             return VerifyReport(problems=tuple(problems), sampled=0, unusable=0)
         return _check_sample(Snapshot.open(folder), size=sample, encoder=encoder, progress=progress)

@@ -55,6 +55,21 @@ def test_a_text_list_names_pictures_relative_to_itself(photos, build):
     assert (missing.path, missing.reason) == (photos / "gone.png", "no such file (line 5 of list.txt)")
 
 
+@pytest.mark.parametrize("fsspec", [True, False])
+def test_a_line_that_names_a_store_that_is_not_known_is_skipped_like_any_other(photos, build, monkeypatch, fsspec):
+    if fsspec:
+        pytest.importorskip("fsspec")
+    else:
+        monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    (photos / "list.txt").write_text("1.png\n2.png\nweird://x/a.jpg\n3.png\n")
+    index = build(photos / "list.txt")
+    assert metadata(index).keys() == {"1.png", "2.png", "3.png"}
+    report = index.ingest(photos / "list.txt")
+    [skipped] = report.skipped
+    assert (report.unchanged, location(skipped.path)) == (3, "weird://x/a.jpg")
+    assert ("Protocol not known: weird" if fsspec else "run: pip install") in skipped.reason
+
+
 def test_a_csv_list_gives_metadata_and_numbers_are_numbers(photos, build):
     (photos / "list.csv").write_text("label,path,price,code\ncat,1.png,2.5,007\ndog,2.png,3,12\n,3.png,,\n")
     index = build([photos, photos / "list.csv"])  # whichever comes first

@@ -112,6 +112,23 @@ def test_a_file_changed_and_changed_back_is_found_again(index, photos, elastic, 
     assert id_of(index.path, elastic, picture(3))[1] == path
 
 
+def test_what_was_encoded_before_an_error_that_is_not_the_disks_is_published(tmp_path, photos, elastic, monkeypatch):
+    def encode(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) > 2:
+            raise IngestError(what="the remote encoder is gone", where="encoder", fix="start it")
+        return real(self, pixels)
+
+    calls, real = [], type(elastic.encoder()).encode
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "batches_at_once", lambda: 1)
+    monkeypatch.setattr(type(elastic.encoder()), "encode", encode)
+    with pytest.raises(IngestError, match="the remote encoder is gone"):
+        index.ingest(photos)
+    assert index.info().items == 4
+
+
 def test_a_touched_file_with_equal_content_is_unchanged_and_then_not_even_read(index, photos, elastic, monkeypatch):
     os.utime(photos / "3.png", ns=(1, 1))
     assert counts(index.ingest(photos)) == (0, 10, 0, 0)

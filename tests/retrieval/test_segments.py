@@ -11,7 +11,7 @@ import pytest
 import retrieval.snapshot
 from retrieval import Index, IndexFormatError, Retriever
 from retrieval.items import ItemStore
-from retrieval.manifest import read_manifest, read_pointer
+from retrieval.manifest import publish_manifest, read_manifest, read_pointer
 from retrieval.writer import MERGE_SEGMENTS, GenerationWriter
 
 
@@ -122,6 +122,21 @@ def test_verify_while_a_writer_replaces_every_segment_finds_no_problem(index, ph
     open_segment = retrieval.verify.open_segment
     monkeypatch.setattr(retrieval.verify, "open_segment", replaced_meanwhile)
     assert index.verify() == []
+
+
+def test_a_writer_that_never_rests_is_told_after_some_attempts(index, photos, picture, monkeypatch):
+    def replaced(folder, manifest, entry):
+        shutil.rmtree(folder / "segments" / entry.name, ignore_errors=True)
+        publish_manifest(folder, manifest.model_copy(update={"generation": manifest.generation + 1}))
+        return open_segment(folder, manifest, entry)
+
+    open_segment = retrieval.snapshot.open_segment
+    monkeypatch.setattr(retrieval.snapshot, "open_segment", replaced)
+    monkeypatch.setattr(retrieval.verify, "open_segment", replaced)
+    with pytest.raises(IndexFormatError, match="replaced what was being read 20 times in a row; run the same again"):
+        Index.open(index.path)
+    [problem] = index.verify()
+    assert "20 times in a row" in problem
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
