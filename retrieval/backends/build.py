@@ -13,7 +13,7 @@ from matvit.threads import limited
 from retrieval.backends.approximate import ApproximateSearch
 from retrieval.backends.kinds import Kind, Setting
 from retrieval.backends.rows import MappedRows
-from retrieval.flat import FlatSearch
+from retrieval.exact import Found, exact_search
 from retrieval.items import IntArray
 
 RECALL = 0.99  # of the ten nearest, at least so many are found
@@ -68,14 +68,17 @@ def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
 def _measure(
     kind: Kind, index: Any, raw: MappedRows, rest: IntArray, queries: FloatArray
 ) -> tuple[Setting, float] | None:
-    exact = FlatSearch(rest, raw.blocks(rest, _BLOCK), dim=index.d)
-    truth = [set(rest[positions].tolist()) for positions, _ in exact.search(queries, k=_K)]
-    places = np.arange(len(rest), dtype=np.int64)
+    own, places, truth = raw.subset(rest), np.arange(len(rest), dtype=np.int64), list[set[int]]()
     for setting in kind.settings():
-        search = ApproximateSearch(rest, raw.subset(rest), index=index, kind=kind, setting=setting, positions=places)
-        answers = [set(rest[positions].tolist()) for positions, _ in search.search(queries, k=_K)]
+        search = ApproximateSearch(rest, own, index=index, kind=kind, setting=setting, positions=places)
+        truth = truth or _sets(exact_search(search, queries, ids=rest, k=_K))  # reads the rows, but keeps none
+        answers = _sets(search.search(queries, k=_K))
         recalls = np.array([len(a & t) / len(t) for a, t in zip(answers, truth, strict=True)])
         # Other queries may fare worse than these: by chance alone, a standard error.
         if recalls.mean() - recalls.std() / len(recalls) ** 0.5 >= RECALL:
             return setting, float(recalls.mean())
     return None
+
+
+def _sets(found: list[Found]) -> list[set[int]]:
+    return [set(positions.tolist()) for positions, _ in found]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from typing import Any, cast
 import faiss
 import numpy as np
 
-from matvit.durable import write_atomic
+from matvit.durable import sync_file, sync_folder, temporary_name
 from matvit.progress import Progress
 from retrieval.backends import EXACT, KINDS
 from retrieval.backends.approximate import ApproximateSearch
@@ -23,7 +24,7 @@ from retrieval.backends.gpu import gpu_knn, gpu_of
 from retrieval.backends.kinds import Setting
 from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning
-from retrieval.files import check_file, check_size, damaged, sha256_bytes, writing
+from retrieval.files import check_file, check_size, damaged, sha256_bytes, sha256_file, writing
 from retrieval.flat import FlatSearch
 from retrieval.items import IntArray
 from retrieval.manifest import CACHE, ApproximateEntry, AskedEntry, IndexType, Manifest, read_pointer
@@ -111,15 +112,12 @@ def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> Approxima
     if built is None:
         return None
     names = [segment.entry.name for segment in snapshot.segments]
-    data = faiss.serialize_index(built.index).tobytes()
-    sha256 = sha256_bytes(data)
-    file = f"{sha256_bytes(' '.join((*names, sha256)).encode('ascii'))[:16]}.faiss"
     with writing(snapshot.folder):
-        (snapshot.folder / CACHE).mkdir(exist_ok=True)
-        write_atomic(snapshot.folder / CACHE / file, data)
+        path, sha256 = _write(built.index, snapshot.folder / CACHE, names)
+        size = path.stat().st_size
     return ApproximateEntry(
-        file=file,
-        bytes=len(data),
+        file=path.name,
+        bytes=size,
         sha256=sha256,
         segments={segment.entry.name: segment.entry.rows for segment in snapshot.segments},
         parameters=built.parameters,
@@ -127,6 +125,31 @@ def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> Approxima
         depth=built.setting.depth,
         recall_at_10=built.recall,
     )
+
+
+def _write(index: Any, home: Path, names: list[str]) -> tuple[Path, str]:
+    """Write the index over the segments `names` into the folder `home`: its file, and that file's sha256.
+
+    Raises OSError. faiss writes straight to the disk: the index may be as large as the vectors.
+    """
+    home.mkdir(exist_ok=True)
+    sync_folder(home.parent)
+    building = temporary_name(home / "building.faiss")
+    try:
+        try:
+            faiss.write_index(index, str(building))
+        except RuntimeError as error:
+            raise OSError(f"faiss could not write {building}") from error
+        sync_file(building)
+        sha256 = sha256_file(building)
+        path = home / f"{sha256_bytes(' '.join((*names, sha256)).encode('ascii'))[:16]}.faiss"
+        os.replace(building, path)  # noqa: PTH105 - tests inject failures into os
+    except BaseException:
+        with suppress(OSError):
+            building.unlink(missing_ok=True)
+        raise
+    sync_folder(home)
+    return path, sha256
 
 
 def _is_stale(snapshot: Snapshot, *, thorough: bool) -> bool:

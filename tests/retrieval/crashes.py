@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from retrieval import Index
+from retrieval.backends import choice
 
 HELPERS = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
 STEPS = ("fsync", "replace", "mkdir", "link", "unlink", "rmdir")
@@ -28,6 +29,8 @@ def operate(op: str, folder: Path, photos: Path) -> None:
         Index.open(folder).ingest(photos, encoder=elastic, delete=True)
     elif op == "delete":
         Index.open(folder).delete([photos / "0.png"])
+    elif op == "search":
+        Index.open(folder).set_search("hnsw")
     elif op == "compact":
         Index.open(folder).compact()
     elif op == "upgrade":
@@ -68,6 +71,7 @@ def child(job: dict) -> None:
 
 
 def main() -> None:
+    choice.LEAST_ROWS = 1
     for line in sys.stdin:
         job = json.loads(line)
         process = os.fork()

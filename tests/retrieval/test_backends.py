@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from matvit.progress import silent
+from retrieval import backends
 from retrieval.backends import KINDS, cache
 from retrieval.backends.approximate import ApproximateSearch
 from retrieval.backends.build import RECALL, build, build_order
@@ -404,6 +406,32 @@ def test_compaction_builds_the_index_again(index, elastic):
     search = Retriever.open(index.path, encoder=elastic)._gallery.vectors
     assert isinstance(search, ApproximateSearch)
     assert len(search._new) == 0
+
+
+def test_building_does_not_copy_the_vectors(monkeypatch):
+    monkeypatch.setattr(backends.build, "_TRAINING", 1000)
+    monkeypatch.setattr(backends.build, "_HELD_OUT", 20)
+    monkeypatch.setattr(backends.build, "_BLOCK", 1000)
+    vectors = np.random.default_rng(0).standard_normal((30_000, 192), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    raw = MappedRows([(vectors, np.arange(len(vectors)))], dim=192)
+    tracemalloc.start()
+    try:
+        assert build(KINDS["sq"], raw, progress=silent) is not None
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < vectors.nbytes / 2
+
+
+def test_a_cache_that_the_disk_refuses_is_one_sentence_and_leaves_nothing(index, monkeypatch):
+    real = faiss.write_index
+    monkeypatch.setattr(cache.faiss, "write_index", lambda made, name: real(made, "/dev/full"))
+    with pytest.raises(IngestError, match="faiss could not write") as caught:
+        index.set_search("sq")
+    assert "\n" not in str(caught.value)
+    assert list((index.path / "cache").iterdir()) == []
+    assert (index.info().index_type, index.verify()) == ("exact", [])
 
 
 def test_what_was_asked_for_is_heeded_again_when_the_index_grows_or_shrinks(index):

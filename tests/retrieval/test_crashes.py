@@ -21,12 +21,13 @@ import pytest
 import retrieval.items
 from matvit.errors import MatVitError
 from retrieval import Index, Retriever
+from retrieval.backends import choice
 
 KILLS = int(os.environ.get("MATVIT_SOAK_KILLS", "30"))
 POWER = int(os.environ.get("MATVIT_SOAK_POWER", "1"))  # disks that a loss of power may leave, at each sync
 SHARD = os.environ.get("MATVIT_SOAK_SHARD")  # of a soak, 0 or more: its seed
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EMFILE)
-OPERATIONS = ("ingest", "delete", "compact", "upgrade", "repair")
+OPERATIONS = ("ingest", "delete", "compact", "search", "upgrade", "repair")
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, and looks up open files through /proc")
 
@@ -38,14 +39,16 @@ def _no_waiting_for_the_disk(monkeypatch):
 
 
 @pytest.fixture
-def base(tmp_path, photos, elastic, picture):
-    """An index with three segments, deletions and a skipped file, and photos that have changed since."""
+def base(tmp_path, photos, elastic, picture, monkeypatch):
+    """An approximate index of three segments, deletions and a skipped file, and photos that have changed since."""
+    monkeypatch.setattr(choice, "LEAST_ROWS", 1)
     index = Index.build(photos, encoder=elastic, path=tmp_path / "base.index")
     (photos / "bad.png").write_text("no picture")
     (photos / "1.png").write_bytes(picture(31))
     index.ingest(photos, encoder=elastic)
     (photos / "2.png").write_bytes(picture(32))
     index.ingest(photos, encoder=elastic)
+    assert index.set_search("sq").index_type == "sq"
     (photos / "3.png").unlink()
     (photos / "4.png").write_bytes(picture(34))
     (photos / "new.png").write_bytes(picture(35))
@@ -60,6 +63,8 @@ def operate(op, folder, photos, elastic):
         return index.ingest(photos, encoder=elastic, delete=True)
     if op == "delete":
         return index.delete([photos / "0.png"])
+    if op == "search":
+        return index.set_search("hnsw")
     if op == "compact":
         return index.compact()
     return index.upgrade(elastic.in_another_space(), drop_missing=True)
@@ -206,7 +211,7 @@ class PowerLoss:
         return self.chance.choice([synced or b"", current, torn, bytes(len(current))])
 
 
-@pytest.mark.parametrize("op", ["ingest", "delete", "compact", "upgrade"])
+@pytest.mark.parametrize("op", ["ingest", "delete", "compact", "search", "upgrade"])
 def test_losing_power_at_any_sync_leaves_the_state_before_or_after(base, photos, elastic, monkeypatch, op):
     before, after = expected(base, photos, elastic)
     folder = base.with_name("victim.index")
@@ -329,7 +334,7 @@ class _Written:
 
 
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("op", ["ingest", "delete", "compact", "upgrade"])
+@pytest.mark.parametrize("op", ["ingest", "delete", "compact", "search", "upgrade"])
 def test_a_refused_write_is_one_clear_error_and_loses_nothing(base, photos, elastic, monkeypatch, op, number):
     before, after = expected(base, photos, elastic)
     # Together the three reach every write; each of them does in a soak.

@@ -1,4 +1,4 @@
-"""Any sequence of changes, reopenings and compactions answers as a dictionary and a brute-force search do.
+"""Any sequence of changes, upgrades and kinds of search answers as a dictionary and a brute-force search do.
 
 `make soak` runs more and longer ones: MATVIT_SOAK_RUNS and MATVIT_SOAK_STEPS.
 """
@@ -9,6 +9,7 @@ import os
 import runpy
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from retrieval import Index, Retriever
+from retrieval.backends import INDEX_TYPES, choice
 
 HELPERS = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
 RUNS = int(os.environ.get("MATVIT_SOAK_RUNS", "12"))
@@ -25,6 +27,7 @@ STEPS = int(os.environ.get("MATVIT_SOAK_STEPS", "15"))
 NAMES = st.sampled_from([f"{name}.png" for name in "abcdefgh"])
 SEEDS = st.integers(0, 5)
 FSYNC = os.fsync
+LEAST_ROWS = choice.LEAST_ROWS
 PICTURES = {seed: HELPERS["picture_bytes"](seed) for seed in range(6)}
 
 
@@ -34,6 +37,7 @@ class IndexMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         os.fsync = lambda descriptor: None  # nothing is killed here: syncing would only take time
+        choice.LEAST_ROWS = 1  # so few are searched approximately, too
         self.home = Path(tempfile.mkdtemp(prefix="matvit-stateful-"))
         self.photos = self.home / "photos"
         self.photos.mkdir()
@@ -48,6 +52,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     def teardown(self):
         os.fsync = FSYNC
+        choice.LEAST_ROWS = LEAST_ROWS
         shutil.rmtree(self.home)
 
     @rule(name=NAMES, seed=SEEDS)
@@ -94,6 +99,23 @@ class IndexMachine(RuleBasedStateMachine):
     @rule()
     def compact(self):
         self.index.compact()
+
+    @rule(index_type=st.sampled_from(INDEX_TYPES))
+    def set_search(self, index_type):
+        self.index.set_search(index_type)
+
+    @rule()
+    def upgrade(self):
+        self.elastic = replace(self.elastic, space_id=("a" if self.elastic.space_id[0] == "5" else "5") * 64)
+        self.index.upgrade(self.elastic, drop_missing=True)
+        self.held = {name: (self.held[name][0], self.files[name]) for name in self.held if name in self.files}
+        self.retriever = Retriever.open(self.index.path, encoder=self.elastic)
+        self.seen = dict(self.held)
+
+    @rule()
+    def repair(self):
+        report = Index.repair(self.index.path, encoder=self.elastic)
+        assert (report.damage, report.lost, report.whole) == ((), (), True)
 
     @rule()
     def reopen(self):
