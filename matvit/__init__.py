@@ -11,6 +11,7 @@ from matvit.errors import (
     ImageError,
     MatVitError,
     MissingExtraError,
+    NotDecodedError,
     RecipeError,
     SpecError,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "MatViT",
     "MatVitError",
     "MissingExtraError",
+    "NotDecodedError",
     "RecipeError",
     "SpecError",
     "SubmodelSpec",

@@ -5,6 +5,7 @@ MatVitError
 ├── BackboneError           a timm model that cannot be made elastic
 ├── CheckpointError         a checkpoint folder that is missing, damaged or too new
 ├── ImageError              one picture that cannot be read
+│   └── NotDecodedError     ... for a reason that is not in it, such as memory: it may be read another time
 ├── DatasetError            a folder or parquet file that holds no labelled pictures
 ├── RecipeError             a training recipe that cannot be carried out
 └── MissingExtraError       an optional dependency that is not installed
@@ -53,6 +54,10 @@ class CheckpointError(MatVitError):
 
 class ImageError(MatVitError):
     """One picture that cannot be read; `what` is the short reason that reports list."""
+
+
+class NotDecodedError(ImageError):
+    """One picture that could not be decoded here and now: no file, no memory, or no decoder for its format."""
 
 
 class DatasetError(MatVitError):

@@ -20,11 +20,11 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from matvit.errors import ImageError
+from matvit.errors import ImageError, NotDecodedError
 
 FloatArray = npt.NDArray[np.float32]
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
@@ -38,6 +38,7 @@ MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # by all scans of a progressive JPEG; came
 _BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 21}  # others: 8, a picture and a copy of it in RGB
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _TILE = 1024  # pixels a side: pictures that need arithmetic are converted in such pieces
+_CODECS = ("jpg", "zlib", "libtiff", "webp", "avif")  # of FORMATS, those that a Pillow may lack
 _FIX = "give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file"
 _WARNINGS = threading.Lock()
 
@@ -80,7 +81,8 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
     With `draft_size` > 0, JPEGs may come back smaller, but never below that many pixels a side. That goes for
     a PIL image too while its file is open and not decoded (and leaves it as it was); pixels that the caller
     has decoded are taken as they are, so that a large JPEG then embeds slightly differently.
-    Raises ImageError with a short reason when it is missing, no picture, damaged, or too large.
+    Raises ImageError with a short reason when it is no picture, damaged, or too large; NotDecodedError when it is
+    missing, or there is no memory or no decoder for it.
     """
     where = "picture" if isinstance(source, bytes | Image.Image) else os.fspath(source)
     try:
@@ -99,11 +101,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
                 image.load()
             return _to_rgb(_upright(_with_pixels(image)))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
-        raise ImageError(
-            what=_reason(error, source),
-            where=where,
-            fix=_FIX,
-        ) from error
+        raise _image_error(error, source, where=where) from error
 
 
 class _Guarded:
@@ -186,12 +184,13 @@ class Header(NamedTuple):
 def read_header(file: BinaryIO, *, path: str | os.PathLike[str]) -> Header | None:
     """The header of the open `file`, nothing decoded (WebP and AVIF are read whole); None when it is damaged.
 
-    Leaves the file at its beginning. Raises ImageError, naming `path`, when it is no picture in a supported format.
+    Leaves the file at its beginning. Raises ImageError, naming `path`, when it is no picture in a supported format, and
+    NotDecodedError when this Pillow lacks one of the formats.
     """
     try:
         image = _opened(file)
     except UnidentifiedImageError as error:
-        raise ImageError(what=_reason(error, path), where=os.fspath(path), fix=_FIX) from error
+        raise _image_error(error, path, where=os.fspath(path)) from error
     except Exception:  # the decoder will say what is wrong with it
         return None
     finally:
@@ -208,10 +207,25 @@ def _encoded(image: JpegImageFile) -> bytes | JpegImageFile:
     return image.fp.read()  # decoding seeks to where it begins
 
 
+def _image_error(error: Exception, source: ImageSource, *, where: str) -> ImageError:
+    kind = NotDecodedError if _may_pass(error) else ImageError
+    return kind(what=_reason(error, source), where=where, fix=_FIX)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the reason lies outside of the picture."""
+    if isinstance(error, UnidentifiedImageError):  # also where Pillow was built without a format
+        return not all(map(features.check, _CODECS))
+    if isinstance(error, OSError):  # of what is in a file, Pillow raises those without a number
+        return error.errno is not None or "not available" in str(error) or "out of memory" in str(error)
+    return isinstance(error, MemoryError | ImportError)
+
+
 def _reason(error: Exception, source: ImageSource) -> str:
     if isinstance(error, UnidentifiedImageError) and _is_heic(source):
         return "is a HEIC picture, which needs converting to JPEG first"
     known: dict[type[Exception], str] = {
+        MemoryError: "there was not enough memory to decode it",
         FileNotFoundError: "no such file",
         IsADirectoryError: "is a folder, not a picture",
         PermissionError: "may not be read",

@@ -164,7 +164,7 @@ class Ingest:
         """Take the embedding of the same content: of this file before its time changed, or of another file."""
         task = loaded.task
         moved = self._gone.get(loaded.content_sha256)
-        if task.known is None and moved:  # its old place is forgotten, but not its id
+        if task.known is None and moved and moved[-1].item.status == OK:  # its old place is forgotten, but not its id
             same = moved.pop()
             task = replace(task, known=same)
         item = replace(self._item(replace(loaded, task=task)), status=same.item.status, reason=same.item.reason)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from matvit.encoder import ImageEncoder
-from matvit.errors import ImageError
+from matvit.errors import ImageError, NotDecodedError
 from matvit.preprocess import MAX_FILE_BYTES, FloatArray, Header, read_header
+from retrieval.items import OK
 from retrieval.known import Known
 from retrieval.locations import Open, Status, one_line, os_reason
 from retrieval.types import SkippedFile
@@ -84,8 +85,8 @@ class Loader:
     def load(self, task: Task) -> Loaded | SkippedFile:
         """Read and preprocess one file.
 
-        A SkippedFile comes back when the file could not be read: it says nothing about the content, so the
-        index does not remember it and the next run tries again.
+        A SkippedFile comes back when the file could not be read, or not be decoded for want of memory or a decoder:
+        it says nothing about the content, so the index does not remember it and the next run tries again.
         """
         try:
             file, status = task.open()
@@ -96,11 +97,16 @@ class Loader:
                 with self._memory.reserve(_length(file) + memory if reason is None else 0):
                     return self._decode(*_read(task, file, status, reason, header))
         except OSError as error:
-            return SkippedFile(path=Path(task.full_path), reason=os_reason(error))
+            reason = os_reason(error)
+        except NotDecodedError as error:
+            reason = one_line(error.what)
+        except MemoryError:
+            reason = "there was not enough memory to read it"
+        return SkippedFile(path=Path(task.full_path), reason=reason)
 
     def _decode(self, loaded: Loaded, data: bytes) -> Loaded:
         known = loaded.task.known
-        if known is not None and known.item.content_sha256 == loaded.content_sha256:
+        if known and known.item.status == OK and known.item.content_sha256 == loaded.content_sha256:
             return replace(loaded, reason=None, same=known)
         if loaded.reason is not None:
             return loaded
@@ -108,6 +114,8 @@ class Loader:
             return replace(loaded, same=same)
         try:
             return replace(loaded, pixels=self._encoder.preprocess([data]))
+        except NotDecodedError:
+            raise
         except ImageError as error:
             return replace(loaded, width=None, height=None, reason=one_line(error.what))
 
@@ -119,9 +127,11 @@ def _length(file: BinaryIO) -> int:
 
 
 def _sniff(file: BinaryIO, task: Task) -> tuple[str | None, Header | None]:
-    """Why it is no picture, or its header."""
+    """Why it is no picture, or its header. Raises NotDecodedError."""
     try:
         return None, read_header(file, path=task.full_path)
+    except NotDecodedError:
+        raise
     except ImageError as error:
         return (error.what if _length(file) else "the file is empty"), None
 

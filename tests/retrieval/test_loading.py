@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import tracemalloc
@@ -9,8 +10,10 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from PIL import Image, UnidentifiedImageError, features
 
 import retrieval.loading
+from matvit.errors import ImageError
 from retrieval import Index
 from retrieval.loading import Loader, Task
 from retrieval.locations import open_with_status
@@ -83,3 +86,51 @@ def test_pictures_of_kinds_that_are_not_read_are_listed_with_what_to_do(photos, 
     skipped = {file.path.name: file.reason for file in report.skipped}
     assert "needs converting to JPEG" in skipped["IMG_1.HEIC"]
     assert "IMG_2.cr2" in skipped
+
+
+def fail(error):
+    def preprocess(self, images):
+        raise error
+
+    return preprocess
+
+
+@pytest.mark.parametrize("want", ["memory", "decoder", "format"])
+def test_a_picture_that_this_machine_could_not_decode_is_tried_again_by_the_next_run(
+    photos, elastic, tmp_path, monkeypatch, want
+):
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    with monkeypatch.context() as patch:
+        if want == "memory":
+            patch.setattr(Image.Image, "convert", refuse_memory)
+        elif want == "decoder":
+            patch.delattr(Image.core, "zip_decoder")
+        else:
+            patch.setattr(Image, "open", unidentified)
+            patch.setattr(features, "check", lambda name: name != "webp")
+        report = index.ingest(photos / "1.png")
+    [skipped] = report.skipped
+    expected = {"memory": "not enough memory", "decoder": "decoder zip not available", "format": "supported format"}
+    assert expected[want] in skipped.reason
+    assert index.info().skipped == ()
+    assert index.ingest(photos / "1.png").indexed == 1
+
+
+def refuse_memory(self, *arguments):
+    raise MemoryError
+
+
+def unidentified(file, *arguments, **named):
+    raise UnidentifiedImageError("cannot identify image file")
+
+
+def test_a_picture_that_was_called_damaged_is_decoded_again_once_it_is_touched(photos, elastic, tmp_path, monkeypatch):
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    encoder = type(elastic.encoder())
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "preprocess", fail(ImageError(what="damaged picture", where="x", fix="mend it")))
+        assert index.ingest(photos / "1.png").indexed == 0
+    assert [file.path.name for file in index.info().skipped] == ["1.png"]
+    assert (index.ingest(photos / "1.png").indexed, len(index.info().skipped)) == (0, 1)  # not decoded again
+    os.utime(photos / "1.png", ns=(1, 1))
+    assert (index.ingest(photos / "1.png").indexed, index.info().skipped, index.verify()) == (1, (), [])
