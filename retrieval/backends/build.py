@@ -50,7 +50,7 @@ def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
     if not index.is_trained:
         sample = np.sort(np.random.default_rng(0).choice(rest, min(len(rest), _TRAINING), replace=False))
         progress(ProgressEvent(stage="train the index", done=0, total=1, unit="quantisers"))
-        # Where another process keeps a core busy, two threads took twenty times as long as one.
+        # Where another process keeps a core busy, two threads wait for each other, and take far longer than one.
         with limited("faiss", 1):
             index.train(raw[sample])
     done = 0
