@@ -4,10 +4,11 @@
         [--sources 160px,12MP] [--json]
     python benchmarks/ingest.py --sizes 10000,100000,1000000 [--json]
 
-"Parts alone" is 1 / (decode + encode seconds) on a CPU, and 1 / max(decode, encode) on another device, each on all cores;
-it leaves out reading, hashing and publishing. It is no bound: ingest does them at the same time, and so may be quicker.
-Each round measures decoding alone, the forward pass alone, and all of it: rates are medians, ratios medians over the rounds of a round's own ratio. Core-seconds are the process's own, so that their
-ratio ("parts of ingest": decode and forward beside all of it) holds on a busy machine, too.
+"Parts alone" is 1 / (decode + encode seconds) on a CPU, and 1 / max(decode, encode) on another device, each on all
+cores; it leaves out reading, hashing and publishing. It is no bound: ingest does them at the same time, and may be
+quicker. Each round measures decoding alone, the forward pass alone, and all of it: rates are medians, ratios medians
+over the rounds of a round's own ratio. Core-seconds are the process's own, so that their ratio ("parts of ingest":
+decode and forward beside all of it) holds on a busy machine, too.
 With --sizes: the memory of a process that indexes so many tiny pictures in tar shards with a cheap encoder, and of one
 that then finds all of them unchanged, and of one that adds one picture to them; "held" is its own memory, without the
 pages of libraries, sampled. Seconds are those of `Index.ingest`; opening the index is benchmarks/open_index.py's.

@@ -37,6 +37,13 @@ def app(
         typer.Argument(help="The index. [default: photos.index in this folder, or else the demo]", show_default=False),
     ] = None,
     *,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="What the encoders are cut from, such as an adapted checkpoint. [default: what built the index]",
+            show_default=False,
+        ),
+    ] = None,
     host: Host = HOST,
     port: Port = PORT,
     no_browser: NoBrowser = False,
@@ -50,24 +57,29 @@ def app(
     Examples:
       matvit app
       matvit app products.index --port 8600
+      matvit app products.index --checkpoint adapted/
     """
     if index is None and services.DEFAULT_INDEX.exists():
         index = services.DEFAULT_INDEX
-    serve(index, host=host, port=port, browser=not no_browser, json=json)
+    serve(index, checkpoint=checkpoint, host=host, port=port, browser=not no_browser, json=json)
 
 
-def serve(index: Path | None, *, host: str, port: int, browser: bool, json: bool) -> None:
+def serve(
+    index: Path | None, *, checkpoint: str | None = None, host: str, port: int, browser: bool, json: bool
+) -> None:
     """Run the page until it ends or Ctrl-C; `index` None shows the demo.
 
-    Raises MatVitError for an index that cannot be opened, a missing extra, or a port that is taken.
+    Raises MatVitError for an index or a checkpoint that cannot be opened, a missing extra, or a port that is taken.
     """
     check_can_serve(host=host, port=port)
     if index is not None:
         services.index_info(index)  # or the page would open, only to say that it cannot show it
+    if checkpoint is not None:
+        services.load_encoder(checkpoint)
     # Python's default would end this process at once and leave the server running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     url = f"http://{host}:{port}"
-    command, environment = _command(host, port), _environment(index)
+    command, environment = _command(host, port), _environment(index, checkpoint)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 (our own arguments)
     try:
         _wait_until_ready(server, host=host, port=port)
@@ -116,9 +128,10 @@ def _command(host: str, port: int) -> list[str]:
     return [sys.executable, "-m", "streamlit", "run", str(PAGE), *flags]
 
 
-def _environment(index: Path | None) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name != "MATVIT_INDEX"}
-    return environment if index is None else {**environment, "MATVIT_INDEX": str(index.resolve())}
+def _environment(index: Path | None, checkpoint: str | None) -> dict[str, str]:
+    ours = {"MATVIT_INDEX": None if index is None else str(index.resolve()), "MATVIT_CHECKPOINT": checkpoint}
+    others = {name: value for name, value in os.environ.items() if name not in ours}
+    return others | {name: value for name, value in ours.items() if value is not None}
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], *, host: str, port: int) -> None:

@@ -1,6 +1,7 @@
 """The page: a picture and an encoder in, what was found and what it cost out.
 
-Streamlit runs this file as a script, anew at every click; `matvit app INDEX` names the index in MATVIT_INDEX.
+Streamlit runs this file as a script, anew at every click; `matvit app INDEX --checkpoint CHECKPOINT` names these in
+MATVIT_INDEX and MATVIT_CHECKPOINT.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def _demo_index() -> Path:
 
 
 @st.cache_resource(show_spinner="Opening the index ...", max_entries=2, hash_funcs=_PATHS)
-def _open(path: Path, generation: str) -> tuple[Retriever, MatViT]:  # noqa: ARG001 (a newer generation is opened anew)
+def _open(path: Path, generation: str, checkpoint: str | None) -> tuple[Retriever, MatViT]:  # noqa: ARG001 (a newer generation is opened anew)
     """The index and its encoder, warmed up, so that nobody's first search waits for the libraries."""
-    retriever = Retriever.open(path)
+    retriever = Retriever.open(path, encoder=None if checkpoint is None else services.load_encoder(checkpoint))
     encoder = retriever.encoder
     assert isinstance(encoder, MatViT)  # the only elastic encoder that an index names
     retriever.search(Image.new("RGB", (256, 256)), encoder="XL", k=1)
@@ -280,7 +281,7 @@ def _page() -> None:
         named = os.environ.get("MATVIT_INDEX")
         path = Path(named) if named else _demo_index()
         generation = read_pointer(path).sha256
-        retriever, encoder = _open(path, generation)
+        retriever, encoder = _open(path, generation, os.environ.get("MATVIT_CHECKPOINT"))
         left, right = st.columns([1.75, 1], gap="large")
         with left:
             query = _choose_picture(_examples(path, generation, retriever))

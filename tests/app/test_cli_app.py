@@ -67,7 +67,9 @@ def test_a_page_that_does_not_start_is_an_error(run, page, port, monkeypatch):
 
 
 def test_the_index_reaches_the_page_by_its_absolute_path(index, monkeypatch):
-    monkeypatch.setenv("MATVIT_INDEX", "of an outer process")
+    for name in ("MATVIT_INDEX", "MATVIT_CHECKPOINT"):
+        monkeypatch.setenv(name, "of an outer process")
     monkeypatch.chdir(index.parent)
-    assert app_command._environment(index)["MATVIT_INDEX"] == str(index.resolve())
-    assert "MATVIT_INDEX" not in app_command._environment(None)
+    found = app_command._environment(index, "adapted/")
+    assert (found["MATVIT_INDEX"], found["MATVIT_CHECKPOINT"]) == (str(index.resolve()), "adapted/")
+    assert not {"MATVIT_INDEX", "MATVIT_CHECKPOINT"} & set(app_command._environment(None, None))

@@ -56,7 +56,7 @@ OPTIONS = {
     ],
     "convert": ["timm_model", "--out", "--weights", "--pretrained", "--images", "--image-size", "--json"],
     "adapt": ["checkpoint", "--images", "--out", "--json"],
-    "app": ["index", "--host", "--port", "--no-browser", "--json"],
+    "app": ["index", "--checkpoint", "--host", "--port", "--no-browser", "--json"],
     "doctor": ["--json"],
     "verify": ["target", "--sample", "--json"],
     "compact": ["path", "--json"],

@@ -208,6 +208,19 @@ def test_an_index_whose_encoder_was_replaced_is_refused(open_page, own, other_ch
     assert "embedding space" in page.error[0].value
 
 
+def test_the_encoders_are_those_of_the_checkpoint_that_is_named(
+    open_page, index, checkpoint, other_checkpoint, tmp_path, monkeypatch
+):
+    adapted = MatViT.from_pretrained(checkpoint)
+    adapted.name = "adapted"
+    adapted.save_pretrained(tmp_path / "adapted")
+    monkeypatch.setenv("MATVIT_CHECKPOINT", str(tmp_path / "adapted"))
+    assert not open_page(index).error
+    monkeypatch.setenv("MATVIT_CHECKPOINT", str(other_checkpoint))
+    [error] = open_page(index).error
+    assert "embedding space" in error.value
+
+
 def test_a_hit_whose_file_has_gone_keeps_its_place(open_page, own):
     (own.photos / "cats" / "0.png").unlink()
     page = open_page(own.index)
