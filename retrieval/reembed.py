@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import BinaryIO
 
 from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray
 from retrieval.items import Item, Place
 from retrieval.loading import Task
-from retrieval.locations import open_picture
+from retrieval.locations import Open, Status, open_picture, split_member
 from retrieval.pipeline import NO_EMBEDDING, Embedded, embed_all
+from retrieval.shards import RowReader, is_table
 from retrieval.types import SkippedFile
 
 
@@ -39,11 +42,27 @@ def embed_again(
         for item in items:
             waiting.append(item)
             place = file_name(item.place)
-            yield Task(full_path=place, root=item.root, path=item.path, known=None, open=partial(open_picture, place))
+            yield Task(full_path=place, root=item.root, path=item.path, known=None, open=_source(place, rows))
 
-    with closing(embed_all(tasks(), encoder=encoder, held=lambda _: None)) as results:
+    with closing(RowReader()) as rows, closing(embed_all(tasks(), encoder=encoder, held=lambda _: None)) as results:
         for embedded in results:
             yield _again(waiting.popleft(), embedded)
+
+
+def _source(place: str, rows: RowReader) -> Open:
+    """How to open the picture at `place`; the row of a table is read here, in order, since threads would jump."""
+    container, member = split_member(place)
+    if member is None or not is_table(container):
+        return partial(open_picture, place)
+    try:
+        data, status = rows.read(container, member)
+    except OSError as error:
+        return partial(_refuse, error)
+    return lambda: (io.BytesIO(data), status)
+
+
+def _refuse(error: OSError) -> tuple[BinaryIO, Status]:
+    raise error
 
 
 def _again(item: Item, embedded: Embedded) -> EmbeddedAgain:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, groupby
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO
 from matvit import tars
 from matvit.datasets import PICTURE_SUFFIXES
 from matvit.errors import MissingExtraError
-from retrieval.locations import one_line, open_file, status_of, window
+from retrieval.locations import NO_TIME, Status, one_line, open_file, status_of, window
 from retrieval.metadata import MAX_METADATA, to_json
 
 _ROWS = 64  # of a table, read together
@@ -60,7 +62,8 @@ def is_table(name: str) -> bool:
 def read_member(container: str, name: str) -> bytes:
     """The bytes of one picture inside a file. Raises OSError."""
     if is_table(container):
-        return _read_row(container, name)
+        with closing(RowReader()) as rows:
+            return rows.read(container, name)[0]
     status = status_of(container)
     place = _offsets(container, status.size, status.mtime_ns).get(name)
     if place is None:
@@ -169,10 +172,10 @@ class Table:
         sizes = [self.file.metadata.row_group(number).num_rows for number in range(self.file.num_row_groups)]
         return [range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
-    def rows(self, groups: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The rows of these row groups."""
+    def rows(self, groups: Sequence[int], *, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of these row groups, of all columns or of these."""
         try:
-            for batch in self.file.iter_batches(batch_size=_ROWS, row_groups=list(groups)):
+            for batch in self.file.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=columns):
                 yield from batch.to_pylist()
         except Exception as error:
             raise ShardError(f"damaged parquet file ({one_line(str(error))})") from error
@@ -204,16 +207,47 @@ class Table:
         self.file.close(force=True)
 
 
-def _read_row(container: str, name: str) -> bytes:
-    table = Table(container)
-    try:
-        column = table.image_column
-        for number, rows in enumerate(table.groups()):
-            if name.isdecimal() and int(name) in rows and column is not None:
-                image = table.file.read_row_group(number, columns=[column]).column(0)[int(name) - rows.start].as_py()
+class RowReader:
+    """Pictures in rows of Parquet tables; in the tables' order, each row is decoded once, in little memory."""
+
+    def __init__(self) -> None:
+        self._table: Table | None = None
+        self._status = Status(size=0, mtime_ns=NO_TIME)
+        self._ahead = range(0)  # the rows of the row group that are still to come
+        self._rows: Iterator[dict[str, Any]] = iter(())
+
+    def read(self, container: str, name: str) -> tuple[bytes, Status]:
+        """The bytes of one picture, with the status that its table had when it was opened. Raises OSError."""
+        row = int(name) if name.isdecimal() else -1
+        if self._table is None or self._table.container != container:
+            self.close()
+            self._status = status_of(container)
+            if not self._status.regular:  # opening a pipe would wait for ever
+                raise OSError(errno.EINVAL, "not a regular file")
+            self._table = Table(container)
+        column = self._table.image_column
+        if column is None:
+            raise FileNotFoundError(2, "no such row", f"{container}#{name}")
+        if row not in self._ahead:
+            self._seek(self._table, row, column)
+        ahead, self._ahead = self._ahead, range(0)  # where reading fails the next one seeks, and is told why
+        for number, found in zip(ahead, self._rows, strict=False):
+            if number == row:
+                self._ahead = range(row + 1, ahead.stop)
+                image = found[column]
                 data = image.get("bytes") if isinstance(image, dict) else image
                 if data:
-                    return bytes(data)
-    finally:
-        table.close()
-    raise FileNotFoundError(2, "no such row", f"{container}#{name}")
+                    return bytes(data), self._status
+                break
+        raise FileNotFoundError(2, "no such row", f"{container}#{name}")
+
+    def _seek(self, table: Table, row: int, column: str) -> None:
+        groups = enumerate(table.groups())
+        number, self._ahead = next(((number, rows) for number, rows in groups if row in rows), (None, range(0)))
+        self._rows = iter(()) if number is None else table.rows([number], columns=[column])
+
+    def close(self) -> None:
+        """Close the table that is open."""
+        if self._table is not None:
+            self._table.close()
+        self._table, self._ahead = None, range(0)

@@ -57,7 +57,8 @@ def _check_sample(snapshot: Snapshot, *, size: int, encoder: ElasticEncoder | No
     except (CheckpointError, EncoderMismatchError) as error:
         return VerifyReport(problems=(str(error),), sampled=0, unusable=0)
     stored = [(segment, item) for segment, item in snapshot.live_items() if item.status == OK]
-    chosen = random.Random(snapshot.manifest.generation).sample(stored, min(size, len(stored)))  # noqa: S311
+    numbers = random.Random(snapshot.manifest.generation).sample(range(len(stored)), min(size, len(stored)))  # noqa: S311
+    chosen = [stored[number] for number in sorted(numbers)]  # in order: rows of one table are read together
     again = embed_again((item for _, item in chosen), file_name=snapshot.file_name, encoder=elastic.encoder(entry.spec))
     problems, sampled = [], 0
     for done, ((segment, item), found) in enumerate(zip(chosen, again, strict=True), start=1):

@@ -222,6 +222,36 @@ def test_a_parquet_table_of_pictures_gives_rows_and_class_names(tmp_path, pictur
     assert retriever.read_picture(hit.id) == picture(3)
 
 
+def test_embedding_a_table_again_decodes_each_of_its_batches_once(tmp_path, picture, build, elastic, monkeypatch):
+    path = write_table(tmp_path / "rows.parquet", {"image": [picture(n) for n in range(150)]}, row_group_size=100)
+    index = build(path)
+    import pyarrow.parquet as pq
+
+    opened, read = [], []
+
+    class Counted(pq.ParquetFile):
+        def __init__(self, *arguments, **named):
+            opened.append(1)
+            super().__init__(*arguments, **named)
+
+        def iter_batches(self, *arguments, **named):
+            for batch in super().iter_batches(*arguments, **named):
+                read.append(len(batch))
+                yield batch
+
+        def read_row_group(self, *arguments, **named):
+            table = super().read_row_group(*arguments, **named)
+            read.append(len(table))
+            return table
+
+    monkeypatch.setattr(pq, "ParquetFile", Counted)
+    assert index.upgrade(elastic.in_another_space()).embedded == 150
+    assert (len(opened), sum(read)) == (1, 150)
+    assert [read_picture(f"{path}#{row}") for row in (149, 3)] == [picture(149), picture(3)]
+    with pytest.raises(ImageError, match="no such file"):
+        read_picture(f"{path}#150")
+
+
 def test_a_file_whose_name_looks_like_a_place_in_a_shard_is_itself(tmp_path, picture):
     (tmp_path / "a.tar#b.png").write_bytes(picture(1))
     assert split_member(str(tmp_path / "a.tar#b.png")) == (str(tmp_path / "a.tar#b.png"), None)
