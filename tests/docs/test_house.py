@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,13 @@ def test_public_names_and_their_methods_are_documented(package: str) -> None:
         for member, value in vars(public).items():
             if not member.startswith("_") and (callable(value) or isinstance(value, property | classmethod)):
                 assert inspect.getdoc(getattr(public, member)), f"{name}.{member}"
+
+
+def test_every_package_is_named_for_the_wheel() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    there = {
+        ".".join([name, *found.parent.relative_to(ROOT / folder).parts])
+        for name, folder in {"matvit": "matvit", "retrieval": "retrieval", **tool["package-dir"]}.items()
+        for found in (ROOT / folder).rglob("__init__.py")
+    }
+    assert there == set(tool["packages"])
