@@ -438,9 +438,9 @@ def test_index_type_and_memory_choose_how_an_index_is_searched(run, photos, chec
 
 
 def test_what_an_index_warns_of_is_one_sentence_on_stderr(run, index, photos, monkeypatch):
-    def warning_first(*arguments):
+    def warning_first(*arguments, **named):
         warnings.warn("the cache is damaged; run: matvit repair", IndexWarning, stacklevel=1)
-        return open_search(*arguments)
+        return open_search(*arguments, **named)
 
     monkeypatch.setattr("retrieval.gallery.open_search", warning_first)
     warnings.simplefilter("default")  # pytest puts its own filters back
