@@ -65,7 +65,7 @@ def status_of(place: str) -> Status:
         with remote_errors():
             return remote_status(system.info(path))
     found = os.stat(place)  # noqa: PTH116 - a Path per file would double the time of a rerun
-    return Status(size=found.st_size, mtime_ns=found.st_mtime_ns, regular=stat.S_ISREG(found.st_mode))
+    return Status(size=found.st_size, mtime_ns=_held(found.st_mtime_ns), regular=stat.S_ISREG(found.st_mode))
 
 
 def open_file(place: str) -> BinaryIO:
@@ -82,7 +82,7 @@ def open_with_status(place: str, status: Status | None = None) -> tuple[BinaryIO
     file = open_file(place)
     if status is None:
         found = os.fstat(file.fileno())
-        status = Status(size=found.st_size, mtime_ns=found.st_mtime_ns)
+        status = Status(size=found.st_size, mtime_ns=_held(found.st_mtime_ns))
     return file, status
 
 
@@ -154,7 +154,13 @@ def remote_status(info: dict[str, Any]) -> Status:
     """What fsspec's `info` says of one file."""
     times = (info.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
     time = next((time for time in times if time is not None), None)
-    return Status(size=int(info.get("size") or 0), mtime_ns=_nanoseconds(time), regular=info.get("type") == "file")
+    size, mtime_ns = int(info.get("size") or 0), _held(_nanoseconds(time))
+    return Status(size=size, mtime_ns=mtime_ns, regular=info.get("type") == "file")
+
+
+def _held(mtime_ns: int) -> int:
+    """The nearest time that SQLite's 64 bits hold: they end in the year 2262."""
+    return min(max(mtime_ns, -(2**63)), 2**63 - 1)
 
 
 def _nanoseconds(time: object) -> int:

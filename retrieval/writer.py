@@ -173,8 +173,7 @@ class GenerationWriter:
             self._publish(
                 segments=staged.segments,
                 deletions={},
-                roots=staged.roots,
-                next_id=staged.next_id,
+                next_id=max(self.manifest.next_id, staged.next_id),  # ids may have been given away since it was staged
                 encoder=staged.encoder,
                 index_type="exact",
                 index_asked=self.manifest.asked.model_copy(update={"chosen": "exact"}),

@@ -278,6 +278,13 @@ def test_what_could_not_be_read_is_listed_but_tried_again(tmp_path, photos, elas
     assert counts(index.ingest(photos)) == (1, 9, 0, 0)
 
 
+def test_a_picture_dated_after_what_64_bits_of_nanoseconds_hold_is_indexed_once(tmp_path, photos, elastic):
+    os.utime(photos / "0.png", (99_999_999_999, 99_999_999_999))  # the year 5138
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "photos.index")
+    report = index.ingest(photos)
+    assert (report.indexed, report.unchanged) == (0, 10)
+
+
 def test_pipes_and_broken_links_do_not_stop_a_run(tmp_path, photos, elastic):
     os.mkfifo(photos / "pipe.png")
     (photos / "broken.png").symlink_to(tmp_path / "nowhere")

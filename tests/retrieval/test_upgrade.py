@@ -173,6 +173,21 @@ def test_nothing_changes_while_pictures_are_missing_and_nothing_is_embedded_twic
     assert ids(index, other, picture) == before  # also its id
 
 
+def test_ids_given_away_while_an_upgrade_waits_are_not_given_again(index, photos, elastic, other, picture):
+    missing = (photos / "2.png").rename(photos.parent / "2.png")
+    assert not index.upgrade(other).published
+    (photos / "new.png").write_bytes(picture(50))
+    missing.rename(photos / "2.png")
+    index.ingest(photos, encoder=elastic)
+    (photos / "new.png").unlink()
+    (photos / "2.png").unlink()
+    index.ingest(photos, encoder=elastic, delete=True)
+    given = index._snapshot.manifest.next_id
+    report = index.upgrade(other)  # nothing is left to stage
+    assert (report.embedded, report.published) == (0, True)
+    assert index._snapshot.manifest.next_id == given
+
+
 def test_a_file_that_changed_is_embedded_as_it_is_now(index, photos, other, picture):
     (photos / "2.png").write_bytes(picture(70))
     assert index.upgrade(other).published
