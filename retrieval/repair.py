@@ -40,6 +40,7 @@ from retrieval.manifest import (
 from retrieval.reembed import embed_again
 from retrieval.snapshot import OpenSegment, Snapshot, open_segment, place_name, read_deletions
 from retrieval.types import RepairReport, SkippedFile
+from retrieval.verify import segment_problems, verify_index
 from retrieval.writer import Entry, GenerationWriter
 
 _MENDED_BYTES = 16_384  # of a manifest: trying every bit of a longer one would take seconds
@@ -112,7 +113,9 @@ class _Repair:
         before = _count_files(self._folder)
         writer.clean()
         leftovers = before - _count_files(self._folder)
-        return self._report(unnamed, generation=writer.manifest.generation, leftovers=leftovers, whole=True)
+        left = verify_index(self._folder).problems if self._damage else ()
+        self._damage += [f"not mended: {problem}" for problem in left]
+        return self._report(unnamed, generation=writer.manifest.generation, leftovers=leftovers, whole=not left)
 
     def _rebuild_cache(self, writer: GenerationWriter) -> None:
         from retrieval.backends.cache import read_cache, refresh  # imports faiss
@@ -178,13 +181,24 @@ class _Repair:
         for done, entry in enumerate(self._base.segments, start=1):
             try:
                 segment = open_segment(self._folder, self._base, entry)
-                segment.embeddings()
-                whole.append(segment)
+                self._raise_next_id(segment)
+                problems = list(segment_problems(segment, self._base))
+                self._damage += problems
+                if problems:
+                    damaged.append(self._read_damaged(entry))
+                else:
+                    whole.append(segment)
             except IndexFormatError as error:
                 self._damage.append(f"{error.where}: {error.what}")
                 damaged.append(self._read_damaged(entry))
             self._progress(ProgressEvent(stage="repair", done=done, total=total, unit="segments"))
         return whole, damaged
+
+    def _raise_next_id(self, segment: OpenSegment) -> None:
+        next_id = max((item.id + 1 for item in segment.items.all()), default=0)
+        if next_id > self._base.next_id:
+            self._damage.append(f"segment {segment.entry.name}: items have ids that were never given away")
+            self._base = self._base.model_copy(update={"next_id": next_id})
 
     def _read_damaged(self, entry: SegmentEntry) -> _Damaged:
         path, file = self._folder / SEGMENTS / entry.name / ITEMS, entry.files[ITEMS]

@@ -81,7 +81,7 @@ def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[s
     for done, entry in enumerate(manifest.segments, start=1):
         try:
             segment = open_segment(folder, manifest, entry)
-            problems += _segment_problems(segment, manifest)
+            problems += segment_problems(segment, manifest)
             live.update(item.id for item in segment.live(segment.items.all()))
         except IndexFormatError as error:
             problems.append(str(error))
@@ -101,7 +101,8 @@ def _cache_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield str(error)
 
 
-def _segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]:
+def segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with a segment whose items are what was written. Raises IndexFormatError for its embeddings."""
     name = f"segment {segment.entry.name}"
     embeddings = segment.embeddings()
     bad = sum(int((~is_unit(embeddings[start : start + _ROWS])).sum()) for start in range(0, segment.entry.rows, _ROWS))

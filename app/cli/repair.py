@@ -59,7 +59,9 @@ def repair(
             say(f"lost {len(report.lost) - _SHOWN} more: --json lists them")
         if report.lost_unnamed:
             say(f"lost {report.lost_unnamed} items whose names cannot be read: index the pictures' folders again")
-        state = "is whole" if report.whole else "not changed: go on without what is lost by --drop-lost"
+        lost = (report.lost or report.lost_unnamed) and not drop_lost
+        failing = "not changed: go on without what is lost by --drop-lost" if lost else "is not whole: index anew"
+        state = "is whole" if report.whole else failing
         write_line(
             f"{path}: {state}; {len(report.damage)} problems, {report.embedded} pictures embedded again, "
             f"{len(report.lost) + report.lost_unnamed} lost, {report.leftovers} leftovers removed"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -186,6 +188,18 @@ def test_an_index_without_any_readable_manifest_is_refused_and_kept(index):
 def test_something_else_is_refused(tmp_path):
     with pytest.raises(IndexFormatError, match="no such index"):
         Index.repair(tmp_path / "none")
+
+
+def test_a_next_id_below_the_ids_is_found_and_raised(index):
+    path = manifest_of(index)
+    data = re.sub(rb'"next_id": *[0-9]+', b'"next_id": 5', path.read_bytes())
+    path.write_bytes(data)
+    (index.path / "CURRENT").write_text(f"{path.name} {hashlib.sha256(data).hexdigest()}\n")
+    assert len(index.verify()) >= 1
+    report = Index.repair(index.path)
+    assert report.whole
+    assert "never given away" in report.damage[0]
+    assert Index.open(index.path).verify() == []
 
 
 def test_a_newer_index_is_refused_not_rolled_back(index):
