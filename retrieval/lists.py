@@ -17,6 +17,7 @@ from retrieval.shards import Table
 
 PATH_COLUMNS = ("path", "file_name", "filename")  # the first that a table has; Hugging Face's name is the second
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_LONGEST_NUMBER = 300  # characters; Python refuses to read those of thousands
 _FIX = f"give it a column '{PATH_COLUMNS[0]}'"
 
 
@@ -92,8 +93,12 @@ def _numeric_columns(place: str) -> set[str]:
     numeric: set[str] | None = None
     for _, row in _csv_rows(place):
         numeric = set(row) if numeric is None else numeric
-        numeric -= {name for name in numeric if row[name] and not _NUMBER.fullmatch(row[name])}
+        numeric -= {name for name in numeric if row[name] and not _is_number(row[name])}
     return numeric or set()
+
+
+def _is_number(cell: str) -> bool:
+    return len(cell) < _LONGEST_NUMBER and _NUMBER.fullmatch(cell) is not None
 
 
 def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:

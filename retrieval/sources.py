@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -330,6 +331,8 @@ def lstat_error(path: str) -> OSError | None:
         os.lstat(path)
     except OSError as error:
         return error
+    except ValueError:  # NUL, or half of a surrogate pair
+        return OSError(errno.EINVAL, "no file can have this name")
     return None
 
 

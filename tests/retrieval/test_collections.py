@@ -117,6 +117,19 @@ def test_a_list_that_is_none_is_one_sentence(tmp_path, name, content, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_names_that_no_file_can_have_are_skipped_by_line_and_long_numbers_are_text(photos, build):
+    (photos / "list.csv").write_bytes(b"path,n\n1.png," + b"1" * 5000 + b"\na\0b.png,2\n")
+    assert metadata(build(photos / "list.csv")) == {"1.png": {"n": "1" * 5000}}
+    [skipped] = find_files(photos / "list.csv").skipped
+    assert skipped.reason == "cannot be read (no file can have this name) (line 3 of list.csv)"
+
+
+@pytest.mark.parametrize("name", ["a\0b.jpg", "\ud800.jpg"])
+def test_a_name_that_no_file_can_have_is_one_sentence(build, name):
+    with pytest.raises(IngestError, match="no file can have this name"):
+        build([name])
+
+
 @pytest.fixture
 def shard(tmp_path, picture):
     members = {
