@@ -45,6 +45,7 @@ from matvit.model import AxesConfig, MatViT
 from matvit.model_card import model_card
 from matvit.preprocess import Preprocessing
 from matvit.private import PrivateConfig
+from matvit.regular import check_regular, read_small
 
 FORMAT_VERSION = 2  # written only where version 1 has no place for what is to be kept
 CONFIG, WEIGHTS, PARETO, TRAINING, CARD = (
@@ -261,11 +262,12 @@ def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantizati
     """
     path = folder / config.weights.file
     try:
-        content = path.read_bytes()
+        size = check_regular(path).st_size
+        content = path.read_bytes() if size == config.weights.bytes else b""
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
-    if len(content) != config.weights.bytes:
-        raise _damaged(path, f"has {len(content)} bytes, not the {config.weights.bytes} that config.json says")
+    if size != config.weights.bytes:
+        raise _damaged(path, f"has {size} bytes, not the {config.weights.bytes} that config.json says")
     if hashlib.sha256(content).hexdigest() != config.weights.sha256:
         raise _damaged(path, "its sha256 is not the one in config.json")
     try:
@@ -408,7 +410,7 @@ def _json(value: object) -> bytes:
 
 def _read_json(path: Path, *, missing: Any = None) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_small(path))
     except FileNotFoundError:
         if missing is not None:
             return missing

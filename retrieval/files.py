@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from matvit.durable import TEMPORARY
+from matvit.regular import check_regular
 from retrieval.errors import DamagedFileError, DiskRefusalError, IndexFormatError, IngestError
 
 RESTORE = "try matvit repair, which never makes it worse, or restore the index from a copy"
@@ -67,7 +68,7 @@ def writing(folder: Path) -> Iterator[None]:
 def check_size(path: Path, *, size: int) -> None:
     """Raises IndexFormatError unless the file is there with so many bytes."""
     with reading(path):
-        found = path.stat().st_size
+        found = check_regular(path).st_size
     if found != size:
         raise damaged(path, f"has {found} bytes instead of {size}")
 

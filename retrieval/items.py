@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from matvit.durable import sync_file
+from matvit.regular import check_regular
 from retrieval.errors import IndexFormatError
-from retrieval.files import RESTORE
+from retrieval.files import RESTORE, reading
 
 IntArray = npt.NDArray[np.int64]
 Place = tuple[str, bytes]  # a root's name, and the path below it
@@ -137,6 +138,8 @@ class ItemStore:
     def _fetch(self, query: str) -> list[Any]:
         # ro: a file that a writer has just removed is not made anew. immutable: no locks and no journal look-up, so
         # that read-only disks and many readers are fine.
+        with reading(self.path):
+            check_regular(self.path)
         uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
         try:
             with closing(sqlite3.connect(uri, uri=True)) as connection:

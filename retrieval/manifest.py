@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from matvit.durable import sync_folder, write_atomic
+from matvit.regular import read_small
 from retrieval.errors import IndexFormatError
 from retrieval.files import RESTORE, damaged, reading, sha256_bytes
 from retrieval.locations import is_url
@@ -186,7 +187,7 @@ def read_pointer(folder: Path) -> Pointer:
         raise _no_index(folder)
     path = folder / CURRENT
     with reading(path):
-        line = path.read_bytes()
+        line = read_small(path)
     match = re.fullmatch(rb"([0-9]{6,}\.json) ([0-9a-f]{64})\n", line)
     if match is None:
         raise damaged(path, "does not name a generation and its sha256")
@@ -236,7 +237,7 @@ def read_manifest(folder: Path, pointer: Pointer) -> Manifest:
     """Read and check the generation that `pointer` names. Raises IndexFormatError."""
     path = folder / GENERATIONS / pointer.name
     with reading(path):
-        data = path.read_bytes()
+        data = read_small(path)
     if sha256_bytes(data) != pointer.sha256:
         raise damaged(path, "is not what was published (its sha256 differs from the one in CURRENT)")
     return parse_manifest(data, path=path)

@@ -16,6 +16,7 @@ from pathlib import Path
 from matvit.encoder import ElasticEncoder
 from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent
+from matvit.regular import read_small
 from retrieval.encoders import check_space, load_encoder
 from retrieval.errors import IndexFormatError
 from retrieval.files import check_file, reading, sha256_bytes, writing
@@ -291,7 +292,7 @@ def _find_base(folder: Path, damage: list[str]) -> Manifest:
         return _newest(folder, damage)
     path = folder / GENERATIONS / pointer.name
     with reading(path):
-        data = path.read_bytes() if path.is_file() else b""
+        data = read_small(path) if path.is_file() else b""
     if sha256_bytes(data) == pointer.sha256:
         return parse_manifest(data, path=path)  # raises for a newer format: what is whole needs no repair
     if data and _nearly(pointer.sha256, sha256_bytes(data)):
@@ -308,8 +309,12 @@ def _newest(folder: Path, damage: list[str]) -> Manifest:
     """The newest whole generation, else the newest that can be read."""
     found: Manifest | None = None
     for path in sorted(_manifests(folder), key=_number, reverse=True):
-        with reading(path):
-            data = path.read_bytes()
+        try:
+            with reading(path):
+                data = read_small(path)
+        except IndexFormatError as error:
+            damage.append(f"{error.where}: {error.what}")
+            continue
         _refuse_newer(data, path)
         try:
             manifest = parse_manifest(data, path=path)

@@ -10,6 +10,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from matvit.errors import MissingExtraError, RecipeError
+from matvit.regular import read_small
+
+_MOST = 2**20  # bytes: YAML takes a hundred times that in memory
 
 
 class _Strict(BaseModel):
@@ -240,8 +243,8 @@ def load_recipe(source: str | Path) -> Recipe:
     path = Path(source)
     packaged = resources.files("matvit.training") / "recipes" / f"{source}.yaml"
     try:
-        text = (packaged if packaged.is_file() else path).read_text(encoding="utf-8")
-        return Recipe.model_validate(yaml.safe_load(text))
+        text = packaged.read_bytes() if packaged.is_file() else read_small(path, most=_MOST)
+        return Recipe.model_validate(yaml.safe_load(text.decode("utf-8")))
     except OSError as error:
         raise RecipeError(
             what=f"cannot be read ({error.strerror})",

@@ -1,0 +1,56 @@
+"""A pipe in the place of a file of ours is one sentence: whoever opens it waits for ever."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def into_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.fixture
+def own_index(index, tmp_path):
+    return shutil.copytree(index, tmp_path / "own.index")
+
+
+@pytest.mark.parametrize("name", ["CURRENT", "generations/*.json", "segments/*/items.sqlite"])
+@pytest.mark.parametrize("command", ["verify", "info", "repair"])
+def test_a_pipe_in_an_index(run, own_index, name, command):
+    path = max(own_index.glob(name))
+    into_pipe(path)
+    outcome = run(command, own_index)
+    if command != "repair":
+        assert outcome.code in (1, 2)
+    assert f"{path}: " in outcome.out + outcome.err
+    assert "regular file" in outcome.out + outcome.err or "is not what was published" in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "training.json"])
+def test_a_pipe_in_a_checkpoint(run, checkpoint, tmp_path, name):
+    folder = shutil.copytree(checkpoint, tmp_path / "own")
+    (folder / name).touch()
+    into_pipe(folder / name)
+    outcome = run("extract", folder, "--spec", "S", "--out", tmp_path / "s.safetensors")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "not a regular file" in outcome.err
+    assert run("verify", folder).code != 0
+
+
+def test_a_device_is_no_recipe(run, tmp_path):
+    outcome = run("train", "/dev/zero", "--out", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: /dev/zero: cannot be read (not a regular file)")
+
+
+def test_a_huge_file_is_not_read(run, own_index):
+    os.truncate(own_index / "CURRENT", 3 * 2**30)
+    outcome = run("verify", own_index)
+    assert outcome.code == 1
+    assert "larger than" in outcome.out + outcome.err
