@@ -20,6 +20,7 @@ from retrieval.manifest import EncoderEntry
 
 def describe(encoder: ElasticEncoder) -> EncoderEntry:
     """The manifest's entry for a gallery embedded by all of `encoder`."""
+    _check_is_encoder(encoder)
     spec = encoder.shape.spec()
     return EncoderEntry(
         name=encoder.name,
@@ -57,12 +58,22 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
 
 def check_space(encoder: ElasticEncoder | ImageEncoder, entry: EncoderEntry, *, index: Path) -> None:
     """Raises EncoderMismatchError unless embeddings of `encoder` may be compared with the index's."""
+    _check_is_encoder(encoder)
     if encoder.space_id != entry.space_id or encoder.embedding_dim != entry.embedding_dim:
         raise EncoderMismatchError(
             what=f"the encoder's embedding space {encoder.space_id:.12} is not this index's {entry.space_id:.12}",
             where=str(index),
             fix=f"use the encoder that built the index ({entry.source or entry.name}), "
             "or index the pictures again with this one",
+        )
+
+
+def _check_is_encoder(encoder: object) -> None:
+    if not hasattr(encoder, "space_id"):
+        raise EncoderMismatchError(
+            what=f"{encoder!r} is no encoder",
+            where="encoder",
+            fix='load one: MatViT.from_pretrained("matvit-small"); a search also takes a spec such as "S"',
         )
 
 

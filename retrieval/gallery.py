@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ class Gallery:
 
     def position_of(self, number: int) -> int:
         """The position of the picture with this id. Raises SearchError when there is none."""
-        if number not in self.positions:
+        if not is_whole(number) or isinstance(number, bool) or number not in self.positions:
             raise SearchError(
-                what=f"holds no picture with id {number}", where=str(self.snapshot.folder), fix="see paths()"
+                what=f"holds no picture with id {number!r}", where=str(self.snapshot.folder), fix="see paths()"
             )
         return self.positions[number]
 
@@ -181,3 +182,11 @@ def _trimmed(found: Found, *, k: int | None, min_score: float | None, without: s
     if min_score is not None:
         positions, scores = positions[scores >= min_score], scores[scores >= min_score]
     return positions[:k], scores[:k]
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is one whole number: arrays have `__index__`, too, but raise unless they hold just one."""
+    try:
+        return index(value) is not None  # type: ignore[arg-type]
+    except Exception:  # numpy's and torch's raise what they like
+        return False

@@ -63,7 +63,7 @@ class Index:
 
         Raises IndexExistsError when something is there already, IngestError when it cannot be written.
         """
-        folder = Path(path).absolute()
+        folder, described = Path(path).absolute(), describe(encoder)  # raises before anything is made
         with writing(folder):
             _check_free(folder)
             make_folders(folder)
@@ -73,7 +73,7 @@ class Index:
                 generation=1,
                 parent=None,
                 created=datetime.now(UTC),
-                encoder=describe(encoder),
+                encoder=described,
                 roots={},
                 segments=(),
                 deletions={},

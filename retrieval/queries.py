@@ -18,7 +18,7 @@ from retrieval.encoders import normalised
 from retrieval.errors import SearchError
 from retrieval.exact import Found
 from retrieval.files import sha256_bytes
-from retrieval.gallery import Gallery
+from retrieval.gallery import Gallery, is_whole
 from retrieval.items import IntArray
 from retrieval.locations import absolute, is_virtual, location, read_picture
 
@@ -94,7 +94,7 @@ def _part(part: Any, gallery: Gallery) -> ImageSource | int:
     if isinstance(part, str | os.PathLike | bytes | Image.Image):
         return part
     # numpy's integers are no ints, but mean one; a bool is an int to Python, but no id.
-    if not hasattr(part, "__index__") or isinstance(part, bool):
+    if not is_whole(part) or isinstance(part, bool):
         raise SearchError(
             what=f"a {type(part).__name__} is no picture",
             where="search",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from retrieval.errors import EmbeddingError, SearchError
 from retrieval.exact import Found
 from retrieval.filters import Where
 from retrieval.flat import exact_scores
-from retrieval.gallery import Gallery
+from retrieval.gallery import Gallery, is_whole
 from retrieval.items import IntArray
 from retrieval.locations import read_picture
 from retrieval.manifest import read_pointer
@@ -175,8 +176,10 @@ class Retriever:
     ) -> list[Hits]:
         """`search` for every one of `queries`, `batch_size` of them encoded together; raises what it raises."""
         batch_size = _positive(batch_size, name="batch_size")
-        if isinstance(queries, PICTURE):  # a text would be taken for many paths of one letter
-            raise SearchError(what="images is one picture", where="search_many", fix="give a list, or call search")
+        if isinstance(queries, PICTURE) or not isinstance(queries, Iterable):  # a text is many paths of one letter
+            raise SearchError(
+                what=f"a {type(queries).__name__} is no list", where="search_many", fix="give a list, or call search"
+            )
         gallery = self._gallery  # a reload by another thread does not mix generations
         limits = Limits(max_latency_ms=max_latency_ms, min_recall=min_recall)
         if encoder is None:
@@ -357,14 +360,16 @@ def _group(gallery: Gallery, positions: IntArray) -> DuplicateGroup:
 
 
 def _score(value: float | None) -> float | None:
-    if value is not None and (isinstance(value, bool | str) or not -1 <= value <= 1):  # also refuses NaN
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, float | int | np.number) or not -1 <= value <= 1
+    ):  # also refuses NaN
         raise SearchError(what=f"min_score is {value!r}", where="search", fix="give a number from -1 to 1")
     return None if value is None else value - _ROUNDING
 
 
 def _positive(value: int, *, name: str) -> int:
     # A bool is an int to Python; numpy's integers are none, but mean one.
-    if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 1:
+    if isinstance(value, bool) or not is_whole(value) or not 1 <= index(value) <= sys.maxsize:
         raise SearchError(what=f"{name} is {value!r}", where="search", fix=f"give a {name} of 1 or more")
     return index(value)
 

@@ -23,6 +23,8 @@ def parse_conditions(texts: Sequence[str]) -> dict[str, Any] | None:
         if match is None:
             raise typer.BadParameter(f"--where {text!r} is no condition; give one such as label=dog or price>=3")
         name, sign, value = match[1].strip(), match[2], match[3].strip()
+        if name.endswith("!") or value[:1] in ("=", "<", ">"):
+            raise typer.BadParameter(f"--where {text!r} compares by an unknown sign; use one of =, <, <=, > and >=")
         known = where.setdefault(name, [] if sign == "=" else {})
         if isinstance(known, list) != (sign == "=") or sign in known:
             raise typer.BadParameter(f"--where {text!r} does not go with another condition on '{name}'; leave one out")

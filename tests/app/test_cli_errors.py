@@ -56,6 +56,9 @@ def test_search_with_a_missing_file_says_so_before_the_encoder_is_loaded(run, in
     ("arguments", "words"),
     [
         (["--where", "label"], ["'label' is no condition", "label=dog"]),
+        (["--where", "label==a"], ["'label==a' compares by an unknown sign", "<="]),
+        (["--where", "label=>a"], ["'label=>a' compares by an unknown sign"]),
+        (["--where", "label!=a"], ["'label!=a' compares by an unknown sign"]),
         (["--where", "price>=3", "--where", "price=4"], ["another condition on 'price'"]),
         (["--where", "lable=dogs"], ["no picture has 'lable'", "label"]),
         (["--item", "10000"], ["no picture with id 10000"]),

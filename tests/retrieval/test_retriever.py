@@ -125,7 +125,7 @@ def test_an_integer_of_numpys_is_a_k(retriever, picture):
 
 def test_one_picture_is_not_taken_for_many(retriever, photos, picture):
     for one in (photos / "1.png", str(photos / "1.png"), picture(1), Image.open(io.BytesIO(picture(1)))):
-        with pytest.raises(SearchError, match="images is one picture; give a list"):
+        with pytest.raises(SearchError, match="is no list; give a list"):
             retriever.search_many(one)
 
 
@@ -293,3 +293,44 @@ def test_threads_may_share_a_retriever(retriever, photos):
 def test_retrieval_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import retrieval; assert 'timm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("query", [np.zeros((3, 4, 4)), np.array([1]), 1.0, None])
+def test_an_array_is_no_query(retriever, query):
+    with pytest.raises(SearchError, match="is no picture"):
+        retriever.search(query)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [{"k": np.array([1, 2])}, {"batch_size": 2**80}, {"min_score": [1]}, {"min_score": 1j}],
+)
+def test_an_argument_of_another_type_is_one_sentence(retriever, named):
+    with pytest.raises(SearchError, match=f"{next(iter(named))} is "):
+        retriever.search_many([1], **named)
+
+
+@pytest.mark.parametrize("queries", [None, 3])
+def test_what_is_no_list_of_queries_is_one_sentence(retriever, queries):
+    with pytest.raises(SearchError, match="is no list"):
+        retriever.search_many(queries)
+
+
+@pytest.mark.parametrize("number", [[1], True, 1.0])
+def test_what_is_no_id_has_no_picture(retriever, number):
+    with pytest.raises(SearchError, match="holds no picture with id"):
+        retriever.read_picture(number)
+
+
+@pytest.mark.parametrize("encoder", [5, b"S", ["S"]])
+def test_what_is_no_encoder_searches_nothing(retriever, picture, encoder):
+    with pytest.raises(EncoderMismatchError, match="is no encoder"):
+        retriever.search(picture(1), encoder=encoder)
+
+
+def test_a_name_is_no_encoder_and_leaves_nothing(retriever, photos, tmp_path):
+    with pytest.raises(EncoderMismatchError, match="is no encoder; load one"):
+        Retriever.open(retriever.path, encoder="XL")
+    with pytest.raises(EncoderMismatchError, match="is no encoder; load one"):
+        Index.build(photos, encoder="matvit-small", path=tmp_path / "new.index")
+    assert not (tmp_path / "new.index").exists()
