@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -112,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_as_sentences():
             code = cli(args=arguments or ["--help"], prog_name="matvit", standalone_mode=False)
+        if sys.stdout is None:  # closed by whoever started us
+            raise OSError(errno.EBADF, "standard output is closed")
         sys.stdout.flush()
         return code or 0
     except (KeyboardInterrupt, typer.Abort):

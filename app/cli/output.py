@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,8 @@ def short_path(path: Path) -> str:
 
 def say(message: str) -> None:
     """One line for people, on stderr."""
-    typer.echo(printable(message.replace("\n", " ")), err=True)
+    with suppress(OSError):  # nobody can be told that nobody can be told; the exit code still says it
+        typer.echo(printable(message.replace("\n", " ")), err=True)
 
 
 def printable(text: str) -> str:

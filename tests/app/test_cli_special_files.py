@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -54,3 +56,12 @@ def test_a_huge_file_is_not_read(run, own_index):
     outcome = run("verify", own_index)
     assert outcome.code == 1
     assert "larger than" in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize("redirected", [">/dev/full 2>&1", ">&- 2>/dev/full", ">&-"])
+def test_output_that_cannot_be_written_is_no_verdict(index, redirected):
+    script = "import sys; from matvit_app.cli.main import main; sys.exit(main())"
+    line = f'exec "{sys.executable}" -c "{script}" info "{index}" --json {redirected}'
+    outcome = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=50, check=False)
+    assert outcome.returncode == 2
+    assert "Traceback" not in outcome.stderr
