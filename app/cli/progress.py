@@ -1,21 +1,27 @@
-"""A progress bar on stderr, fed by `ProgressEvent`s."""
+"""A progress bar on stderr, or plain lines where that is no terminal, fed by `ProgressEvent`s."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from matvit.progress import Progress, ProgressEvent, silent
+from matvit.progress import Progress, ProgressEvent
+from matvit_app.cli.output import say
+
+_QUIET = 30.0  # seconds between two lines of one stage
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A callback that draws one bar per stage while the block runs; nothing where stderr is not a terminal."""
+    """A callback that draws one bar per stage while the block runs; plain lines where stderr is not a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield silent
+        lines = Lines()
+        yield lines
+        lines.close()
         return
     from rich import progress as bars
 
@@ -43,3 +49,29 @@ def progress_bar() -> Iterator[Progress]:
             )
 
         yield show
+
+
+class Lines:
+    """A callback for log files: a line when a stage begins, one when it ends, and one every 30 s between."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, ProgressEvent] = {}
+        self._told: dict[str, tuple[int, float]] = {}  # of a stage: what was done at its last line, and when
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """Prints the event if it is time to."""
+        self._last[event.stage] = event
+        done, when = self._told.get(event.stage, (event.done + 1, 0.0))
+        if event.done < done or time.monotonic() - when >= _QUIET or done < event.done == event.total:
+            self._tell(event)
+
+    def close(self) -> None:
+        """Prints where stages of an unknown length ended."""
+        for event in self._last.values():
+            if self._told[event.stage][0] != event.done:
+                self._tell(event)
+
+    def _tell(self, event: ProgressEvent) -> None:
+        self._told[event.stage] = event.done, time.monotonic()
+        of_total = "" if event.total is None else f" of {event.total}"
+        say(f"{event.stage}: {event.done}{of_total} {event.unit}" + (f", {event.note}" if event.note else ""))

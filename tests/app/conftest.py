@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ class Outcome:
 
     code: int
     out: str
-    err: str
+    err: str  # less the lines of progress
+    progress: tuple[str, ...] = ()
 
     @property
     def json(self) -> Any:
@@ -41,7 +43,9 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
         capfd.readouterr()
         code = main([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
-        return Outcome(code, out, err)
+        lines = err.splitlines(keepends=True)
+        told = tuple(line for line in lines if re.match(r"[a-z][\w ]*: \d+ (of \d+ )?[a-z]+(, .*)?\n$", line))
+        return Outcome(code, out, "".join(line for line in lines if line not in told), told)
 
     return run_command
 
