@@ -34,9 +34,9 @@ class Blend:
     """Several pictures (or items, by id) as one query: more like these, less like those.
 
     `fusion="mean"`: one search with the mean embedding of `like`, less half of that of `unlike`; the score is the
-    cosine similarity to it. `fusion="rank"`: each picture is searched with alone, and its best max(100, 10 k) hits
-    get 61 / (60 + rank) votes; the score is the mean over `like`, less half of that over `unlike`: 1 is the first
-    hit of all.
+    cosine similarity to it. `fusion="rank"`: each picture is searched with alone, and its best max(10, k) hits
+    get 61 / (60 + rank) votes, all others none; the score is the mean over `like`, less half of that
+    over `unlike`: 1 is the first hit of all.
     """
 
     like: Sequence[ImageSource | int]
@@ -175,8 +175,11 @@ def mean(asked: Asked, parts: FloatArray) -> FloatArray:
 
 
 def depth(k: int | None) -> int | None:
-    """How many hits of each part have votes in the fusion by rank."""
-    return None if k is None else max(100, 10 * k)
+    """How many hits of each part have votes in the fusion by rank.
+
+    Few: in long lists two middling ranks are worth more than a first and a low one.
+    """
+    return None if k is None else max(10, k)
 
 
 def fuse_ranks(asked: Asked, answers: Sequence[Found], *, ids: IntArray, k: int | None) -> Found:
