@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from matvit_app import services
 from matvit_app.cli.output import JsonFlag, short_path, write_json, write_line, write_table
 from matvit_app.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from retrieval import Duplicate
 
 
 def duplicates(
@@ -38,10 +41,16 @@ def duplicates(
         write_json({"groups": [services.group_json(group) for group in groups]})
         return
     rows = [
-        [str(number), short_path(picture.path), "same file" if picture.same_content else "", f"{picture.score:.3f}"]
+        [str(number), short_path(picture.path), _content(picture, group[0]), f"{picture.score:.3f}"]
         for number, group in enumerate(groups, start=1)
         for picture in group
     ]
     write_line(f"{len(groups)} group{'s' * (len(groups) != 1)}, {len(rows)} pictures")
     if rows:
         write_table(["group", "picture", "content", "score"], rows, text_columns=3)
+
+
+def _content(picture: Duplicate, first: Duplicate) -> str:
+    if picture is first:
+        return "first"
+    return "same file" if picture.same_content else ""
