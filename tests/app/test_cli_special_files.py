@@ -30,8 +30,12 @@ def test_a_pipe_in_an_index(run, own_index, name, command):
     outcome = run(command, own_index)
     if command != "repair":
         assert outcome.code in (1, 2)
-    assert f"{path}: " in outcome.out + outcome.err
-    assert "regular file" in outcome.out + outcome.err or "is not what was published" in outcome.out + outcome.err
+    told = outcome.out + outcome.err
+    if "no manifest can be read" in told:  # repair finds no older generation to go back to
+        assert (command, outcome.code) == ("repair", 2)
+        return
+    assert f"{path}: " in told
+    assert "regular file" in told or "is not what was published" in told
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "training.json"])
