@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from matvit.importance import watch_inputs
 from matvit.model import MatViT
 from matvit.private import OWNERS, PrivateBlock
 
@@ -43,24 +43,14 @@ def _hidden_units(
     products = [one.new_zeros(len(one), len(one)) for one in sums]
     count = 0
 
-    def hook(index: int) -> RemovableHandle:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal count
-            units = inputs[0].flatten(0, 1).float()  # (T, F)
-            sums[index] += units.sum(dim=0)
-            products[index] += units.T @ units
-            count += len(units) if index == 0 else 0
+    def add(index: int, inputs: Tensor) -> None:
+        nonlocal count
+        units = inputs.flatten(0, 1).float()  # (T, F)
+        sums[index] += units.sum(dim=0)
+        products[index] += units.T @ units
+        count += len(units) if index == 0 else 0
 
-        handle: RemovableHandle = layers[index].register_forward_pre_hook(add)
-        return handle
-
-    handles = [hook(index) for index in range(len(layers))]
-    try:
-        for batch in torch.split(images, batch_size):
-            model.vit(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_inputs(model, images, layers, add, batch_size=batch_size)
     means = [total / count * (layer.bias is not None) for total, layer in zip(sums, layers, strict=True)]
     return [(mean, product / count - mean.outer(mean)) for mean, product in zip(means, products, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,11 +89,25 @@ def _mean_squares(
     """The summed squares of each layer's inputs, by channel."""
     totals: list[torch.Tensor] = [torch.zeros((), device=images.device)] * len(layers)
 
-    def hook(index: int) -> RemovableHandle:
-        def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            totals[index] = totals[index] + inputs[0].float().square().sum(dim=(0, 1))
+    def add(index: int, inputs: torch.Tensor) -> None:
+        totals[index] = totals[index] + inputs.float().square().sum(dim=(0, 1))
 
-        handle: RemovableHandle = layers[index].register_forward_pre_hook(add)
+    watch_inputs(model, images, layers, add, batch_size=batch_size)
+    return totals
+
+
+def watch_inputs(
+    model: MatViT,
+    images: torch.Tensor,
+    layers: Sequence[nn.Module],
+    take: Callable[[int, torch.Tensor], None],
+    *,
+    batch_size: int,
+) -> None:
+    """Run the full encoder on `images` (B, 3, R, R); `take` is given each layer's position and its inputs."""
+
+    def hook(index: int) -> RemovableHandle:
+        handle: RemovableHandle = layers[index].register_forward_pre_hook(lambda _, inputs: take(index, inputs[0]))
         return handle
 
     handles = [hook(index) for index in range(len(layers))]
@@ -102,4 +117,3 @@ def _mean_squares(
     finally:
         for handle in handles:
             handle.remove()
-    return totals
