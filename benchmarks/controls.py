@@ -30,11 +30,13 @@ from matvit.importance import find_keep_order, order_by_importance
 from matvit.metrics import top_k
 from matvit.model import AxesConfig
 from matvit.preprocess import FloatArray
+from matvit.progress import silent
+from matvit.streaming import embed_pictures
 from matvit.training.loop import train
 from matvit.training.recipe import Recipe, load_recipe
 from matvit.training.start import start_encoder
 
-DIAL = ("XL", "XL-r168", "XL-r154", "XL-r112", "XL-r98", "XL-r84", "XL-r70", "XL-r56")
+DIAL = ("XL", "XL-r168", "XL-r154", "XL-r140", "XL-r126", "XL-r112", "XL-r98", "XL-r84", "XL-r70", "XL-r56")
 CUT = ("S", "M", "L")
 DROPPED = ("XL-d10", "XL-d10-r112", "XL-d10-r84", "XL-d10-r56")
 QUERIES, GALLERY, UNSEEN, SEEN = "caltech-101/test", "caltech-101/train", "50:101", "0:50"
@@ -107,9 +109,11 @@ def recalls(model: MatViT, specs: Sequence[str]) -> dict[str, float]:
 def embed(model: MatViT, spec: str, pictures: LabelledImages) -> FloatArray:
     """(N, D) of unit length."""
     encoder = model.encoder(spec)
-    starts = range(0, len(pictures.labels), 256)
-    blocks = (pictures.images[start : start + 256] for start in starts)
-    return np.concatenate([encoder.embed(list(block)) for block in blocks])
+    rows = np.arange(len(pictures.labels))
+    found = embed_pictures(
+        pictures, rows, encoders={encoder.spec: encoder}, hashing=False, batch_size=256, stage=spec, progress=silent
+    )
+    return found.vectors[encoder.spec]
 
 
 def rotation(source: FloatArray, target: FloatArray) -> FloatArray:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from controls import embed
 
 from matvit import MatViT
 from matvit.datasets import LabelledImages, data_folder, read_dataset
@@ -68,16 +69,9 @@ def recipe(name: str, *, ratio: float, nested: bool, steps: int, batch: int) -> 
 
 def answers(model: MatViT, spec: str, prototypes: torch.Tensor, pictures: LabelledImages) -> Answers:
     """Embed the val split with the submodel `spec` and ask the trained classifier."""
-    encoder = model.encoder(spec)
-    rows = range(0, len(pictures.labels), 500)
-    parts = [encoder.embed([pictures.images[row] for row in _block(start, pictures)]) for start in rows]
-    embeddings = np.concatenate(parts)
+    embeddings = embed(model, spec, pictures)
     directions = torch.nn.functional.normalize(prototypes.float(), dim=-1).cpu().numpy()
     return Answers(embeddings=embeddings, classes=(embeddings @ directions.T).argmax(axis=1))
-
-
-def _block(start: int, pictures: LabelledImages) -> range:
-    return range(start, min(start + 500, len(pictures.labels)))
 
 
 def nearest(queries: FloatArray, gallery: FloatArray, labels: IntArray) -> float:
