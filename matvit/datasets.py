@@ -28,6 +28,7 @@ import numpy.typing as npt
 from matvit import layouts, tars
 from matvit.errors import DatasetError, MissingExtraError
 from matvit.preprocess import ImageSource
+from matvit.regular import check_regular
 from matvit.walk import walk_files
 
 T = TypeVar("T")
@@ -428,7 +429,8 @@ def _encoded(image: ImageSource, origin: str) -> bytes:
         return image
     try:
         if isinstance(image, str | os.PathLike):
+            check_regular(Path(image))
             return Path(image).read_bytes()
     except OSError as error:
-        raise _error(origin, "can no longer be read", "restore the file") from error
+        raise _error(origin, f"cannot be read ({error.strerror})", "restore the file, or take it away") from error
     return image.tobytes()

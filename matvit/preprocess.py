@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -125,8 +126,10 @@ class _Guarded:
 
 @contextmanager
 def _file_of(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
-    if not isinstance(source, bytes) and Path(source).is_fifo():
-        raise _PipeError  # opening it would wait for ever
+    if not isinstance(source, bytes):
+        mode = Path(source).stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise _SpecialFileError  # opening a pipe would wait for ever
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
         if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
             raise _TooLargeError
@@ -138,7 +141,7 @@ class _TooLargeError(Exception):
     pass
 
 
-class _PipeError(Exception):
+class _SpecialFileError(Exception):
     pass
 
 
@@ -230,7 +233,7 @@ def _reason(error: Exception, source: ImageSource) -> str:
         IsADirectoryError: "is a folder, not a picture",
         PermissionError: "may not be read",
         UnidentifiedImageError: "not a picture in a supported format",
-        _PipeError: "is a pipe, not a picture",
+        _SpecialFileError: "is a pipe, a socket or a device, not a picture",
         _TooLargeError: f"has more than {MAX_FILE_BYTES // 2**20} MiB",
         Image.DecompressionBombError: f"has more than {MAX_PIXELS // 10**6} megapixels",
     }

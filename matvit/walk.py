@@ -32,9 +32,9 @@ def walk_folders(
     """The files of every folder from `folder` down, each folder's own sorted; paths begin as `folder` does.
 
     Links to folders are followed, each folder is read once, however many links lead to it; hidden files
-    and folders are left out, and so are folders for which `leave_out(path)` is true. Broken links are
-    listed as files. Calls `on_error` with each OSError (its `filename` names the folder) and goes on,
-    unless that raises.
+    and folders are left out, and so are folders for which `leave_out(path)` is true. Broken links, pipes,
+    sockets and devices are listed as files: whoever opens them says why they cannot be used. Calls `on_error`
+    with each OSError (its `filename` names the folder) and goes on, unless that raises.
     """
     seen: set[str] = set()
     folders, links = [os.fspath(folder)], deque[str]()
@@ -73,7 +73,7 @@ def _sort_in(entry: os.DirEntry[str], found: _Listing, on_error: Callable[[OSErr
             (found.links if os.path.isdir(entry.path) else found.files).append(entry.path)
         elif entry.is_dir():
             found.folders.append(entry.path)
-        elif entry.is_file():
+        else:
             found.files.append(entry.path)
     except OSError as error:  # a failing disk lists names that it cannot tell the kind of
         on_error(OSError(error.errno, error.strerror, entry.path))

@@ -375,7 +375,8 @@ def test_missing_files_folders_and_formats_off_the_list_are_named(tmp_path: Path
     assert refusal(tmp_path / "gone.jpg").what == "no such file"
     assert refusal(str(tmp_path)).what == "is a folder, not a picture"
     os.mkfifo(tmp_path / "pipe.jpg")  # without anybody who writes to it
-    assert refusal(tmp_path / "pipe.jpg").what == "is a pipe, not a picture"
+    assert refusal(tmp_path / "pipe.jpg").what == "is a pipe, a socket or a device, not a picture"
+    assert refusal("/dev/zero").what == "is a pipe, a socket or a device, not a picture"
     assert refusal("nul\0byte.jpg").what == "damaged picture (embedded null byte)"
     assert refusal(encode(Image.new("RGB", (4, 4)), "PPM")).what == "not a picture in a supported format"
     assert refusal(encode(Image.new("RGB", (4, 4)), "PDF")).what == "not a picture in a supported format"

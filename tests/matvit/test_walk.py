@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ def test_files_of_all_folders_are_listed_in_sorted_order(tmp_path: Path) -> None
     expected = _below(tmp_path, "b/2", "a", "b/c/d/3", "b/1")
     _below(tmp_path, ".hidden", ".cache/file")
     (tmp_path / "empty").mkdir()
-    os.mkfifo(tmp_path / "pipe")
     assert walk_files(tmp_path, on_error=_raise) == walk_files(str(tmp_path), on_error=_raise) == expected
 
 
@@ -49,6 +49,13 @@ def test_links_to_nothing_and_to_themselves_are_listed(tmp_path: Path) -> None:
     (tmp_path / "gone").symlink_to("nowhere")
     (tmp_path / "self").symlink_to("self")
     assert walk_files(tmp_path, on_error=_raise) == [str(tmp_path / "gone"), str(tmp_path / "self")]
+
+
+def test_pipes_and_sockets_are_listed_and_left_to_whoever_opens_them(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket.png"))  # a socket's path has at most some hundred characters
+    assert walk_files(tmp_path, on_error=_raise) == [str(tmp_path / "pipe.png"), str(tmp_path / "socket.png")]
 
 
 def test_folders_can_be_left_out(tmp_path: Path) -> None:

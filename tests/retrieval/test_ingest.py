@@ -288,11 +288,14 @@ def test_a_picture_dated_after_what_64_bits_of_nanoseconds_hold_is_indexed_once(
 def test_pipes_and_broken_links_do_not_stop_a_run(tmp_path, photos, elastic):
     os.mkfifo(photos / "pipe.png")
     (photos / "broken.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(photos / "sub" / "unnamed.png")
+    os.mkfifo(photos / "no-picture-by-its-name")
     report = Index.create(tmp_path / "i", encoder=elastic).ingest([photos, photos / "pipe.png"])
     assert counts(report)[:3] == (10, 0, 0)
     assert {file.path.name: file.reason for file in report.skipped} == {
         "broken.png": "no such file",
         "pipe.png": "not a regular file",
+        "unnamed.png": "not a regular file",
     }
 
 
