@@ -42,8 +42,21 @@ def name_of(entry: tarfile.TarInfo) -> str:
     return entry.name.removeprefix("./")
 
 
-def sample_of(entry: tarfile.TarInfo) -> str:
-    """What the members of one sample share."""
+def samples(file: BinaryIO, damage: list[str]) -> Iterator[list[tarfile.TarInfo]]:
+    """The members of each sample in a tar; hidden ones and those in hidden folders are left out, as they are on disk.
+
+    As `headers` for what is wrong with the tar.
+    """
+    shown = (entry for entry in headers(file, damage) if not _is_hidden(entry))
+    for _, members in groupby(shown, key=_sample_of):
+        yield list(members)
+
+
+def _is_hidden(entry: tarfile.TarInfo) -> bool:
+    return any(part.startswith(".") and part not in {".", ".."} for part in entry.name.split("/"))
+
+
+def _sample_of(entry: tarfile.TarInfo) -> str:
     folder, name = os.path.split(name_of(entry))
     return f"{folder}/{name.partition('.')[0]}"
 
@@ -87,8 +100,7 @@ def labelled_members(shard: Path, *, suffixes: Collection[str]) -> Iterator[Labe
     """
     damage: list[str] = []
     with shard.open("rb") as file:
-        for _, group in groupby(headers(file, damage), key=sample_of):
-            entries = list(group)
+        for entries in samples(file, damage):
             pictures = [one for one in entries if PurePosixPath(one.name).suffix.lower() in suffixes]
             if not pictures:
                 continue

@@ -19,6 +19,7 @@ from retrieval.errors import SearchError
 from retrieval.exact import Found, Vectors, exact_search
 from retrieval.filters import Column, Where, parse_where
 from retrieval.items import IntArray, Place
+from retrieval.locations import folder_of
 from retrieval.manifest import read_current
 from retrieval.snapshot import Snapshot
 from retrieval.types import Hit
@@ -107,11 +108,10 @@ class Gallery:
         return self.snapshot.full_path(self.places[position])
 
     def metadata(self, position: int) -> dict[str, Any]:
-        """What is stored of one picture; without a label of its own, it has the folder below the indexed one for it."""
+        """What is stored of one picture; without a label of its own, it has its folder for it (see `folder_of`)."""
         stored: dict[str, Any] = json.loads(self._metadata[position])
-        folder = self.places[position][1].rpartition(b"/")[0]
-        if LABEL not in stored and folder:
-            stored[LABEL] = folder.decode(errors="replace")
+        if LABEL not in stored and (folder := folder_of(self.places[position][1].decode(errors="replace"))):
+            stored[LABEL] = folder
         return stored
 
     def allowed(self, where: Where | None) -> IntArray | None:

@@ -58,6 +58,12 @@ def split_member(place: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
+def folder_of(path: str) -> str:
+    """The folder that a picture lies in, below the folder that was indexed or in its shard; "" for none."""
+    match = _MEMBER.fullmatch(path)
+    return (path if match is None else match[2]).rpartition("/")[0]
+
+
 def status_of(place: str) -> Status:
     """Size and time of a file or URL. Raises OSError, or what `filesystem` raises."""
     if is_url(place):

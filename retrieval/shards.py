@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any, BinaryIO
 
 from matvit import tars
@@ -82,19 +82,18 @@ def _offsets(container: str, size: int, mtime_ns: int) -> dict[str, tuple[int, i
 
 
 def tar_members(container: str) -> Iterator[Member]:
-    """The pictures of a tar shard with the metadata of their group: members whose names agree up to the first dot.
+    """The pictures of a tar shard with the metadata of their sample: members whose names agree up to the first dot.
 
     Only headers and metadata are read. Raises ShardError where the shard is damaged, after what comes before that.
     """
     seen: set[str] = set()
     damage: list[str] = []  # an error at once would take the group before with it
     with open_file(container) as file:
-        for _, group in groupby(tars.headers(file, damage), key=tars.sample_of):
-            entries = list(group)
+        for entries in tars.samples(file, damage):
             metadata, problem = _group_metadata(entries, file)
             for entry in entries:
                 name = tars.name_of(entry)
-                if os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES or os.path.basename(name).startswith("."):  # noqa: PTH119, PTH122
+                if os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES:  # noqa: PTH122
                     continue
                 twice = "the shard has two members of this name" if name in seen else None
                 leads_out = "its name leads out of the shard" if ".." in name.split("/") or "\0" in name else None

@@ -52,6 +52,12 @@ def test_the_class_is_the_samples_cls_its_json_or_the_members_folder(tmp_path: P
     assert found.origins[0].startswith(f"{tmp_path / 'birds.tar'}#")
 
 
+def test_hidden_members_and_folders_are_left_out_as_they_are_on_disk(tmp_path: Path) -> None:
+    hidden = {"fox/._a.png": b"of macOS", ".thumbs/fox/a.png": picture(2), "./.b.png": picture(3)}
+    found = read_dataset(write_tar(tmp_path / "birds.tar", LABELLED["folders"] | hidden))
+    assert list(found.images) == [picture(0), picture(1)]
+
+
 def test_shards_of_a_split_are_one_data_set_like_the_same_pictures_in_folders(tmp_path: Path) -> None:
     write_tar(tmp_path / "set" / "train-000000.tar", {"a.png": picture(0), "a.cls": b"one"})
     write_tar(tmp_path / "set" / "train-000001.tar", {"b.png": picture(1), "b.cls": b"two"})

@@ -160,6 +160,28 @@ def test_a_tar_shard_gives_pictures_with_their_groups_metadata(shard, build, ela
         retriever.read_picture(hit.id)
 
 
+def test_a_shards_picture_has_the_folder_inside_the_shard_for_its_label(tmp_path, picture, build, elastic):
+    (tmp_path / "shop").mkdir()
+    names = ["top.png", "cat/0.png", "cat/old/1.png"]
+    write_tar(tmp_path / "shop" / "shard.tar", {name: picture(seed) for seed, name in enumerate(names)})
+    (tmp_path / "shop" / "plain.png").write_bytes(picture(9))
+    index = build([tmp_path, tmp_path / "shop" / "shard.tar"])
+    hits = Retriever.open(index.path, encoder=elastic).search(picture(0))
+    assert {hit.path.name: hit.metadata for hit in hits} == {
+        "shard.tar#top.png": {},
+        "0.png": {"label": "cat"},
+        "1.png": {"label": "cat/old"},
+        "plain.png": {"label": "shop"},
+    }
+
+
+def test_hidden_members_and_hidden_folders_in_a_shard_are_left_out(tmp_path, picture, build):
+    members = {"./a.png": picture(0), ".b.png": picture(1), "x/.thumbs/c.png": picture(2), "./x/._d.json": b"\0"}
+    index = build(write_tar(tmp_path / "s.tar", members | {"x/d.png": picture(3)}))
+    assert metadata(index) == {"s.tar#a.png": {}, "s.tar#x/d.png": {}}
+    assert index.info().skipped == ()
+
+
 def test_a_shard_that_did_not_change_is_not_read_and_a_changed_one_by_its_members_content(
     shard, build, picture, elastic, monkeypatch
 ):
