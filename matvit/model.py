@@ -13,6 +13,7 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -115,15 +116,19 @@ class MatViT(nn.Module):
 
         `model` is a timm name or a module (copied, its classifier left out). `weights` is a safetensors file to
         fill it from. `image_size` (pixels) resamples the position table. Raises BackboneError for an unknown or
-        unsupported model, and for weights that do not fit.
+        unsupported model, and for weights that cannot be fetched or do not fit.
 
         Of the model's `pretrained_cfg`, mean and std alone are taken over, not crop_pct and interpolation: pictures
         are resized bilinearly and their whole centre square is used. For another mean and std give
         `preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))`, from `matvit.preprocess`.
         """
         name = model.rpartition("/")[2] if isinstance(model, str) else "matvit"
-        vit = _create(model, pretrained) if isinstance(model, str) else model
+        vit = _create(model) if isinstance(model, str) else model
         config = backbone.describe(vit)
+        if image_size is not None:
+            _check_image_size(image_size, config)
+        if pretrained and isinstance(model, str):  # what is not supported was refused before the download
+            vit = _fetch(model)
         if weights is not None:
             vit = copy.deepcopy(vit)
             vit.load_state_dict(read_weights(weights, like=vit), strict=False)  # all but a classifier
@@ -234,27 +239,48 @@ class MatViT(nn.Module):
         return identity.space_id(arrays, self.config, self.preprocessing)
 
 
-def _create(name: str, pretrained: bool) -> nn.Module:
+def _create(name: str) -> nn.Module:
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
+        model: nn.Module = timm.create_model(name, num_classes=0)
+    except Exception as error:  # timm raises RuntimeError for unknown names; a name on the hub, the client's own
         raise BackboneError(
-            what=f"timm cannot create it ({(str(error) or type(error).__name__).splitlines()[0]})",
+            what=f"timm cannot create it ({_reason(error)})",
             where=f"timm model '{name}'",
-            fix="choose a name from timm.list_models('vit_*'), and check the network if it is pretrained",
+            fix="choose a name from timm.list_models('vit_*')",
         ) from error
     return model
 
 
-def _resample(
-    vit: TimmViT, state: dict[str, Tensor], config: backbone.ViTConfig, image_size: int
-) -> tuple[dict[str, Tensor], backbone.ViTConfig]:
+def _fetch(name: str) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        raise BackboneError(
+            what=f"its weights cannot be fetched ({_reason(error)})",
+            where=f"timm model '{name}'",
+            fix="check the network, or give a file of its weights",
+        ) from error
+    return model
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LocalEntryNotFoundError):  # its message speaks of caches
+        return "the hub could not be reached"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _check_image_size(image_size: int, config: backbone.ViTConfig) -> None:
     if image_size < config.patch_size or image_size % config.patch_size:
         raise BackboneError(
             what=f"{image_size} px is not a multiple of its {config.patch_size} px patches",
             where="image_size",
             fix=f"use a multiple of {config.patch_size}",
         )
+
+
+def _resample(
+    vit: TimmViT, state: dict[str, Tensor], config: backbone.ViTConfig, image_size: int
+) -> tuple[dict[str, Tensor], backbone.ViTConfig]:
     if config.pos_embed == "learn":
         state["pos_embed"] = positions.table(vit, config, image_size // config.patch_size).detach()
     return state, config.model_copy(update={"image_size": image_size})

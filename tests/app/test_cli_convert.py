@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -109,6 +110,32 @@ def test_names_of_metas_own_files_are_translated(small_timm, tmp_path):
     model = MatViT.from_timm("vit_small_patch16_dinov3", weights=tmp_path / "meta.safetensors", image_size=32)
     torch.testing.assert_close(model.vit.reg_token, vit.reg_token)
     torch.testing.assert_close(model.vit.blocks[1].gamma_2, vit.blocks[1].gamma_2)
+
+
+def test_without_the_hub_its_absence_is_told_and_an_unfit_model_is_refused_before_it_is_asked(
+    run, pictures, tmp_path, monkeypatch
+):
+    create, asked = timm.create_model, []
+
+    def without_network(name, *, pretrained=False, **options):
+        if pretrained:
+            asked.append(name)
+            raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub")
+        return create(name, **(SMALL | options))
+
+    monkeypatch.setattr(timm, "create_model", without_network)
+    cases = {
+        "'vit_small_patch16_224': its weights cannot be fetched (the hub could not be reached); check the network": [
+            "vit_small_patch16_224"
+        ],
+        "RelPos is neither": ["vit_relpos_small_patch16_224"],
+        "use a multiple of 14": ["vit_small_patch14_dinov2", "--image-size", 30],
+    }
+    for sentence, arguments in cases.items():
+        refused = run("convert", *arguments, "--pretrained", "--images", pictures, "--out", tmp_path / "elastic")
+        assert (refused.code, refused.err.count("\n")) == (2, 1), refused
+        assert sentence in refused.err
+    assert asked == ["vit_small_patch16_224"]
 
 
 def test_what_cannot_be_converted_is_one_sentence(run, small_timm, pictures, tmp_path):
