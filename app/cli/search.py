@@ -39,7 +39,12 @@ def search(
     ] = None,
     max_latency_ms: Annotated[
         float | None,
-        typer.Option(metavar="MS", help="The best submodel that encodes a picture in this time.", show_default=False),
+        typer.Option(
+            metavar="MS",
+            help="The best submodel that encodes a picture in this time, measured once on this machine: to measure "
+            "again, delete latency-*.json in the cache folder (MATVIT_CACHE, or ~/.cache/matvit).",
+            show_default=False,
+        ),
     ] = None,
     min_recall: Annotated[
         float | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ import retrieval.latency
 from matvit.pareto import EncoderChoice, pareto_front
 from retrieval import Blend, Index, Retriever, SearchError
 from retrieval.choosing import Limits, choose
+from retrieval.latency import latency_ms
 
 FLOPS = {"S": 0.4, "M": 0.5, "L": 0.7, "XL": 1.0}
 RECALL = {"S": 0.5, "M": 0.72, "L": 0.79, "XL": 0.8}
@@ -102,6 +104,17 @@ def test_a_time_is_measured_once_on_a_machine(retriever, photos, elastic, measur
     kept.write_text("{")  # damaged: measured again
     Retriever.open(retriever.path, encoder=elastic).search(photos / "1.png", max_latency_ms=100)
     assert measured == ["XL", "L", "M", "XL"]
+
+
+def test_a_busy_moment_does_not_count_and_deleting_the_file_measures_again(elastic, tmp_path, monkeypatch):
+    monkeypatch.setenv("MATVIT_CACHE", str(tmp_path / "cache"))
+    clock = iter([0, 5, 5, 5.004] + 100 * [9, 20])  # seconds: the machine is at rest in the second round alone
+    monkeypatch.setattr(retrieval.latency, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    encoder = elastic.encoder()
+    times = [latency_ms(encoder, elastic=elastic) for _ in range(2)]
+    [kept] = (tmp_path / "cache").glob("latency-*.json")
+    kept.unlink()
+    assert [*times, latency_ms(encoder, elastic=elastic)] == pytest.approx([4, 4, 11_000])
 
 
 def test_a_real_measurement_is_a_time(retriever, photos):
