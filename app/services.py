@@ -345,7 +345,8 @@ class Verification:
 def verify(target: str, *, sample: int = 0, progress: Progress = silent) -> Verification:
     """Checks every file of an index or a checkpoint against its hash, and `sample` pictures of an index again.
 
-    Raises CheckpointError when `target` is neither.
+    Raises CheckpointError when `target` is neither, IndexFormatError where an index cannot be read for another reason
+    than damage.
     """
     if is_index(Path(target)):
         from retrieval.verify import verify_index

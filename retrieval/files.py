@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from matvit.durable import TEMPORARY
-from matvit.regular import check_regular
+from matvit.regular import NotOursError, check_regular
 from retrieval.errors import DamagedFileError, DiskRefusalError, IndexFormatError, IngestError
 
 RESTORE = "try matvit repair, which never makes it worse, or restore the index from a copy"
+FREE = "close what else is running, or allow more open files (ulimit -n), and run the same again"
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -36,19 +39,30 @@ def remove_temporaries(folder: Path) -> None:
             leftover.unlink()
 
 
+def exhausted(error: BaseException | None) -> bool:
+    """Whether the system had no more memory or open files to give: that says nothing about what was to be read."""
+    none_left = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return error is not None and (getattr(error, "errno", None) in none_left or exhausted(error.__cause__))
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the operating system's complaints about one of the index's files into IndexFormatError."""
+    """Turn the operating system's complaints about one of the index's files into IndexFormatError.
+
+    DamagedFileError where reading it again would not help, which is what `matvit repair` mends.
+    """
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedFileError(what="a file of the index is missing", where=str(path), fix=RESTORE) from error
+    except NotOursError as error:
+        raise damaged(path, f"cannot be the index's own ({error.strerror})") from error
     except OSError as error:
-        raise IndexFormatError(
-            what=f"a file of the index cannot be read ({error.strerror})",
-            where=str(path),
-            fix="check the disk and the file's permissions",
-        ) from error
+        what = f"a file of the index cannot be read ({error.strerror})"
+        if error.errno == errno.EIO:
+            raise DamagedFileError(what=what, where=str(path), fix=f"check the disk, then {RESTORE}") from error
+        fix = FREE if exhausted(error) else "check the disk and the file's permissions"
+        raise IndexFormatError(what=what, where=str(path), fix=fix) from error
 
 
 @contextmanager
@@ -58,11 +72,26 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        fix = FREE if exhausted(error) else "make room or mend the permissions, then run the same again"
         raise DiskRefusalError(
             what=f"the index cannot be written ({reason})",
             where=str(folder),
-            fix="make room or mend the permissions, then run the same again: nothing that was published is lost",
+            fix=f"{fix}: nothing that was published is lost",
         ) from error
+
+
+def check_kind(path: Path, *, folder: bool) -> None:
+    """Raises DamagedFileError where something else stands in the place of a folder, or a file, of the index at hand."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # whoever needs it is told
+        return
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        raise DamagedFileError(
+            what=f"is not a {'folder' if folder else 'regular file'}",
+            where=str(path),
+            fix=f"put the index's own in its place, or move it away and run: matvit repair {path.parent}",
+        )
 
 
 def check_size(path: Path, *, size: int) -> None:

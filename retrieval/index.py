@@ -20,12 +20,12 @@ from retrieval.errors import IndexExistsError, IngestError
 from retrieval.files import keeping_lists, writing
 from retrieval.ingest import Ingest
 from retrieval.locations import absolute, location
-from retrieval.lock import NAME as LOCK
 from retrieval.lock import writer_lock
 from retrieval.manifest import (
     CURRENT,
     DELETIONS,
     GENERATIONS,
+    LOCK,
     SEGMENTS,
     Manifest,
     is_index,
@@ -246,6 +246,7 @@ class Index:
         """Read the whole index as it lies on the disk now: one sentence per problem, empty when it is sound.
 
         And embed `sample` of its pictures once more, to see that the encoder still gives what is stored.
+        Raises IndexFormatError for what is no damage: no index, a newer format, what cannot be read at the moment.
         """
         return list(verify_index(self.path, sample=sample, encoder=self._encoder, progress=progress).problems)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from matvit.durable import sync_file
 from matvit.regular import check_regular
-from retrieval.errors import IndexFormatError
+from retrieval.errors import DamagedFileError, IndexFormatError
 from retrieval.files import RESTORE, reading
 
 IntArray = npt.NDArray[np.int64]
@@ -81,6 +81,8 @@ _LEADS_OUT = (
 )
 _NAMES = tuple(field.name for field in fields(Item))
 COLUMNS = ", ".join(_NAMES)
+# What says nothing about the file: no memory, no more open files, no room to sort.
+_NOT_NOW = {sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_FULL}
 _values = attrgetter(*_NAMES)  # astuple would copy each value, slowly
 
 
@@ -105,7 +107,7 @@ class ItemStore:
         """Raises IndexFormatError unless every item lies in one of `roots`, by a path that does not lead out of it."""
         known = all(root in roots for (root,) in self._fetch("SELECT DISTINCT root FROM items"))
         if not known or self._fetch(f"SELECT 1 FROM items WHERE {_LEADS_OUT} LIMIT 1"):  # noqa: S608
-            raise IndexFormatError(what="items lie outside the index's roots", where=str(self.path), fix=RESTORE)
+            raise DamagedFileError(what="items lie outside the index's roots", where=str(self.path), fix=RESTORE)
 
     def count_bad_metadata(self) -> int:
         """Items whose metadata is no JSON object."""
@@ -117,7 +119,7 @@ class ItemStore:
         pairs = self._fetch("SELECT row, id FROM items WHERE row IS NOT NULL ORDER BY row")
         table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         if not np.array_equal(table[:, 0], np.arange(len(table))):
-            raise IndexFormatError(what="items and embeddings do not agree", where=str(self.path), fix=RESTORE)
+            raise DamagedFileError(what="items and embeddings do not agree", where=str(self.path), fix=RESTORE)
         return table[:, 1].copy()
 
     def pictures(self) -> list[Picture]:
@@ -145,9 +147,11 @@ class ItemStore:
             with closing(sqlite3.connect(uri, uri=True)) as connection:
                 return connection.execute(query).fetchall()
         except sqlite3.Error as error:
-            raise IndexFormatError(
-                what=f"the items cannot be read ({error})", where=str(self.path), fix=RESTORE
-            ) from error
+            what = f"the items cannot be read ({error})"
+            if getattr(error, "sqlite_errorcode", None) in _NOT_NOW:
+                fix = "close what else is running, make room in the temporary folder, and run the same again"
+                raise IndexFormatError(what=what, where=str(self.path), fix=fix) from error
+            raise DamagedFileError(what=what, where=str(self.path), fix=RESTORE) from error
 
 
 def item_of(values: Iterable[object]) -> Item:

@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from retrieval.errors import IndexLockedError, IngestError
-from retrieval.files import writing
+from retrieval.files import check_kind, writing
+from retrieval.manifest import LOCK
 
-NAME = "writer.lock"
 _HELD = {errno.EWOULDBLOCK, errno.EACCES}  # how the two systems say that another has the lock
 
 
 @contextmanager
 def writer_lock(folder: Path) -> Iterator[None]:
-    """Hold the index for writing. Raises IndexLockedError (names the holder's process id) or IngestError."""
-    path = folder / NAME
+    """Hold the index for writing. Raises IndexLockedError (names the holder's process id) or IngestError.
+
+    DamagedFileError where the lock is no file.
+    """
+    path = folder / LOCK
+    check_kind(path, folder=False)
     with writing(folder):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from matvit.durable import sync_folder, write_atomic
 from matvit.regular import read_small
 from retrieval.errors import IndexFormatError
-from retrieval.files import RESTORE, damaged, reading, sha256_bytes
+from retrieval.files import check_kind, damaged, reading, sha256_bytes
 from retrieval.locations import is_url
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ GENERATIONS = "generations"
 SEGMENTS = "segments"
 DELETIONS = "deletions"
 CACHE = "cache"
+STAGING = "upgrade"  # an index of its own, inside the one that it will become
+LOCK = "writer.lock"
 EMBEDDINGS: FileName = "embeddings.f32"
 ITEMS: FileName = "items.sqlite"
 
@@ -170,10 +172,10 @@ def is_index(folder: Path) -> bool:
     What a killed creation leaves is none, nor is a folder that may not be looked into.
     """
     # os.path, since Path.is_file raises where a folder may not be entered.
+    if os.path.isfile(folder / CURRENT):  # noqa: PTH113
+        return os.path.exists(folder / GENERATIONS) or os.path.isdir(folder / SEGMENTS)  # noqa: PTH110, PTH112
     if not os.path.isdir(folder / GENERATIONS):  # noqa: PTH112
         return False
-    if os.path.isfile(folder / CURRENT):  # noqa: PTH113
-        return True
     try:
         manifests = {path.name for path in (folder / GENERATIONS).glob("[0-9]*.json")}
         return bool(manifests - {manifest_name(1)}) or any((folder / SEGMENTS).glob(f"*/{ITEMS}"))
@@ -185,6 +187,7 @@ def read_pointer(folder: Path) -> Pointer:
     """Read CURRENT. Raises IndexFormatError when `folder` is no index or CURRENT is damaged."""
     if not is_index(folder):
         raise _no_index(folder)
+    check_kinds(folder)
     path = folder / CURRENT
     with reading(path):
         line = read_small(path)
@@ -192,6 +195,13 @@ def read_pointer(folder: Path) -> Pointer:
     if match is None:
         raise damaged(path, "does not name a generation and its sha256")
     return Pointer(name=match[1].decode("ascii"), sha256=match[2].decode("ascii"))
+
+
+def check_kinds(folder: Path) -> None:
+    """Raises DamagedFileError where a file stands in the place of a folder of the index, or the reverse."""
+    for name in (GENERATIONS, SEGMENTS, DELETIONS, CACHE, STAGING):
+        check_kind(folder / name, folder=True)
+    check_kind(folder / CURRENT, folder=False)
 
 
 def _no_index(folder: Path) -> IndexFormatError:
@@ -314,10 +324,10 @@ def upgrade(raw: Json, *, path: Path) -> Json:
 
 
 def _refuse_format(found: object, path: Path) -> NoReturn:
-    newer = isinstance(found, int) and found > FORMAT_VERSION
-    raise IndexFormatError(
-        what=f"the index has format version {found}"
-        + (f", newer than the {FORMAT_VERSION} that this program reads" if newer else ", which is unknown"),
-        where=str(path),
-        fix="upgrade: pip install -U matvit-retrieval" if newer else RESTORE,
-    )
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        raise IndexFormatError(
+            what=f"the index has format version {found}, newer than the {FORMAT_VERSION} that this program reads",
+            where=str(path),
+            fix="upgrade: pip install -U matvit-retrieval",
+        )
+    raise damaged(path, f"has format version {found}, which is unknown")

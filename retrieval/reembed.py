@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray
+from retrieval.errors import IngestError
+from retrieval.files import FREE, exhausted
 from retrieval.items import Item, Place
 from retrieval.loading import Task
 from retrieval.locations import Open, Status, open_picture, split_member
@@ -34,7 +36,8 @@ def embed_again(
 ) -> Generator[EmbeddedAgain]:
     """Every one of `items`, in order. A file that has changed is embedded as it is now.
 
-    Raises EmbeddingError for an encoder that gives embeddings of another shape than it says.
+    Raises EmbeddingError for an encoder that gives embeddings of another shape than it says; IngestError when no more
+    files can be opened: the pictures are not lost.
     """
     waiting: deque[Item] = deque()
 
@@ -42,11 +45,26 @@ def embed_again(
         for item in items:
             waiting.append(item)
             place = file_name(item.place)
-            yield Task(full_path=place, root=item.root, path=item.path, known=None, open=_source(place, rows))
+            yield Task(
+                full_path=place,
+                root=item.root,
+                path=item.path,
+                known=None,
+                open=partial(_open, place, _source(place, rows)),
+            )
 
     with closing(RowReader()) as rows, closing(embed_all(tasks(), encoder=encoder, held=lambda _: None)) as results:
         for embedded in results:
             yield _again(waiting.popleft(), embedded)
+
+
+def _open(place: str, source: Open) -> tuple[BinaryIO, Status]:
+    try:
+        return source()
+    except OSError as error:
+        if exhausted(error):
+            raise IngestError(what=f"cannot be read ({error.strerror})", where=place, fix=FREE) from error
+        raise
 
 
 def _source(place: str, rows: RowReader) -> Open:

@@ -7,7 +7,6 @@ their hash are embedded once more from their files. Nothing is removed before th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent
 from matvit.regular import read_small
 from retrieval.encoders import check_space, load_encoder
-from retrieval.errors import IndexFormatError
-from retrieval.files import check_file, reading, sha256_bytes, writing
+from retrieval.errors import DamagedFileError, IndexFormatError
+from retrieval.files import check_file, exhausted, reading, sha256_bytes, writing
 from retrieval.items import OK, Item, ItemStore
 from retrieval.lock import writer_lock
 from retrieval.manifest import (
     CURRENT,
     DELETIONS,
-    FORMAT_VERSION,
     GENERATIONS,
     ITEMS,
     SEGMENTS,
@@ -33,6 +31,7 @@ from retrieval.manifest import (
     Manifest,
     Pointer,
     SegmentEntry,
+    check_kinds,
     is_index,
     make_folders,
     parse_manifest,
@@ -61,6 +60,7 @@ def repair_index(folder: Path, *, encoder: ElasticEncoder | None, drop_lost: boo
     """See `retrieval.Index.repair`."""
     if not is_index(folder):
         read_pointer(folder)  # raises
+    check_kinds(folder)
     with writer_lock(folder):
         with writing(folder):
             make_folders(folder)
@@ -127,7 +127,7 @@ class _Repair:
         damaged = False
         try:
             read_cache(self._folder, writer.manifest, entry)
-        except IndexFormatError as error:
+        except DamagedFileError as error:
             self._damage.append(f"{error.where}: {error.what}")
             damaged = True
         refresh(writer, progress=self._progress, anew=damaged)
@@ -149,12 +149,12 @@ class _Repair:
             return 0
         unnamed = 0
         named = {entry.name for entry in self._base.segments}
-        for path in sorted((self._folder / SEGMENTS).glob(f"[0-9a-f]*/{ITEMS}")):
-            if path.parent.name in named:
+        for home in _entries(self._folder / SEGMENTS):
+            if home.name in named or not re.fullmatch("[0-9a-f]{16}", home.name):
                 continue
             try:
-                items = [item for item in ItemStore(path).all() if item.id not in held and item.status == OK]
-            except (IndexFormatError, TypeError, ValueError):
+                items = [item for item in ItemStore(home / ITEMS).all() if item.id not in held and item.status == OK]
+            except (DamagedFileError, TypeError, ValueError):
                 items = []
             for item in items:
                 if self._is_ours(item):
@@ -169,7 +169,7 @@ class _Repair:
             try:
                 read_deletions(self._folder, self._base, segment)
                 kept[segment] = entry
-            except IndexFormatError as error:
+            except DamagedFileError as error:
                 self._damage.append(
                     f"{error.where}: {error.what}; of the {entry.count} items that it forgot, those that "
                     "were deleted, not replaced, may be back"
@@ -189,7 +189,7 @@ class _Repair:
                     damaged.append(self._read_damaged(entry))
                 else:
                     whole.append(segment)
-            except IndexFormatError as error:
+            except DamagedFileError as error:
                 self._damage.append(f"{error.where}: {error.what}")
                 damaged.append(self._read_damaged(entry))
             self._progress(ProgressEvent(stage="repair", done=done, total=total, unit="segments"))
@@ -208,11 +208,11 @@ class _Repair:
         try:
             check_file(path, size=file.bytes, sha256=file.sha256)
             proven = True
-        except IndexFormatError:
+        except DamagedFileError:
             proven = False
         try:
             items = tuple(item for item in ItemStore(path).all() if item.id not in gone)
-        except (IndexFormatError, TypeError, ValueError):
+        except (DamagedFileError, TypeError, ValueError):
             items = ()
         if not proven:
             items = tuple(item for item in items if self._is_ours(item))
@@ -261,6 +261,8 @@ class _Repair:
             elastic = self._encoder or load_encoder(entry, index=self._folder)
             check_space(elastic, entry, index=self._folder)
         except MatVitError as error:
+            if exhausted(error):
+                raise
             for item in pictures:
                 self._lose(item, f"its embedding is damaged, and there is no encoder ({error.what})")
             return
@@ -287,15 +289,19 @@ def _find_base(folder: Path, damage: list[str]) -> Manifest:
     """The generation to start from; what is wrong with CURRENT and its manifest is added to `damage`."""
     try:
         pointer = read_pointer(folder)
-    except IndexFormatError as error:
+    except DamagedFileError as error:
         damage.append(f"{error.where}: {error.what}")
         return _newest(folder, damage)
     path = folder / GENERATIONS / pointer.name
-    with reading(path):
-        data = read_small(path) if path.is_file() else b""
+    try:
+        with reading(path):
+            data = read_small(path)
+    except DamagedFileError as error:
+        damage.append(f"{error.where}: {error.what}")
+        return _newest(folder, damage)
     if sha256_bytes(data) == pointer.sha256:
         return parse_manifest(data, path=path)  # raises for a newer format: what is whole needs no repair
-    if data and _nearly(pointer.sha256, sha256_bytes(data)):
+    if _nearly(pointer.sha256, sha256_bytes(data)):
         damage.append(f"{folder / CURRENT}: names its manifest by a damaged sha256")
         return parse_manifest(data, path=path)
     mended = _with_one_bit_mended(data, pointer)
@@ -311,15 +317,10 @@ def _newest(folder: Path, damage: list[str]) -> Manifest:
     for path in sorted(_manifests(folder), key=_number, reverse=True):
         try:
             with reading(path):
-                data = read_small(path)
-        except IndexFormatError as error:
-            damage.append(f"{error.where}: {error.what}")
-            continue
-        _refuse_newer(data, path)
-        try:
-            manifest = parse_manifest(data, path=path)
-        except IndexFormatError as error:
-            damage.append(f"{error.where}: {error.what}")
+                manifest = parse_manifest(read_small(path), path=path)
+        except DamagedFileError as error:
+            if (told := f"{error.where}: {error.what}") not in damage:
+                damage.append(told)
             continue
         if _is_whole(folder, manifest):
             found = manifest
@@ -337,20 +338,11 @@ def _newest(folder: Path, damage: list[str]) -> Manifest:
     return found
 
 
-def _refuse_newer(data: bytes, path: Path) -> None:
-    try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError):
-        return
-    if isinstance(raw, dict) and isinstance(found := raw.get("format_version"), int) and found > FORMAT_VERSION:
-        parse_manifest(data, path=path)
-
-
 def _is_whole(folder: Path, manifest: Manifest) -> bool:
     try:
         for entry in manifest.segments:
             open_segment(folder, manifest, entry).embeddings()
-    except IndexFormatError:
+    except DamagedFileError:
         return False
     return True
 
@@ -372,7 +364,13 @@ def _nearly(one: str, other: str) -> bool:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    return [path for path in (folder / GENERATIONS).glob("*.json") if re.fullmatch(r"[0-9]{6,18}", path.stem)]
+    return [path for path in _entries(folder / GENERATIONS) if re.fullmatch(r"[0-9]{6,18}\.json", path.name)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted. Raises IndexFormatError, where a glob would find nothing."""
+    with reading(folder):
+        return sorted(folder.iterdir())
 
 
 def _number(path: Path) -> int:

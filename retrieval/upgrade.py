@@ -20,6 +20,7 @@ from retrieval.items import OK, SKIPPED, Item
 from retrieval.manifest import (
     CURRENT,
     SEGMENTS,
+    STAGING,
     EncoderEntry,
     Manifest,
     make_folders,
@@ -32,7 +33,6 @@ from retrieval.snapshot import OpenSegment, Snapshot, open_segment
 from retrieval.types import SkippedFile, UpgradeReport
 from retrieval.writer import Entry, GenerationWriter
 
-STAGING = "upgrade"  # an index of its own, inside the one that it will become
 PUBLISH_ITEMS = 512  # a kill loses at most so many pictures
 
 Staged = dict[int, tuple[OpenSegment, Item]]  # by id

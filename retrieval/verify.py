@@ -13,9 +13,10 @@ from matvit.encoder import ElasticEncoder
 from matvit.errors import CheckpointError
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, is_unit, load_encoder
-from retrieval.errors import EncoderMismatchError, IndexFormatError
+from retrieval.errors import DamagedFileError, EncoderMismatchError
+from retrieval.files import check_kind
 from retrieval.items import OK
-from retrieval.manifest import ATTEMPTS, Manifest, read_current, read_manifest, read_pointer, restless
+from retrieval.manifest import ATTEMPTS, LOCK, Manifest, read_current, read_manifest, read_pointer, restless
 from retrieval.reembed import embed_again
 from retrieval.snapshot import OpenSegment, Snapshot, open_segment
 from retrieval.types import VerifyReport
@@ -30,9 +31,12 @@ def verify_index(
     """Everything that is wrong with the index as it lies on the disk.
 
     `sample` pictures whose files are what was indexed are embedded once more and compared with what is stored, by
-    `encoder`, or the one that built the index. Raises MissingExtraError without torch, if that is needed.
+    `encoder`, or the one that built the index. Raises MissingExtraError without torch, if that is needed, and
+    IndexFormatError for what is no damage: no index, a newer format, a file that cannot be read at the moment, a writer
+    that never rests.
     """
     try:
+        check_kind(folder / LOCK, folder=False)
         for _ in range(ATTEMPTS):
             pointer = read_pointer(folder)
             manifest = read_current(folder, lambda now: read_manifest(folder, now))
@@ -44,7 +48,7 @@ def verify_index(
         if problems or not sample:
             return VerifyReport(problems=tuple(problems), sampled=0, unusable=0)
         return _check_sample(Snapshot.open(folder), size=sample, encoder=encoder, progress=progress)
-    except IndexFormatError as error:
+    except DamagedFileError as error:
         return VerifyReport(problems=(str(error),), sampled=0, unusable=0)
 
 
@@ -83,7 +87,7 @@ def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[s
             segment = open_segment(folder, manifest, entry)
             problems += segment_problems(segment, manifest)
             live.update(item.id for item in segment.live(segment.items.all()))
-        except IndexFormatError as error:
+        except DamagedFileError as error:
             problems.append(str(error))
         progress(ProgressEvent(stage="verify", done=done, total=total, unit="segments", note=_count(problems)))
     problems += _cache_problems(folder, manifest)
@@ -97,7 +101,7 @@ def _cache_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
         try:
             read_cache(folder, manifest, manifest.approximate)
-        except IndexFormatError as error:
+        except DamagedFileError as error:
             yield str(error)
 
 

@@ -28,7 +28,7 @@ def verify(
     Index: the newest generation and its segments; older ones are not looked at.
     With --sample, pictures are embedded once more: does the encoder still give what is stored?
 
-    Exit code 1 when something is wrong.
+    Exit code 1 when something is wrong, 2 when it cannot be told (a file may not be read, a newer format).
 
     \b
     Examples:

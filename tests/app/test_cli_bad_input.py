@@ -111,10 +111,9 @@ def test_an_index_made_by_a_newer_version_is_refused_and_kept(run, build, pictur
         ["info", index],
         ["compact", index],
         ["repair", index],
+        ["verify", index],
     ):
         refused(run(*arguments), "format version 99, newer than the 1 that this program reads")
-    verified = run("verify", index)
-    assert (verified.code, "newer than the 1" in verified.out) == (1, True)
     assert tree(index) == before
 
 

@@ -6,12 +6,18 @@ import errno
 import hashlib
 import os
 import re
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+import retrieval.backends.cache
+from matvit.errors import MatVitError
 from retrieval import Index, IndexFormatError, Retriever
+from retrieval.errors import DamagedFileError
 from retrieval.manifest import read_manifest, read_pointer
 
 
@@ -211,6 +217,90 @@ def test_a_newer_index_is_refused_not_rolled_back(index):
     (index.path / "CURRENT").write_bytes(f"{path.name} {sha256_bytes(data)}\n".encode())
     with pytest.raises(IndexFormatError, match="format version 9, newer than"):
         Index.repair(index.path)
+
+
+@pytest.mark.parametrize("name", ["CURRENT", "writer.lock", "generations", "segments", "deletions", "cache", "upgrade"])
+def test_what_is_of_another_kind_is_told_by_one_sentence_whoever_meets_it(index, photos, elastic, name):
+    path = index.path / name
+    if name in ("CURRENT", "writer.lock"):
+        path.unlink()
+        path.mkdir()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        path.write_text("something else")
+    before = files_of(index)
+    kind = "regular file" if path.is_dir() else "folder"
+    sentence = f"{path}: is not a {kind}; put the index's own in its place, or move it away and run: matvit repair"
+    assert index.verify() == [f"{sentence} {index.path}"]
+    for attempt in (
+        lambda: Index.repair(index.path, encoder=elastic, drop_lost=True),
+        lambda: Index.open(index.path).ingest(photos, encoder=elastic),
+    ):
+        with pytest.raises(DamagedFileError) as caught:
+            attempt()
+        assert str(caught.value) == f"{sentence} {index.path}"
+    assert files_of(index) == before
+    path.rename(index.path.with_name("moved away"))
+    if name == "generations":  # as the sentence says
+        with pytest.raises(IndexFormatError, match="no manifest can be read"):
+            Index.repair(index.path, encoder=elastic)
+        return
+    assert (Index.repair(index.path, encoder=elastic).lost_unnamed > 0) == (name == "segments")
+
+
+@contextmanager
+def open_files(spare: int) -> Iterator[None]:
+    """While the block runs, no more than `spare` files can be opened at one time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(spare):
+            os.close(taken.pop())
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_many_open_files_are_an_error_and_no_damage(index, elastic, picture):
+    expected = contents(index, elastic, picture)
+    flip(first_segment(index) / "embeddings.f32", 5)
+    refused = 0
+    for spare in range(40):
+        before = files_of(index)
+        try:
+            with open_files(spare):
+                assert len(index.verify()) == 1
+                report = Index.repair(index.path, encoder=elastic, drop_lost=True)
+        except MatVitError as error:
+            assert re.search("open files|unable to open", str(error))  # noqa: PT017 - the last attempt must succeed
+            assert not isinstance(error, DamagedFileError)  # noqa: PT017
+            assert files_of(index) == before
+            refused += 1
+        else:
+            assert (report.lost, report.lost_unnamed, report.whole) == ((), 0, True)
+            break
+    assert refused >= 3
+    assert contents(index, elastic, picture) == expected
+
+
+def test_a_disk_that_cannot_give_a_file_is_damage(index, elastic, monkeypatch):
+    broken = first_segment(index) / "embeddings.f32"
+    real = retrieval.files.sha256_file
+
+    def read(path):
+        if path == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(retrieval.files, "sha256_file", read)
+    assert "check the disk" in index.verify()[0]
+    assert Index.repair(index.path, encoder=elastic).embedded == 9
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])

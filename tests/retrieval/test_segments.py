@@ -133,10 +133,9 @@ def test_a_writer_that_never_rests_is_told_after_some_attempts(index, photos, pi
     open_segment = retrieval.snapshot.open_segment
     monkeypatch.setattr(retrieval.snapshot, "open_segment", replaced)
     monkeypatch.setattr(retrieval.verify, "open_segment", replaced)
-    with pytest.raises(IndexFormatError, match="replaced what was being read 20 times in a row; run the same again"):
-        Index.open(index.path)
-    [problem] = index.verify()
-    assert "20 times in a row" in problem
+    for attempt in (Index.open, lambda path: index.verify()):
+        with pytest.raises(IndexFormatError, match="what was being read 20 times in a row; run the same again"):
+            attempt(index.path)
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
