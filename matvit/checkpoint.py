@@ -147,7 +147,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
 
     Raises CheckpointError when there is none.
     """
-    text = os.fspath(source)
+    text = _text(source)
     if _is_bundled(source):
         return Path(str(resources.files("matvit.bundled").joinpath(text)))
     try:
@@ -164,6 +164,16 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
         what="is a file, not a checkpoint folder" if exists else NO_SUCH,
         where=text,
         fix=f"give a bundled name ({', '.join(bundled_names())}), a checkpoint folder, or a hub id such as owner/name",
+    )
+
+
+def _text(source: object) -> str:
+    if isinstance(source, str | os.PathLike) and isinstance(text := os.fspath(source), str):
+        return text
+    raise CheckpointError(
+        what=f"a {type(source).__name__} names no checkpoint",
+        where="checkpoint",
+        fix="give a bundled name, a folder or a hub id as text",
     )
 
 
@@ -216,8 +226,13 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
     Raises CheckpointError when `folder` exists and holds anything but a checkpoint, when a weight is
     NaN or infinite, or when the files cannot be written; an earlier checkpoint is then left as it was.
     """
-    target = Path(folder).resolve()
-    refuse_to_replace(target)
+    try:
+        target = Path(_text(folder)).resolve()
+        refuse_to_replace(target)
+    except (OSError, ValueError) as error:  # no folder's name, or in one that may not be read
+        raise CheckpointError(
+            what=f"cannot be looked up ({error})", where=os.fspath(folder)[:200], fix="choose another folder"
+        ) from error
     files = _files(model, storage)
     unfinished = _beside(target, "new")
     try:

@@ -270,9 +270,9 @@ def _reason(error: Exception) -> str:
 
 
 def _check_image_size(image_size: int, config: backbone.ViTConfig) -> None:
-    if image_size < config.patch_size or image_size % config.patch_size:
+    if not isinstance(image_size, int) or image_size < config.patch_size or image_size % config.patch_size:
         raise BackboneError(
-            what=f"{image_size} px is not a multiple of its {config.patch_size} px patches",
+            what=f"{image_size!r} px is not a multiple of its {config.patch_size} px patches",
             where="image_size",
             fix=f"use a multiple of {config.patch_size}",
         )

@@ -108,6 +108,10 @@ class EncoderShape:
                     fix="pass its string, or parse it with this encoder's shape",
                 )
             return value
+        if not isinstance(value, str):
+            raise SpecError(
+                what=f"a {type(value).__name__} names no submodel", where="encoder spec", fix="give a name such as 'S'"
+            )
         return _parse(value, self)
 
     def granularities(self) -> Iterator[SubmodelSpec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import sqlite3
 import stat
@@ -17,6 +18,16 @@ from retrieval.errors import DamagedFileError, DiskRefusalError, IndexFormatErro
 
 RESTORE = "try matvit repair, which never makes it worse, or restore the index from a copy"
 FREE = "close what else is running, or allow more open files (ulimit -n), and run the same again"
+
+
+def index_folder(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of an index. Raises IndexFormatError for what can be no folder's name."""
+    try:
+        if b"\0" not in os.fsencode(folder := Path(path)):
+            return folder.absolute()
+    except (TypeError, UnicodeError):
+        pass
+    raise IndexFormatError(what=f"{path!r} is no folder's name", where="index", fix="give a text or a Path")
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from numbers import Real
 from operator import index
 from pathlib import Path
 from typing import SupportsIndex, cast
@@ -17,7 +18,8 @@ from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, describe, load_encoder
 from retrieval.errors import IndexExistsError, IngestError
-from retrieval.files import keeping_lists, writing
+from retrieval.files import index_folder, keeping_lists, writing
+from retrieval.gallery import is_whole
 from retrieval.ingest import Ingest
 from retrieval.locations import absolute, location
 from retrieval.lock import writer_lock
@@ -63,7 +65,7 @@ class Index:
 
         Raises IndexExistsError when something is there already, IngestError when it cannot be written.
         """
-        folder, described = Path(path).absolute(), describe(encoder)  # raises before anything is made
+        folder, described = index_folder(path), describe(encoder)  # raises before anything is made
         with writing(folder):
             _check_free(folder)
             make_folders(folder)
@@ -90,7 +92,7 @@ class Index:
 
         Raises IndexFormatError.
         """
-        return cls(Snapshot.open(Path(path).absolute()), encoder=None)
+        return cls(Snapshot.open(index_folder(path)), encoder=None)
 
     @classmethod
     def build(
@@ -210,7 +212,7 @@ class Index:
         rest is published without it. The damaged files are removed only after that.
         Raises IndexFormatError when there is nothing to start from, or a newer format; IngestError, IndexLockedError.
         """
-        return repair_index(Path(path).absolute(), encoder=encoder, drop_lost=drop_lost, progress=progress)
+        return repair_index(index_folder(path), encoder=encoder, drop_lost=drop_lost, progress=progress)
 
     def set_search(
         self, index_type: str = "auto", *, max_ram: int | None = None, progress: Progress = silent
@@ -229,9 +231,9 @@ class Index:
             raise IngestError(
                 what=f"'{index_type}' is no index type", where="index_type", fix=f"use one of: {', '.join(known)}"
             )
-        if max_ram is not None and not 0 <= max_ram < 2**62:
+        if max_ram is not None and not _is_between(max_ram, 0, 2**62):
             raise IngestError(
-                what=f"{max_ram} is no number of bytes", where="max_ram", fix="give one from 0 on, or None"
+                what=f"{max_ram!r} is no number of bytes", where="max_ram", fix="give one from 0 on, or None"
             )
         limit = None if max_ram is None else int(max_ram)
         with self._writing() as writer:
@@ -246,8 +248,11 @@ class Index:
         """Read the whole index as it lies on the disk now: one sentence per problem, empty when it is sound.
 
         And embed `sample` of its pictures once more, to see that the encoder still gives what is stored.
-        Raises IndexFormatError for what is no damage: no index, a newer format, what cannot be read at the moment.
+        Raises IndexFormatError for what is no damage: no index, a newer format, what cannot be read at the moment;
+        IngestError when `sample` is no number of pictures.
         """
+        if not is_whole(sample) or not _is_between(sample, 0, 2**62):
+            raise IngestError(what=f"{sample!r} is no number of pictures", where="sample", fix="give one from 0 on")
         return list(verify_index(self.path, sample=sample, encoder=self._encoder, progress=progress).problems)
 
     def _ingest(
@@ -302,6 +307,11 @@ def items_of(snapshot: Snapshot, wanted: Selected | Iterable[Selected]) -> dict[
     return found
 
 
+def _is_between(value: float, least: int, end: int) -> bool:
+    # A bool is a number to Python; NaN compares with nothing.
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= value < end
+
+
 def _id_or_place(item: object) -> int | str:
     if isinstance(item, str | os.PathLike) and (path := os.fspath(item)):
         return absolute(location(path))
@@ -331,7 +341,7 @@ def build_index(
 ) -> tuple[Index, IngestReport]:
     """`Index.build`, with the report too. What a failed or interrupted run has published stays."""
     found = find_files(images)
-    was_there = Path(path).exists()
+    was_there = index_folder(path).exists()
     index = Index.create(path, encoder=encoder)
     try:
         report = index._ingest(found, encoder=encoder, delete=False, progress=progress)

@@ -23,6 +23,7 @@ from retrieval.duplicates import linked
 from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder, normalised
 from retrieval.errors import EmbeddingError, SearchError
 from retrieval.exact import Found
+from retrieval.files import index_folder
 from retrieval.filters import Where
 from retrieval.flat import exact_scores
 from retrieval.gallery import Gallery, is_whole
@@ -71,7 +72,7 @@ class Retriever:
         Raises IndexFormatError, EncoderMismatchError when `encoder` is of another embedding space, or SearchError when
         there is no such device.
         """
-        gallery = Gallery.open(Path(path).absolute(), device=search_device)
+        gallery = Gallery.open(index_folder(path), device=search_device)
         if encoder is not None:
             check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return cls(gallery, encoder=encoder)

@@ -183,12 +183,32 @@ def find_files(images: Images | Found) -> Found:
     """
     if isinstance(images, Found):
         return images
-    named = [os.fspath(images)] if isinstance(images, str | os.PathLike) else [os.fspath(image) for image in images]
+    named = [_text(image) for image in ([images] if isinstance(images, str | os.PathLike) else _several(images))]
     with keeping_lists():
         found = _find(named)
         if not len(found):
             raise _nothing(named, found)
     return found
+
+
+def _several(images: object) -> Iterable[object]:
+    if isinstance(images, bytes) or not isinstance(images, Iterable):  # bytes are many numbers
+        raise _no_path(images)
+    return images
+
+
+def _text(image: object) -> str:
+    if isinstance(image, str | os.PathLike) and isinstance(text := os.fspath(image), str):
+        return text
+    raise _no_path(image)
+
+
+def _no_path(value: object) -> IngestError:
+    return IngestError(
+        what=f"a {type(value).__name__} names no pictures",
+        where="images",
+        fix="give a path, a pattern or a URL as text, or several of them",
+    )
 
 
 def _find(named: list[str]) -> Found:

@@ -25,7 +25,7 @@ def read_weights(path: Path, *, like: nn.Module) -> _Tensors:
     """
     try:
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, UnicodeError) as error:  # the latter: no file's name
         raise _unfit(path, f"cannot be read as safetensors ({error})") from error
     try:
         tensors = _without_classifier(_translated(tensors, like))

@@ -54,7 +54,7 @@ def _edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
     (folder / "config.json").write_text(json.dumps(raw))
 
 
-def _refused(source: str | Path, match: str) -> None:
+def _refused(source: Any, match: str) -> None:
     with pytest.raises(CheckpointError, match=match) as caught:
         MatViT.from_pretrained(source)
     assert "\n" not in str(caught.value)
@@ -340,6 +340,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     _refused("../missing", "no such checkpoint")
     _refused("a/b/c", "no such checkpoint")
     _refused("x" * 5000, "cannot be looked up")
+    for source in (None, 5, b"x"):
+        _refused(source, "names no checkpoint")
+
+
+@pytest.mark.parametrize("folder", [None, 5, "a\0b", "\ud800", "x" * 5000])
+def test_what_is_no_folders_name_is_saved_nowhere(tiny: MatViT, folder: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"names no checkpoint|cannot be looked up"):
+        tiny.save_pretrained(folder)
 
 
 def test_a_save_that_was_killed_between_its_renames_is_told_with_the_way_back(

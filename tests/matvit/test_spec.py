@@ -209,6 +209,12 @@ def test_axes_that_the_encoder_lacks_are_refused(text: str) -> None:
         FFN_ONLY.spec(text)
 
 
+@pytest.mark.parametrize("value", [5, True, b"S", ["S"]])
+def test_what_is_no_text_is_a_spec_error(value: Any) -> None:
+    with pytest.raises(SpecError, match="names no submodel; give a name"):
+        VIT_SMALL.spec(value)
+
+
 def test_a_spec_of_another_shape_is_refused() -> None:
     with pytest.raises(SpecError, match="another shape"):
         VIT_SMALL.spec(FFN_ONLY.spec("S"))

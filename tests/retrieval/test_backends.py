@@ -19,7 +19,7 @@ from retrieval.backends import KINDS, cache
 from retrieval.backends.approximate import ApproximateSearch
 from retrieval.backends.build import RECALL, build, build_order
 from retrieval.backends.cache import read_cache
-from retrieval.backends.choice import choose
+from retrieval.backends.choice import LEAST_ROWS, choose
 from retrieval.backends.kinds import IvfPq
 from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning, IngestError
@@ -453,6 +453,20 @@ def test_what_was_asked_for_is_heeded_again_when_the_index_grows_or_shrinks(inde
     assert index.info().index_type == "sq"
 
 
+@pytest.mark.parametrize("asked", ["auto", *KINDS])
+def test_nothing_is_trained_below_the_bound_from_which_recall_is_measured(tmp_path, elastic, monkeypatch, asked):
+    def train(*arguments, **named):
+        pytest.fail("faiss and torch in one process have aborted while training on few vectors")
+
+    monkeypatch.setattr(cache, "build", train)
+    index = Index.create(tmp_path / "photos.index", encoder=elastic)
+    with index._writing() as writer:
+        add(writer, LEAST_ROWS - 1, seed=1)
+    assert index.set_search(asked, max_ram=1).index_type == "exact"
+    index.compact()
+    assert f"was left: its recall is measured from {LEAST_ROWS:,} vectors on" in index.info().index_reason
+
+
 def test_a_type_whose_recall_is_too_low_is_tried_again_only_when_it_is_asked_for_again(index, monkeypatch):
     tried = []
     monkeypatch.setattr(cache, "build", lambda *arguments, **named: tried.append(arguments))
@@ -480,7 +494,7 @@ def test_repair_and_the_next_writer_replace_a_cache_that_faiss_cannot_read_thoug
         assert index.verify() == []
 
 
-@pytest.mark.parametrize("limit", [-1, 2**62, float("nan")])
+@pytest.mark.parametrize("limit", [-1, 2**62, float("nan"), True, "1 GB", [1]])
 def test_a_limit_that_is_no_number_of_bytes_is_one_sentence(index, limit):
     with pytest.raises(IngestError, match="is no number of bytes"):
         index.set_search("auto", max_ram=limit)

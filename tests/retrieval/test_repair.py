@@ -16,7 +16,7 @@ import pytest
 
 import retrieval.backends.cache
 from matvit.errors import MatVitError
-from retrieval import Index, IndexFormatError, Retriever
+from retrieval import Index, IndexFormatError, IngestError, Retriever
 from retrieval.errors import DamagedFileError
 from retrieval.manifest import read_manifest, read_pointer
 
@@ -319,3 +319,9 @@ def test_a_repair_that_fails_at_any_step_makes_nothing_worse(index, elastic, pic
         assert Index.repair(folder, encoder=elastic).whole
         assert contents(Index.open(folder), elastic, picture) == expected
     assert at >= 3
+
+
+@pytest.mark.parametrize("sample", [-1, 1.5, "2", True, None])
+def test_a_sample_of_no_number_is_one_sentence(index, sample):
+    with pytest.raises(IngestError, match="is no number of pictures; give one from 0 on"):
+        index.verify(sample=sample)

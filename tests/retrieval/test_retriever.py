@@ -144,6 +144,13 @@ def test_no_index_is_one_sentence(tmp_path):
             Retriever.open(tmp_path / name)
 
 
+@pytest.mark.parametrize("path", [None, 5, b"x", "a\0b", "\ud800"])
+def test_what_is_no_folders_name_is_no_index(elastic, path):
+    for attempt in (Index.open, Index.repair, Retriever.open, lambda path: Index.create(path, encoder=elastic)):
+        with pytest.raises(IndexFormatError, match="is no folder's name; give a text or a Path"):
+            attempt(path)
+
+
 def test_submodels_are_extracted_once(retriever, elastic, picture):
     before = elastic.extracted
     for _ in range(3):
@@ -303,7 +310,14 @@ def test_an_array_is_no_query(retriever, query):
 
 @pytest.mark.parametrize(
     "named",
-    [{"k": np.array([1, 2])}, {"batch_size": 2**80}, {"min_score": [1]}, {"min_score": 1j}],
+    [
+        {"k": np.array([1, 2])},
+        {"batch_size": 2**80},
+        {"min_score": [1]},
+        {"min_score": 1j},
+        {"max_latency_ms": [1]},
+        {"min_recall": b"1"},
+    ],
 )
 def test_an_argument_of_another_type_is_one_sentence(retriever, named):
     with pytest.raises(SearchError, match=f"{next(iter(named))} is "):

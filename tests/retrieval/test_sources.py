@@ -150,3 +150,9 @@ def test_a_file_belongs_to_the_deepest_root_and_known_roots_are_kept():
 
 def test_roots_of_one_name_are_told_apart():
     assert Roots({}, ["/a/photos", "/b/photos"]).named == {"photos": "/a/photos", "photos-2": "/b/photos"}
+
+
+@pytest.mark.parametrize("images", [None, 5, b"a.png", [None], [b"a.png"], [[]]])
+def test_what_is_no_path_names_no_pictures(images):
+    with pytest.raises(IngestError, match="names no pictures; give a path, a pattern or a URL"):
+        find_files(images)
