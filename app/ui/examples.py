@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matvit_app.ui.pictures import telling_names
 from matvit_data import demo_folder
 
 COUNT = 12
@@ -45,7 +46,9 @@ def examples(pictures: Iterable[Path]) -> list[Example]:
     offered = [Example(path=demo_folder() / "images" / file, name=name) for name, file in _DEMO]
     if {example.path for example in offered} <= set(paths):
         return offered
-    return [Example(path=path, name=path.stem) for path in evenly(paths, COUNT)]
+    chosen = evenly(paths, COUNT)
+    names = zip(chosen, telling_names(chosen), strict=True)
+    return [Example(path=path, name=name.removesuffix(path.suffix)) for path, name in names]
 
 
 def evenly(paths: Sequence[Path], count: int) -> list[Path]:

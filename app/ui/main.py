@@ -25,7 +25,7 @@ from matvit_app.pareto import bargain, encoder_choices
 from matvit_app.ui.comparison import DEPTH, Comparison, compare
 from matvit_app.ui.examples import Example, examples
 from matvit_app.ui.latency import STEPS, latency_chart
-from matvit_app.ui.pictures import STYLE, Tile, figure, plain, readable, thumbnail
+from matvit_app.ui.pictures import STYLE, Tile, figure, plain, readable, telling_names, thumbnail
 from matvit_data import DemoPhoto, demo_photos
 from retrieval import Retriever
 from retrieval.locations import location, read_picture, split_member, status_of
@@ -129,8 +129,7 @@ def _choose_picture(offered: list[Example]) -> Query | None:
         st.info("The pictures of this index are not where they were indexed. Search with a picture of your own.")
     st.file_uploader("Or search with your own picture", type=UPLOADS, key="upload", on_change=_pick, args=(None,))
     if chosen is not None:
-        names = {example.path: example.name for example in offered}
-        return Query(image=_readable(chosen), name=names.get(chosen) or _name(chosen), file=chosen)
+        return Query(image=_readable(chosen), name=_name(chosen), file=chosen)
     return None if upload is None else _read_upload(upload.name, upload.getvalue())
 
 
@@ -215,9 +214,11 @@ def _show(comparison: Comparison, query: Query, *, share: float) -> None:
         st.subheader("Found")
         _show_numbers(comparison, share=share)
         demo = _demo_by_file()
+        names = telling_names([hit.path for hit in comparison.hits])
         with st.container(key="hits"):
-            for rank, hit in enumerate(comparison.hits, start=1):  # its own may count the query itself
-                _show_hit(hit, demo.get(hit.path), rank=rank, strange=hit.id in comparison.strange)
+            ranks = range(1, len(names) + 1)  # a hit's own may count the query itself
+            for rank, hit, name in zip(ranks, comparison.hits, names, strict=True):
+                _show_hit(hit, name, demo.get(hit.path), rank=rank, strange=hit.id in comparison.strange)
         _show_latency(comparison)
         _show_credits([demo[hit.path] for hit in comparison.hits if hit.path in demo])
 
@@ -234,11 +235,11 @@ def _show_numbers(comparison: Comparison, *, share: float) -> None:
     computing.metric("Computing, share of XL", f"{share:.0%}", border=True)
 
 
-def _show_hit(hit: Hit, photo: DemoPhoto | None, *, rank: int, strange: bool) -> None:
+def _show_hit(hit: Hit, name: str, photo: DemoPhoto | None, *, rank: int, strange: bool) -> None:
     tile = Tile(
         rank=rank,
         score=hit.score,
-        name=_name(hit.path),
+        name=name if photo is None else _class_name(photo),
         title=str(hit.path) if photo is None else photo.caption,
         image=_thumbnail_of(hit.path),
         strange=strange,
@@ -273,7 +274,8 @@ def _show_credits(photos: list[DemoPhoto]) -> None:
 
 
 def _page() -> None:
-    st.set_page_config(page_title="MatViT Retrieval", page_icon=":material/image_search:", layout="wide")
+    # A ":material/" icon would be fetched from the internet.
+    st.set_page_config(page_title="MatViT Retrieval", page_icon="🔍", layout="wide")
     st.html(_STYLE + STYLE)
     st.title("MatViT Retrieval")
     st.markdown("One index, built once by the full encoder; search it with a smaller one, and see what that saves.")
@@ -291,7 +293,8 @@ def _page() -> None:
         if query is None or spec is None:
             return
         st.divider()
-        comparison = compare(retriever, query.image, encoder=spec, k=k, leave_out=query.file)
+        with st.spinner(f"Searching with {spec} and with XL ..."):
+            comparison = compare(retriever, query.image, encoder=spec, k=k, leave_out=query.file)
         _show(comparison, query, share=encoder.flops(spec) / encoder.flops())
     except MatVitError as error:
         st.error(readable(str(error)))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from matvit.preprocess import ImageSource, open_image, resize_centre_square
 
 THUMBNAIL = 240  # pixels a side
+_NAME = 32  # characters that fit under a hit, in two lines
 
 # Theme-neutral: every colour is mixed from the text's own, so that light and dark both have contrast.
 STYLE = """<style>
@@ -37,7 +40,7 @@ class Tile:
 
     rank: int
     score: float
-    name: str  # shown; two lines at most
+    name: str  # shown, if need be shortened
     title: str  # shown when the pointer rests on it
     image: bytes | None  # WebP; None when the file is gone or damaged
     strange: bool  # XL does not have it
@@ -53,7 +56,7 @@ def thumbnail(source: ImageSource) -> bytes:
 
 def figure(tile: Tile) -> str:
     """The tile as HTML, every text escaped; it needs STYLE."""
-    name, title = escape(readable(tile.name)), escape(readable(tile.title))
+    name, title = escape(shortened(readable(tile.name))), escape(readable(tile.title))
     if tile.image is None:
         picture = '<div class="matvit-gone">picture<br>not there</div>'
     else:
@@ -65,6 +68,21 @@ def figure(tile: Tile) -> str:
         f'<figcaption><div class="matvit-facts"><b>{tile.rank}</b><span>{tile.score:.3f}</span></div>'
         f'<div class="matvit-name">{name}</div></figcaption></figure>'
     )
+
+
+def telling_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as tell all apart: "1.jpg", but "cats/1.jpg" where there is "dogs/1.jpg"."""
+    names: list[str] = []
+    for count in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def shortened(name: str, *, most: int = _NAME) -> str:
+    """The beginning and the end of a name of more than `most` characters: files of one camera begin alike."""
+    return name if len(name) <= most else f"{name[: most // 3]}…{name[most // 3 + 1 - most :]}"
 
 
 def readable(name: str) -> str:

@@ -23,7 +23,10 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")]
+
+
+@pytest.fixture(scope="module")
 def url(index: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,30 +54,50 @@ def _ready(url: str, server: subprocess.Popen[bytes]) -> str:
     raise AssertionError("the page did not start")
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
-def test_a_person_picks_a_picture_and_an_encoder_and_goes_on_from_a_hit(url):
+@pytest.fixture
+def asked():
+    """The URLs that the page has requested."""
+    return []
+
+
+@pytest.fixture
+def page(url, asked):
+    """The page on a telephone's screen."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as chrome:
         page = chrome.new_page(viewport={"width": 400, "height": 900})
+        page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
-        expect, query = playwright.expect, page.locator(".st-key-query")
-        expect(page.locator(".matvit-hit img")).to_have_count(7, timeout=40_000)
-        page.get_by_role("button", name="3", exact=True).last.click()  # dogs/3.png
-        expect(query).to_contain_text("3", timeout=20_000)
-        _choose_encoder(page, "XL")
-        expect(page.get_by_text("Time with XL")).to_be_visible(timeout=20_000)
-        _choose_encoder(page, "S")
-        expect(page.get_by_text("Time with S")).to_be_visible(timeout=20_000)
-        expect(page.get_by_text(re.compile(r"^\d+ of 7$"))).to_be_visible()
-        page.wait_for_selector("[data-test-script-state=notRunning]")  # or the hit read is one of the answer before
-        first = page.locator(".matvit-name").first.inner_text()
-        page.get_by_role("button", name="Search with this").first.click()
-        expect(query).to_contain_text(Path(first).stem, timeout=20_000)
-        expect(page.locator(".matvit-name", has_text=first)).to_have_count(0, timeout=20_000)  # not itself
-        expect(page.locator(".matvit-hit")).to_have_count(7)
-        # Nothing sticks out at the side of a telephone's screen.
-        assert page.evaluate("document.querySelector('.stMain').scrollWidth <= window.innerWidth")
+        playwright.expect(page.locator(".matvit-hit img")).to_have_count(7, timeout=40_000)
+        yield page
+
+
+def test_a_person_picks_a_picture_and_an_encoder_and_goes_on_from_a_hit(page):
+    from playwright.sync_api import expect
+
+    query = page.locator(".st-key-query")
+    page.get_by_role("button", name="dogs/3", exact=True).click()
+    expect(query).to_contain_text("dogs/3.png", timeout=20_000)
+    _choose_encoder(page, "XL")
+    expect(page.get_by_text("Time with XL")).to_be_visible(timeout=20_000)
+    _choose_encoder(page, "S")
+    expect(page.get_by_text("Time with S")).to_be_visible(timeout=20_000)
+    expect(page.get_by_text(re.compile(r"^\d+ of 7$"))).to_be_visible()
+    page.wait_for_selector("[data-test-script-state=notRunning]")  # or the hit read is one of the answer before
+    first = page.locator(".matvit-name").first.inner_text()
+    page.get_by_role("button", name="Search with this").first.click()
+    expect(query).to_contain_text(first, timeout=20_000)
+    expect(page.locator(".matvit-name", has_text=first)).to_have_count(0, timeout=20_000)  # not itself
+    expect(page.locator(".matvit-hit")).to_have_count(7)
+    # Nothing sticks out at the side of a telephone's screen.
+    assert page.evaluate("document.querySelector('.stMain').scrollWidth <= window.innerWidth")
+
+
+def test_the_page_asks_nothing_of_the_internet(page, url, asked):
+    page.locator("[data-testid=stVegaLiteChart] :is(canvas, svg)").first.wait_for(timeout=40_000)
+    page.wait_for_timeout(1000)  # fonts and icons come last
+    assert f"{url}/" in asked
+    assert [one for one in asked if not one.startswith((f"{url}/", "data:", "blob:"))] == []
 
 
 def _choose_encoder(page: Page, name: str) -> None:
