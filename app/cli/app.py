@@ -93,7 +93,8 @@ def serve(
     except KeyboardInterrupt:
         pass  # the usual way to end it
     finally:
-        server.terminate()
+        # It has nothing to save, and an end of its own may meet threads at work in C++, which then abort, and say so.
+        server.kill()
         server.wait()
 
 

@@ -37,12 +37,10 @@ def info(
     if json:
         write_json(found | {"skipped_files": files} if skipped else found)
     else:
-        _show(found)
-        for file in files if skipped else ():
-            write_line(f"skipped {file['path']}: {file['reason']}")
+        _show(found, files if skipped else [])
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
     if "items" in found:
         write_line(
             f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, "
@@ -50,6 +48,8 @@ def _show(found: dict[str, Any]) -> None:
         )
         for reason, count in found["skipped_reasons"].items():
             write_line(f"skipped {count}: {reason}")
+        for file in skipped:
+            write_line(f"skipped {file['path']}: {file['reason']}")
     write_line(f"encoder {found['encoder']}, {found['embedding_dim']} numbers a picture")
     write_line(f"space {found['space_id']}")
     write_line(f"cut along: {', '.join(found['axes'])}")

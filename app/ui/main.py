@@ -293,7 +293,7 @@ def _page() -> None:
         if query is None or spec is None:
             return
         st.divider()
-        with st.spinner(f"Searching with {spec} and with XL ..."):
+        with st.spinner("Searching ..."):
             comparison = compare(retriever, query.image, encoder=spec, k=k, leave_out=query.file)
         _show(comparison, query, share=encoder.flops(spec) / encoder.flops())
     except MatVitError as error:

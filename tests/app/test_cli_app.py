@@ -54,7 +54,9 @@ def test_a_terminated_app_takes_its_server_along(index, port):
         assert process.stdout is not None
         process.stdout.readline()  # the JSON document: the page is there
         process.terminate()
-        assert process.wait(timeout=30) == 143
+        _, told = process.communicate(timeout=30)
+        assert process.returncode == 143
+    assert b"terminate called" not in told
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
 

@@ -77,7 +77,7 @@ def test_a_search_is_announced_while_it_runs(open_page, index, monkeypatch):
     announced = []
     monkeypatch.setattr("streamlit.spinner", lambda text: nullcontext(announced.append(text)))
     open_page(index)
-    assert announced == ["Searching with S and with XL ..."]
+    assert announced == ["Searching ..."]
 
 
 def test_the_full_encoder_agrees_with_itself(open_page, index):
