@@ -1,5 +1,6 @@
 """The documents hold: code in the README runs, commands exist, links lead somewhere, wheels are clean."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +32,29 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["hits"]) == 10
     assert names["hits"][0].path.name == "0.webp"
+
+
+@pytest.mark.parametrize("name", ["searching", "evaluating"])
+def test_what_can_be_pasted_in_a_checkout_runs(name, tmp_path):
+    matvit = tmp_path / "bin" / "matvit"
+    matvit.parent.mkdir()
+    matvit.write_text(f"#!{sys.executable}\nimport sys\nfrom matvit_app.cli.main import main\nsys.exit(main())\n")
+    matvit.chmod(0o755)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / f"docs/guides/{name}.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    environment = os.environ | {"PATH": f"{matvit.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for block in blocks:
+        done = subprocess.run(
+            ["bash", "-e"], input=block, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    if name == "searching":
+        by_price, by_label = (
+            set(re.findall(r"label=\w+, price=\d+", part)) for part in done.stdout.split("photo-3")[1:]
+        )
+        assert by_price == {"label=shoes, price=45", "label=hat, price=30"}
+        assert by_label == by_price | {"label=shoes, price=20"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
