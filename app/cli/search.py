@@ -69,7 +69,7 @@ def search(
         list[str] | None,
         typer.Option(
             metavar="CONDITION",
-            help='Only pictures whose metadata is so: label=dog, "price>=3" (in quotes). Repeatable; several = mean any.',
+            help='Only pictures whose metadata is so: label=dog, "price>=3". Repeatable; several = mean any of them.',
         ),
     ] = None,
     exclude_self: Annotated[
