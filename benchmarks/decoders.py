@@ -9,11 +9,9 @@ Rates are pictures a second, medians; the core-seconds are those of this process
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -107,26 +105,14 @@ def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict
 
 def main() -> None:
     """Parse arguments, measure, print."""
-    from ingest import SOURCES
+    from ingest import measure_all, options
 
-    from matvit import MatViT
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoders", default="XL,S-d8-r56")
-    parser.add_argument("--pictures", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sources", default=",".join(SOURCES))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    elastic = MatViT.from_pretrained("matvit-small").to(arguments.device)
-    rows = []
-    for name in arguments.sources.split(","):
-        with tempfile.TemporaryDirectory() as temporary:
-            files = SOURCES[name](Path(temporary), arguments.pictures)
-            for spec in arguments.encoders.split(","):
-                found = measure(elastic, spec, files, arguments.rounds)
-                rows += [{"pictures": name, "encoder": spec, "workers": kind, **found[kind]} for kind in found]
+    arguments = options(__doc__).parse_args()
+    rows = [
+        {"pictures": source, "encoder": spec, "workers": kind, **found}
+        for source, spec, kinds in measure_all(arguments, measure)
+        for kind, found in kinds.items()
+    ]
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return

@@ -27,7 +27,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ def large_pictures(folder: Path, count: int) -> list[Path]:
 
 
 SOURCES = {"160px": small_pictures, "12MP": large_pictures}
+Measure = Callable[[Any, str, Sequence[Path], int], dict[str, Any]]  # the elastic encoder, a spec, files, rounds
 
 
 @dataclass
@@ -148,7 +149,6 @@ def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict
         return one["decode"].core_seconds + min(one["forward"].core_seconds, one["at once"].core_seconds)
 
     return {
-        "encoder": spec,
         "core_ms": {name: 1e3 * median(lambda one, name=name: one[name].core_seconds) for name in every[0]},
         "rates": {name: median(lambda one, name=name: 1 / one[name].seconds) for name in every[0]},
         "alone": median(alone),
@@ -158,20 +158,28 @@ def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict
     }
 
 
-def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every encoder on every kind of picture."""
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What this benchmark and decoders.py are told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoders", default="XL,S-d8-r56")
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sources", default=",".join(SOURCES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def measure_all(arguments: argparse.Namespace, one: Measure) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What `one` measures of every encoder on every kind of picture: their names, and that."""
     from matvit import MatViT
 
     elastic = MatViT.from_pretrained("matvit-small").to(arguments.device)
-    rows = []
-    for name in arguments.sources.split(","):
+    for source in arguments.sources.split(","):
         with tempfile.TemporaryDirectory() as temporary:
-            files = SOURCES[name](Path(temporary), arguments.pictures)
-            rows += [
-                {"pictures": name, **measure(elastic, spec, files, arguments.rounds)}
-                for spec in arguments.encoders.split(",")
-            ]
-    return rows
+            files = SOURCES[source](Path(temporary), arguments.pictures)
+            for spec in arguments.encoders.split(","):
+                yield source, spec, one(elastic, spec, files, arguments.rounds)
 
 
 def print_rates(rows: Sequence[dict[str, Any]]) -> None:
@@ -294,14 +302,8 @@ def print_memory(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Parse arguments, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoders", default="XL,S-d8-r56")
-    parser.add_argument("--pictures", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sources", default=",".join(SOURCES))
-    parser.add_argument("--device", default="cpu")
+    parser = options(__doc__)
     parser.add_argument("--sizes", help="measure memory instead, at so many pictures")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -310,7 +312,8 @@ def main() -> None:
     if arguments.sizes:
         rows, show = [memory(int(size)) for size in arguments.sizes.split(",")], print_memory
     else:
-        rows, show = rates(arguments), print_rates
+        found = measure_all(arguments, measure)
+        rows, show = [{"pictures": source, "encoder": spec, **row} for source, spec, row in found], print_rates
     print(json.dumps(rows, indent=2)) if arguments.json else show(rows)
 
 

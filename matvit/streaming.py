@@ -76,7 +76,7 @@ def embed_pictures(
             batches[spec].append(vectors)
         note = f"{len(skipped)} skipped" if skipped else ""
         done = len(readable) + len(skipped)
-        progress(ProgressEvent(stage=stage, done=done, total=len(rows), unit="picture", note=note))
+        progress(ProgressEvent(stage=stage, done=done, total=len(rows), unit="pictures", note=note))
     return EmbeddedPictures(
         rows=np.array(readable, dtype=np.int64),
         hashes=np.array(hashes, dtype=np.float32).reshape(len(readable), -1 if readable else 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ from PIL import Image
 
 from matvit.preprocess import FloatArray, ImageSource, Preprocessing
 from matvit.spec import EncoderShape, SubmodelSpec
+from retrieval.items import Item
 
 SHAPE = EncoderShape(ffn_widths=(64, 64), num_heads=2, image_size=8)
 PREPROCESSING = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -81,6 +83,24 @@ def vector_of(number: int) -> FloatArray:
     """(DIM,) float32 of unit length, another one for every number."""
     vector = np.random.default_rng(number).standard_normal(DIM)
     return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+def item_of(number: int) -> Item:
+    """A picture of this id in the folder "root", not written yet."""
+    return Item(
+        id=number,
+        root="root",
+        path=b"%d.png" % number,
+        content_sha256=f"{number:064x}",
+        size=1,
+        mtime_ns=1,
+        width=1,
+        height=1,
+        metadata=json.dumps({"shelf": number % 7, "label": "odd" if number % 2 else "even"}),
+        status="ok",
+        reason=None,
+        row=None,
+    )
 
 
 @pytest.fixture

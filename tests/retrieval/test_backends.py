@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import runpy
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -25,10 +26,10 @@ from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning, IngestError
 from retrieval.flat import FlatSearch
 from retrieval.index import Index
-from retrieval.items import Item
 from retrieval.retriever import Retriever
 from retrieval.writer import Entry
 
+HELPERS = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
 DIM = 32
 ROWS = 4000
 
@@ -215,27 +216,10 @@ def add(writer, count, *, seed):
     vectors = clustered(count, seed=seed)[:, : writer.manifest.encoder.embedding_dim]
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     entries = [
-        Entry(item=item_of(start + number), embedding=vector.astype(np.float32), replaces=None)
+        Entry(item=HELPERS["item_of"](start + number), embedding=vector.astype(np.float32), replaces=None)
         for number, vector in enumerate(vectors)
     ]
     writer.publish(entries, deleted={}, roots={"root": "/photos"}, next_id=start + count)
-
-
-def item_of(number):
-    return Item(
-        id=number,
-        root="root",
-        path=b"%d.png" % number,
-        content_sha256=f"{number:064x}",
-        size=1,
-        mtime_ns=1,
-        width=1,
-        height=1,
-        metadata=json.dumps({"shelf": number % 7, "label": "even" if number % 2 == 0 else "odd"}),
-        status="ok",
-        reason=None,
-        row=None,
-    )
 
 
 def found_by_item(retriever, number, *, k):

@@ -17,7 +17,6 @@ import pytest
 
 from retrieval import Index, writer
 from retrieval.backends import choice
-from retrieval.items import Item
 from retrieval.snapshot import Snapshot
 from retrieval.writer import Entry
 
@@ -49,26 +48,10 @@ def add(index, count):
     with index._writing() as opened:
         start = opened.manifest.next_id
         entries = [
-            Entry(item=item_of(number), embedding=HELPERS["vector_of"](number), replaces=None)
+            Entry(item=HELPERS["item_of"](number), embedding=HELPERS["vector_of"](number), replaces=None)
             for number in range(start, start + count)
         ]
         opened.publish(entries, deleted={}, roots={"root": "/photos"}, next_id=start + count)
-
-
-def item_of(number):
-    return Item(
-        id=number,
-        root="root",
-        path=b"%d.png" % number,
-        content_sha256=f"{number:064x}",
-        size=1,
-        mtime_ns=1,
-        width=1,
-        height=1,
-        status="ok",
-        reason=None,
-        row=None,
-    )
 
 
 def write(index, chance, round_number):
