@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from matvit.encoder import ImageEncoder
 from matvit.errors import DatasetError
 from matvit.metrics import (
     NO_HIT,
+    BoolArray,
     IntArray,
     Values,
     agreement,
@@ -27,7 +29,7 @@ from matvit.preprocess import FloatArray
 from matvit.progress import Progress, silent
 from matvit.relevance import ByClass, ByList, Relevance
 from matvit.spec import EncoderShape, SubmodelSpec
-from matvit.streaming import EmbeddedPictures, SkippedPicture, embed_pictures
+from matvit.streaming import SkippedPicture, embed_pictures
 
 RECALL = "recall@1"
 _DEPTH = 100  # hits that are looked at, at least
@@ -143,26 +145,20 @@ def cross_test(
     asked = list(dict.fromkeys(submodels.shape.spec(spec) for spec in query_specs))
     indexed = list(dict.fromkeys(submodels.shape.spec(spec) for spec in gallery_specs))
     encoders = {spec: submodels.encoder(spec) for spec in dict.fromkeys([full, *asked, *indexed])}
-    hashing = drop_near_copies and gallery is not None and truth is None
-
-    def embed(pictures: Pictures, most: int | None, specs: Sequence[SubmodelSpec], stage: str) -> EmbeddedPictures:
-        return embed_pictures(
-            pictures,
-            _evenly(len(pictures), most),
-            encoders={spec: encoders[spec] for spec in specs},
-            hashing=hashing,
-            batch_size=batch_size,
-            stage=stage,
-            progress=progress,
-        )
-
+    embed = partial(
+        embed_pictures,
+        hashing=drop_near_copies and gallery is not None and truth is None,
+        batch_size=batch_size,
+        progress=progress,
+    )
     if gallery is None:
-        found = embed(queries, None, list(encoders), "embed pictures")
+        found = embed(queries, np.arange(len(queries)), encoders=encoders, stage="embed pictures")
         own = _evenly(len(found), limit)  # the queries' own rows in the gallery
         asking, skipped = found.take(own), found.skipped
     else:
-        asking = embed(queries, limit, list(dict.fromkeys([full, *asked])), "embed queries")
-        found = embed(gallery, None, indexed, "embed gallery")
+        searching, indexing = ({spec: encoders[spec] for spec in specs} for specs in ([full, *asked], indexed))
+        asking = embed(queries, _evenly(len(queries), limit), encoders=searching, stage="embed queries")
+        found = embed(gallery, np.arange(len(gallery)), encoders=indexing, stage="embed gallery")
         own = np.full(len(asking), NO_HIT, dtype=np.int64)
         skipped = asking.skipped + found.skipped
 
@@ -171,12 +167,7 @@ def cross_test(
     matched = relevance.relevant > 0
     kept = np.flatnonzero(matched & ~copies)
     if not len(kept):
-        raise DatasetError(
-            what=f"no query is left: {copies.sum()} of {len(asking)} are near-copies of a gallery picture, "
-            f"{(~matched).sum()} have no other picture of their class to find, {len(skipped)} pictures are unreadable",
-            where=queries.name,
-            fix="give queries and a gallery that show the same classes in different pictures",
-        )
+        raise _no_query(queries.name, copies=copies, matched=matched, unreadable=len(skipped))
     return CrossTest(
         queries=queries.name,
         gallery=(gallery or queries).name,
@@ -193,6 +184,15 @@ def cross_test(
         near_copies=int(copies.sum()),
         without_match=int((~matched & ~copies).sum()),
         skipped=skipped,
+    )
+
+
+def _no_query(name: str, *, copies: BoolArray, matched: BoolArray, unreadable: int) -> DatasetError:
+    return DatasetError(
+        what=f"no query is left: {copies.sum()} of {len(copies)} are near-copies of a gallery picture, "
+        f"{(~matched).sum()} have no other picture of their class to find, {unreadable} pictures are unreadable",
+        where=name,
+        fix="give queries and a gallery that show the same classes in different pictures",
     )
 
 
