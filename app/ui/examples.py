@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matvit_app.ui.pictures import telling_names
+from matvit_app.ui.pictures import shortened, telling_names
 from matvit_data import demo_folder
 
 COUNT = 12
@@ -36,8 +36,8 @@ class Example:
 
     @property
     def label(self) -> str:
-        """The name, or the end of a long one: names of one camera begin alike."""
-        return self.name if len(self.name) <= _LABEL else f"…{self.name[1 - _LABEL :]}"
+        """The name, or both ends of a long one."""
+        return shortened(self.name, most=_LABEL)
 
 
 def examples(pictures: Iterable[Path]) -> list[Example]:

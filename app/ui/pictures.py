@@ -81,7 +81,7 @@ def telling_names(paths: Sequence[Path]) -> list[str]:
 
 
 def shortened(name: str, *, most: int = _NAME) -> str:
-    """The beginning and the end of a name of more than `most` characters: files of one camera begin alike."""
+    """Both ends of a name of more than `most` characters: what tells it apart is its file's number, or a folder."""
     return name if len(name) <= most else f"{name[: most // 3]}…{name[most // 3 + 1 - most :]}"
 
 
