@@ -37,7 +37,8 @@ def finish(
     Measured is what was saved: with int8 storage, the de-quantised weights.
     """
     model.block_forward = run_block
-    model.record = _record(recipe, labelled, skipped, device=model.device, seconds=seconds)
+    before = None if recipe.encoder.checkpoint is None else _parent(model)
+    model.record = _record(recipe, labelled, skipped, before=before, device=model.device, seconds=seconds)
     model.save_pretrained(folder, storage=recipe.storage)
     saved = MatViT.from_pretrained(folder).to(model.device)
     names = _names(saved, recipe)
@@ -90,9 +91,11 @@ def _record(
     labelled: Sequence[LabelledImages],
     skipped: Sequence[Sequence[Skipped]],
     *,
+    before: dict[str, Any] | None,
     device: torch.device,
     seconds: float,
 ) -> dict[str, Any]:
+    inherited = before or {}
     return {
         "recipe": _portable(recipe.model_dump(mode="json")),
         "seed": recipe.seed,
@@ -113,10 +116,17 @@ def _record(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {name: _version(name) for name in ("matvit-retrieval", "torch", "timm", "lightning-fabric")},
         "commit": _commit(),
-        "license": recipe.license,
-        "credits": list(recipe.credits),
-        "notes": list(recipe.notes),
+        "license": recipe.license or inherited.get("license"),
+        "credits": list(recipe.credits) or inherited.get("credits", []),
+        "notes": list(recipe.notes) or inherited.get("notes", []),
+        **({} if before is None else {"before": before}),
     }
+
+
+def _parent(checkpoint: MatViT) -> dict[str, Any]:
+    """The record of the checkpoint that a run went on from, and which weights those were; its figures are not ours."""
+    kept = {name: value for name, value in checkpoint.record.items() if name != "metrics"}
+    return {**kept, "weights_sha256": checkpoint.weights_sha256}
 
 
 def _portable(value: Any) -> Any:

@@ -74,6 +74,23 @@ def test_what_its_submodels_own_is_trained_further(checkpoint, make_recipe, tmp_
             train(make_recipe(**going_on(owning, stage)), out=tmp_path / "other")
 
 
+def test_its_record_stays_and_its_licence_credits_and_notes_are_inherited(checkpoint, make_recipe, tmp_path):
+    first = MatViT.from_pretrained(checkpoint)
+    first.record |= {"license": "mit", "credits": ["start"], "notes": ["unseen"], "metrics": {"S": 1}}
+    first.save_pretrained(tmp_path / "licensed")
+    first = MatViT.from_pretrained(tmp_path / "licensed")
+    kept = {name: value for name, value in first.record.items() if name != "metrics"}
+    second = train(
+        make_recipe(**going_on(str(tmp_path / "licensed"), MORE), notes=["mine"]), out=tmp_path / "second"
+    ).record
+    assert (second["license"], second["credits"], second["notes"]) == ("mit", ["start"], ["mine"])
+    assert second["before"] == kept | {"weights_sha256": first.weights_sha256}
+    third = train(
+        make_recipe(**going_on(str(tmp_path / "second" / "encoder"), MORE), license="isc"), out=tmp_path / "third"
+    ).record
+    assert (third["license"], third["before"]["before"]) == ("isc", second["before"])
+
+
 @pytest.mark.parametrize(
     ("encoder", "sentence"),
     [
