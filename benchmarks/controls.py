@@ -4,11 +4,12 @@
 
 Trains, with the packaged recipe's pictures, teacher and losses:
   plain        its first stage alone: an encoder that was never nested
-  independent  an encoder of S's size, from S's slice of the start weights, by the first stage and another seed
   distilled    the plain encoder's S, all its weights free, towards the plain encoder's embeddings: the strongest rival
-and prints recall@1 on Caltech's classes that nothing was trained on:
+  independent  an encoder of S's size, from S's slice of the start weights, by the first stage and another seed
+  longer       with --longer STEPS: the first stage with so many steps, for as many minutes as the nested encoder
+and prints recall@1 on Caltech's classes that nothing was trained on, queries with a near-copy in the gallery left out:
   the plain encoder cut along each axis without training (truncated), and after its hidden units were ordered;
-  the plain encoder at lower resolutions and with blocks dropped: a dial that needs no nesting;
+  the plain encoders at lower resolutions and with blocks dropped: a dial that needs no nesting;
   the small encoders in the big one's gallery, in their own, and after the best rotation (Procrustes) between the two.
 """
 
@@ -27,13 +28,14 @@ from matvit import MatViT
 from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.evaluation import cross_test
 from matvit.importance import find_keep_order, order_by_importance
-from matvit.metrics import top_k
+from matvit.metrics import IntArray, top_k
 from matvit.model import AxesConfig
+from matvit.near_copies import difference_hash, near_copies
 from matvit.preprocess import FloatArray
 from matvit.progress import silent
 from matvit.streaming import embed_pictures
 from matvit.training.loop import train
-from matvit.training.recipe import Recipe, load_recipe
+from matvit.training.recipe import EncoderRecipe, Recipe, load_recipe
 from matvit.training.start import start_encoder
 
 DIAL = ("XL", "XL-r168", "XL-r154", "XL-r140", "XL-r126", "XL-r112", "XL-r98", "XL-r84", "XL-r70", "XL-r56")
@@ -48,29 +50,34 @@ def caltech(path: str, classes: str) -> LabelledImages:
     return read_dataset(data_folder() / path, classes=classes)
 
 
-def plain(recipe: Recipe, out: Path) -> MatViT:
-    """The recipe's first stage alone."""
-    return _trained(recipe.model_copy(update={"stages": recipe.stages[:1], "validation": None}), out / "plain")
+def plain(recipe: Recipe, out: Path, *, steps: int | None = None) -> MatViT:
+    """The recipe's first stage alone, with so many steps (None: its own)."""
+    first = recipe.stages[0]
+    return _trained(recipe, out, stages=(first.model_copy(update={"steps": steps or first.steps}),))
 
 
-def distilled(recipe: Recipe, out: Path, *, steps: int) -> MatViT:
-    """The first stage, then its S with all weights free, towards its full encoder, which may change as it likes."""
+def distilled(recipe: Recipe, out: Path, *, big: Path, steps: int) -> MatViT:
+    """S of the ordered checkpoint `big`, all weights free, towards `big`'s XL; its own XL may change as it likes."""
     nested = recipe.stages[1]
-    losses = nested.full.model_copy(update={"cosine": 1e-6, "similarity": 0.0})
-    free = {"fixed": ("S",), "sampled": 0, "steps": steps, "average": 1.0, "full": losses, "resolutions": (56,)}
-    stages = (recipe.stages[0], nested.model_copy(update=free))
-    return _trained(recipe.model_copy(update={"stages": stages, "validation": None}), out / "distilled")
+    free = {
+        "fixed": ("S",),
+        "sampled": 0,
+        "ladder": ("S",),
+        "steps": steps,
+        "average": 1.0,
+        "full": nested.full.model_copy(update={"cosine": 1e-6, "similarity": 0.0}),
+        "resolutions": (56,),  # of its own XL, which nobody asks
+    }
+    encoder = EncoderRecipe(checkpoint=str(big))
+    return _trained(recipe, out, stages=(nested.model_copy(update=free),), encoder=encoder)
 
 
 def independent(recipe: Recipe, out: Path) -> MatViT:
     """An encoder of S's size, trained by the first stage as if no other existed."""
     weights = out / "independent-start.safetensors"
-    ratio = slice_of_start(recipe, weights)
-    encoder = recipe.encoder.model_copy(
-        update={"weights": weights, "model_args": {"mlp_ratio": ratio, "img_size": recipe.encoder.image_size}}
-    )
-    changed = {"stages": recipe.stages[:1], "validation": None, "seed": recipe.seed + 1, "encoder": encoder}
-    return _trained(recipe.model_copy(update=changed), out / "independent")
+    sizes = {"mlp_ratio": slice_of_start(recipe, weights), "img_size": recipe.encoder.image_size}
+    encoder = recipe.encoder.model_copy(update={"weights": weights, "model_args": recipe.encoder.model_args | sizes})
+    return _trained(recipe, out / "independent", stages=recipe.stages[:1], seed=recipe.seed + 1, encoder=encoder)
 
 
 def slice_of_start(recipe: Recipe, path: Path) -> float:
@@ -85,8 +92,8 @@ def slice_of_start(recipe: Recipe, path: Path) -> float:
     return model.shape.spec("S").widths[0] / model.embedding_dim
 
 
-def _trained(recipe: Recipe, out: Path) -> MatViT:
-    model = train(recipe, out=out)
+def _trained(recipe: Recipe, out: Path, **changes: Any) -> MatViT:
+    model = train(recipe.model_copy(update={"validation": None, "storage": "float32", **changes}), out=out)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -106,10 +113,16 @@ def recalls(model: MatViT, specs: Sequence[str]) -> dict[str, float]:
     return {spec: round(100 * result.matrix[str(model.shape.spec(spec))]["XL"]["recall@1"], 1) for spec in specs}
 
 
-def embed(model: MatViT, spec: str, pictures: LabelledImages) -> FloatArray:
-    """(N, D) of unit length."""
+def without_copies(queries: LabelledImages, gallery: LabelledImages) -> IntArray:
+    """The queries that have no near-copy in the gallery: those that `recalls` counts."""
+    hashes, theirs = (np.stack([difference_hash(image) for image in one.images]) for one in (queries, gallery))
+    return np.flatnonzero(~near_copies(hashes, theirs))
+
+
+def embed(model: MatViT, spec: str, pictures: LabelledImages, rows: IntArray | None = None) -> FloatArray:
+    """(N, D) of unit length: all pictures, or those at `rows`."""
     encoder = model.encoder(spec)
-    rows = np.arange(len(pictures.labels))
+    rows = np.arange(len(pictures.labels)) if rows is None else rows
     found = embed_pictures(
         pictures, rows, encoders={encoder.spec: encoder}, hashing=False, batch_size=256, stage=spec, progress=silent
     )
@@ -126,12 +139,13 @@ def rotation(source: FloatArray, target: FloatArray) -> FloatArray:
 def across(small: MatViT, spec: str, big: MatViT) -> dict[str, float]:
     """Recall@1 in percent of a small encoder: in the big one's gallery, as it is and rotated; in its own."""
     queries, gallery, seen = caltech(QUERIES, UNSEEN), caltech(GALLERY, UNSEEN), caltech(GALLERY, SEEN)
-    asked, theirs = embed(small, spec, queries), embed(big, "XL", gallery)
+    rows = without_copies(queries, gallery)
+    asked, theirs = embed(small, spec, queries, rows), embed(big, "XL", gallery)
     turn = rotation(embed(small, spec, seen), embed(big, "XL", seen))
 
     def recall(query: FloatArray, found: FloatArray) -> float:
         hits = top_k(query, found, 1)[1][:, 0]
-        return round(float(100 * (gallery.labels[hits] == queries.labels).mean()), 1)
+        return round(float(100 * (gallery.labels[hits] == queries.labels[rows]).mean()), 1)
 
     return {
         "in the big gallery": recall(asked, theirs),
@@ -149,25 +163,27 @@ def ordered(model: MatViT) -> MatViT:
     return model
 
 
-def measure(recipe: Recipe, *, encoder: str, out: Path, steps: int) -> dict[str, Any]:
+def measure(recipe: Recipe, *, encoder: str, out: Path, steps: int, longer: int | None) -> dict[str, Any]:
     """Every control beside the nested encoder, recall@1 in percent."""
     nested = MatViT.from_pretrained(encoder).to("cuda" if torch.cuda.is_available() else "cpu")
-    never = plain(recipe, out)
+    never = plain(recipe, out / "plain")
     truncated = recalls(never, CUT)
-    free = distilled(recipe, out, steps=steps)
-    rivals = {
-        "independent": across(independent(recipe, out), "XL", nested),
-        "distilled": across(free, "S", never),
-        "nested": across(nested, "S", nested),
-    }
-    dial = recalls(ordered(never), [*DIAL, *DROPPED, *CUT])
-    return {
+    ordered(never).save_pretrained(out / "ordered")
+    dial = recalls(never, [*DIAL, *DROPPED, *CUT])
+    found: dict[str, Any] = {
         "truncated": truncated,
         "ordered, truncated": {spec: dial[spec] for spec in CUT},
         "never nested": {spec: dial[spec] for spec in (*DIAL, *DROPPED)},
         "nested": recalls(nested, [*DIAL, *DROPPED, *CUT]),
-        "small encoders": rivals,
+        "small encoders": {
+            "distilled": across(distilled(recipe, out / "distilled", big=out / "ordered", steps=steps), "S", never),
+            "independent": across(independent(recipe, out), "XL", nested),
+            "nested": across(nested, "S", nested),
+        },
     }
+    if longer is not None:
+        found["never nested, longer"] = recalls(ordered(plain(recipe, out / "longer", steps=longer)), [*DIAL, *DROPPED])
+    return found
 
 
 def main() -> None:
@@ -177,10 +193,13 @@ def main() -> None:
     parser.add_argument("--encoder", default="matvit-small", help="the nested encoder to stand beside")
     parser.add_argument("--recipe", default="matvit-small", help="the recipe that made it")
     parser.add_argument("--steps", type=int, default=1000, help="of the distilled encoder")
+    parser.add_argument("--longer", type=int, metavar="STEPS", help="also a plain encoder of so many steps")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
-    found = measure(recipe, encoder=arguments.encoder, out=arguments.out, steps=arguments.steps)
+    found = measure(
+        recipe, encoder=arguments.encoder, out=arguments.out, steps=arguments.steps, longer=arguments.longer
+    )
     if arguments.json:
         print(json.dumps(found, indent=2))
         return

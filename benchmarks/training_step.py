@@ -81,25 +81,28 @@ def kernels(table: Any) -> dict[str, float]:
 
 
 def measure(recipe: Recipe, name: str, *, steps: int) -> dict[str, Any]:
-    """One stage: its first `steps` compile and warm up, as many more are measured, and once more profiled."""
+    """One stage, once it is prepared: its first `steps` compile and warm up, as many are measured, as many profiled."""
     recipe = without_teacher(recipe, steps)
     number = next(index for index, stage in enumerate(recipe.stages) if stage.name == name)
     labelled = [generated(one.path, pixels=one.resolution) for one in recipe.data]
     with tempfile.TemporaryDirectory() as folder:
         run = loop._prepare(recipe, start_fabric(recipe), labelled, Path(folder), silent)
         stage: Stage = recipe.stages[number]
+        run.stage = number
+        optimiser, schedule = loop._enter(run, stage)
 
         def once() -> Mapping[str, Any]:
-            run.stage, run.step = number, 0
-            loop._run_stage(run, stage, None)
+            run.step = 0
+            loop._optimise(run, stage, optimiser, schedule)
             row: dict[str, Any] = json.loads((Path(folder) / LOG).read_text().splitlines()[-1])
             return row
 
         once()
         row = once()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        on_gpu = run.fabric.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
             once()
-        spent = kernels(profiled.key_averages()) if run.fabric.device.type == "cuda" else {}
+        spent = kernels(profiled.key_averages()) if on_gpu else {}
     total = sum(spent.values()) or 1.0
     return {
         "stage": name,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from matvit.block import run_block
@@ -135,18 +136,33 @@ def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages],
 
 
 def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
+    optimiser, schedule = _enter(run, stage)
+    if optimiser_state is not None:
+        optimiser.load_state_dict(optimiser_state)
+    _optimise(run, stage, optimiser, schedule)
+    end_stage(run, stage)
+    check_equal(run.fabric, run.model)
+    run.stage, run.step = run.stage + 1, 0
+    if run.fabric.is_global_zero:
+        save(run, None)
+    run.fabric.barrier()
+
+
+def _enter(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
+    """All that comes before the stage's first step, or the next one of a resumed stage."""
     if run.step == 0:
         begin_stage(run, stage)
     run.sets = [
         replace(one, batch=batch // run.recipe.devices)
         for one, batch in zip(run.sets, run.recipe.batches_of(stage), strict=True)
     ]
-    with_teacher = wants(stage, "need_teacher")
-    if with_teacher and run.sets[0].teacher is None:
+    if wants(stage, "need_teacher") and run.sets[0].teacher is None:
         ask_teacher(run)
-    optimiser, schedule = make_optimiser(run, stage)
-    if optimiser_state is not None:
-        optimiser.load_state_dict(optimiser_state)
+    return make_optimiser(run, stage)
+
+
+def _optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule: CosineLRScheduler) -> None:
+    """The stage's steps that are not done yet."""
     saved = began = time.monotonic()
     throughput = Throughput(run.fabric.device, precision=run.recipe.precision)
     unlogged: list[Tensor] = []  # losses
@@ -156,7 +172,7 @@ def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -
             run.sets,
             augmentation=stage.augmentation,
             image_size=_drawn_at(run, stage),
-            with_teacher=with_teacher,
+            with_teacher=wants(stage, "need_teacher"),
             key=(run.recipe.seed, run.stage, run.step, *_own_share(run.fabric)),
         )
         unlogged.append(_step(run, stage, optimiser, batch, throughput))
@@ -175,13 +191,7 @@ def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -
             save(run, optimiser)
             saved = time.monotonic()
     _refuse_non_finite(run, stage, optimiser)
-    end_stage(run, stage)
-    check_equal(run.fabric, run.model)
     run.seconds += time.monotonic() - began
-    run.stage, run.step = run.stage + 1, 0
-    if run.fabric.is_global_zero:
-        save(run, None)
-    run.fabric.barrier()
 
 
 def _own_share(fabric: Fabric) -> tuple[int, ...]:

@@ -1,0 +1,115 @@
+"""The benchmarks that train run, and compare what they say they compare: tiny, on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from matvit import MatViT
+from matvit.training.loop import train
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark: they stand beside each other in no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def controls(load, data, monkeypatch):
+    """Caltech's look-alike: the two classes are queries and gallery, seen and unseen, and one query is a copy."""
+    module = load("controls")
+    for part in ("test", "train"):
+        for name in ("dark", "light"):
+            (data / "caltech-101" / part / name).mkdir(parents=True)
+            for number in range(3):
+                picture = data / "shapes" / name / f"{number + 3 * (part == 'train')}.png"
+                shutil.copy(picture, data / "caltech-101" / part / name / f"{number}.png")
+    shutil.copy(data / "caltech-101" / "train" / "dark" / "0.png", data / "caltech-101" / "test" / "dark" / "0.png")
+    for name, value in {
+        "UNSEEN": "0:2",
+        "SEEN": "0:2",
+        "DIAL": ("XL", "XL-r16"),
+        "DROPPED": ("XL-d1",),
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_controls_train_the_first_stage_once_and_ask_each_rival_in_the_gallery_it_was_made_for(
+    controls, make_recipe, tmp_path, monkeypatch
+):
+    trained: list[tuple[str, list[tuple[str, int]]]] = []
+    galleries: list[tuple[str, MatViT]] = []
+    across = controls.across
+
+    def note(recipe, *, out):
+        trained.append((out.name, [(stage.name, stage.steps) for stage in recipe.stages]))
+        return train(recipe, out=out)
+
+    def look(small, spec, big):
+        galleries.append((spec, big))
+        return across(small, spec, big)
+
+    recipe = make_recipe()
+    nested = train(recipe, out=tmp_path / "nested")
+    monkeypatch.setattr(controls, "train", note)
+    monkeypatch.setattr(controls, "across", look)
+    found = controls.measure(recipe, encoder=str(nested.source), out=tmp_path, steps=2, longer=5)
+    assert trained == [
+        ("plain", [("full", 4)]),
+        ("distilled", [("nested", 2)]),
+        ("independent", [("full", 4)]),
+        ("longer", [("full", 5)]),
+    ]
+    assert [spec for spec, _ in galleries] == ["S", "XL", "S"]
+    anchor = torch.load(tmp_path / "distilled" / "state.pt", weights_only=True)["anchor"]
+    assert all(torch.equal(tensor, anchor[name]) for name, tensor in galleries[0][1].vit.state_dict().items())
+    assert {galleries[1][1].space_id, galleries[2][1].space_id} == {nested.space_id}
+    assert found["nested"]["S"] == found["small encoders"]["nested"]["in the big gallery"]
+    assert list(found["never nested"]) == list(found["never nested, longer"]) == ["XL", "XL-r16", "XL-d1"]
+    assert all(0 <= value <= 100 for value in found["small encoders"]["distilled"].values())
+
+
+def test_controls_leave_out_the_queries_whose_copy_is_in_the_gallery(controls):
+    rows = controls.without_copies(
+        controls.caltech(controls.QUERIES, controls.UNSEEN), controls.caltech(controls.GALLERY, controls.UNSEEN)
+    )
+    assert rows.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_the_paper_at_small_scale_has_a_row_for_each_granularity(load, data, tmp_path, monkeypatch):
+    matformer = load("matformer")
+    shutil.copytree(data / "shapes", data / "tiny-imagenet" / "train")
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    monkeypatch.setattr(matformer, "SIZES", small)
+    pictures = matformer.read_dataset(data / "shapes")
+    rows = matformer.measure(tmp_path, steps=1, batch=4, pictures=pictures)
+    assert [row["encoder"] for row in rows] == ["S", "M", "L", "XL"]
+    assert rows[-1]["flops"] == 1
+    assert rows[-1]["nested same class as XL"] == rows[-1]["alone same class as XL"] == 100
+    assert all(0 <= value <= 100 for row in rows for value in row.values() if not isinstance(value, str))
+
+
+def test_a_profile_of_training_steps_leaves_out_what_comes_before_the_first(load, make_recipe, monkeypatch):
+    training_step = load("training_step")
+    profiled: list[bool] = []
+    begin = training_step.loop.begin_stage
+
+    def note(run, stage):
+        profiled.append(torch.autograd._profiler_enabled())
+        begin(run, stage)
+
+    monkeypatch.setattr(training_step.loop, "begin_stage", note)
+    found = training_step.measure(make_recipe(), "nested", steps=2)
+    assert profiled == [False]
+    assert found["stage"] == "nested"
+    assert found["pictures_per_second"] > 0
+    assert found["device_time"] == {}  # on a CPU
