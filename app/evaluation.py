@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from matvit import mixing
 from matvit.errors import CheckpointError, SpecError
-from matvit.evaluation import RECALL, CrossTest, cross_test
+from matvit.evaluation import CrossTest, cross_test
+from matvit.metrics import RECALL
 from matvit.mixing import MixedPoint, MixedSpecs
 from matvit.pareto import EncoderChoice, pareto_front
 from matvit.progress import Progress, silent
@@ -132,8 +133,17 @@ def table_folder(source: str) -> Path:
     return Path(source)
 
 
-def table_specs(model: MatViT) -> list[str]:
-    """The specs in the checkpoint's table: measured again together, so that its rows can be compared."""
+def table_specs(model: MatViT, *, gallery: str) -> list[str]:
+    """The specs in the checkpoint's table: measured again together, so that its rows can be compared.
+
+    Raises SpecError unless `gallery`, the first one, is the full encoder's: rows say what a query finds there.
+    """
+    if not model.shape.spec(gallery).is_full:
+        raise SpecError(
+            what="the table says what is found in the full encoder's gallery",
+            where=f"gallery '{gallery}'",
+            fix="put XL first in --galleries, or leave --write-table out",
+        )
     return [str(model.shape.spec(row["spec"])) for row in model.pareto]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from matvit.durable import cache_folder
 from matvit.errors import CheckpointError, DatasetError, ImageError
 from matvit.progress import Progress, silent
+from matvit.spec import Granularity
 
 if TYPE_CHECKING:
     from matvit import MatViT
@@ -437,7 +438,7 @@ def adapt(checkpoint: str, *, images: Path, out: Path, progress: Progress = sile
     storage = checkpoints.read_config(checkpoints.locate(checkpoint)).weights.storage
     result = run(model, files, progress=progress)
     if result.kept:
-        model.pareto = tuple(_without_stale_quality(model, row) for row in model.pareto)
+        model.pareto = tuple(_without_stale_quality(model, row, result.kept) for row in model.pareto)
         model.record = {**model.record, "adapted": adaptation_json(result, out=None)}
         model.save_pretrained(out, storage=storage)
     return result
@@ -474,12 +475,18 @@ def _pictures_below(folder: Path) -> list[str]:
     return [path for path in walk_files(folder, on_error=refuse) if Path(path).suffix.lower() in PICTURE_SUFFIXES]
 
 
-def _without_stale_quality(model: MatViT, row: dict[str, Any]) -> dict[str, Any]:
-    """What was measured of a submodel holds no longer once its granularity owns something else."""
-    spec = model.shape.spec(row["spec"])
-    if spec.widths == model.shape.ffn_widths:
+def _without_stale_quality(model: MatViT, row: dict[str, Any], changed: Sequence[str]) -> dict[str, Any]:
+    """What was measured of a submodel holds no longer once its last block computes something else.
+
+    `changed` are granularities: they own other deltas there than before.
+    """
+    spec, last = model.shape.spec(row["spec"]), model.shape.num_blocks - 1
+    if (
+        last not in spec.kept_blocks
+        or Granularity.named(spec.widths[last], model.shape.ffn_widths[last]) not in changed
+    ):
         return row
-    return {**row, "quality": {}}
+    return {**{name: value for name, value in row.items() if name != "measured"}, "quality": {}}
 
 
 # --- the demo ------------------------------------------------------------------------------------

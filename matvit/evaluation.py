@@ -14,6 +14,7 @@ from matvit.encoder import ImageEncoder
 from matvit.errors import DatasetError
 from matvit.metrics import (
     NO_HIT,
+    RECALL,
     BoolArray,
     IntArray,
     Values,
@@ -31,7 +32,6 @@ from matvit.relevance import ByClass, ByList, Relevance
 from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.streaming import SkippedPicture, embed_pictures
 
-RECALL = "recall@1"
 _DEPTH = 100  # hits that are looked at, at least
 _BLOCK_HITS = 1 << 22  # hits held at a time
 

@@ -17,6 +17,7 @@ Values = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
+RECALL = "recall@1"  # the measure that submodels are compared by
 NO_HIT = -1  # pads rows of hits where the gallery has fewer than k pictures
 _BLOCK_SCORES = 1 << 23  # scores held at a time: 32 MB of float32
 _BLOCK_DRAWS = 1 << 22  # queries drawn at a time by the bootstrap: 32 MB of int64

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from matvit.encoder import ElasticEncoder
 from matvit.errors import SpecError
-
-RECALL = "recall@1"  # the measure that rows are compared by
+from matvit.metrics import RECALL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,12 +83,14 @@ def evaluate(
     if plot is not None and not plot.resolve().parent.is_dir():
         raise typer.BadParameter(f"there is no folder '{plot.parent}'", param_hint="--plot")
     model = services.load_encoder(encoder).to(_device(device))
+    if folder is not None:
+        asked += table_specs(model, gallery=indexed[0])
     task = read_task(dataset, gallery=gallery, classes=classes, protocol=protocol)
     with progress_bar() as progress:
         found = run(
             model,
             task,
-            queries=asked if folder is None else [*asked, *table_specs(model)],
+            queries=asked,
             galleries=indexed,
             keep_near_copies=keep_near_copies,
             limit=limit,

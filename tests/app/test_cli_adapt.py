@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from matvit import MatViT, adapting
+from matvit.model import AxesConfig
 from matvit_app import services
 
 
@@ -89,6 +90,20 @@ def test_measures_of_submodels_that_changed_leave_the_table(run, checkpoint, man
     assert run("adapt", tmp_path / "old", "--images", many, "--out", tmp_path / "new").code == 0
     rows = json.loads((tmp_path / "new" / "pareto.json").read_text())
     assert {row["spec"]: row["quality"] for row in rows} == {"S": {}, "XL": {"recall@1": 0.5}}
+
+
+def test_measures_stay_where_the_last_block_is_as_before(checkpoint):
+    model = MatViT.from_pretrained(checkpoint)  # two blocks
+    model.open_axes(AxesConfig(keep_order=(0, 1)))
+
+    def left(spec):
+        row = {"spec": spec, "quality": {"recall@1": 0.5}, "measured": {"n_queries": 1}}
+        kept = services._without_stale_quality(model, row, ("S", "L"))
+        assert ("measured" in kept) == bool(kept["quality"])
+        return bool(kept["quality"])
+
+    specs = ("S", "M", "L", "XL", "1XL.1S", "1S.1XL", "S-d1")
+    assert {spec for spec in specs if left(spec)} == {"M", "XL", "1S.1XL", "S-d1"}
 
 
 @pytest.mark.parametrize(

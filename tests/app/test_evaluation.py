@@ -95,6 +95,15 @@ def test_a_table_is_measured_whole_and_keeps_what_else_its_rows_say(run, photos,
     assert "recall@1" in table["1S.1M"]["quality"]
 
 
+@pytest.mark.parametrize("galleries", ["S,XL", "M"])
+def test_a_table_of_another_gallery_than_the_full_encoders_is_refused(run, photos, mine, galleries):
+    before = (mine / "pareto.json").read_text()
+    done = run("eval", photos, "--encoder", mine, "--queries", "S,XL", "--galleries", galleries, "--write-table")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "put XL first in --galleries" in done.err
+    assert (mine / "pareto.json").read_text() == before
+
+
 def test_the_bundled_checkpoints_table_is_not_written(run, photos):
     done = run("eval", photos, "--write-table")
     assert done.code == 2
