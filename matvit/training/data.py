@@ -53,7 +53,7 @@ def to_device(
 
     Raises DatasetError when none can be read.
     """
-    pixels = np.empty((len(images), resolution, resolution, 3), dtype=np.uint8)
+    pixels = np.empty((len(images), 3, resolution, resolution), dtype=np.uint8)  # as on the device: copied once
     aspect = np.empty(len(images), dtype=np.float32)
 
     def decode(index: int) -> str | None:
@@ -62,7 +62,8 @@ def to_device(
         except ImageError as error:
             return error.what
         aspect[index] = image.width / image.height
-        pixels[index] = np.asarray(image.resize((resolution, resolution), Image.Resampling.BILINEAR))
+        squeezed = np.asarray(image.resize((resolution, resolution), Image.Resampling.BILINEAR))  # (R, R, 3)
+        pixels[index] = squeezed.transpose(2, 0, 1)
         return None
 
     skipped: dict[int, str] = {}
@@ -79,11 +80,13 @@ def to_device(
         if not readable:
             what = f"none of its {len(images)} pictures can be read"
             raise DatasetError(what=what, where=images.name, fix="give pictures that can be opened")
-        pixels, aspect, kept = pixels[readable], aspect[readable], _only(images, readable)
+        for index, row in enumerate(readable):  # in place: a copy would be as large
+            pixels[index] = pixels[row]
+        pixels, aspect, kept = pixels[: len(readable)], aspect[readable], _only(images, readable)
     else:
         kept = images
     decoded = DeviceImages(
-        pixels=torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous(),
+        pixels=torch.from_numpy(pixels).to(device),
         aspect=torch.from_numpy(aspect).to(device),
         labels=torch.from_numpy(kept.labels).to(device),
         num_classes=len(images.class_names),

@@ -37,6 +37,7 @@ from matvit.training.stages import (
     check_labels,
     check_specs,
     end_stage,
+    largest_input,
     make_optimiser,
     wants,
 )
@@ -166,12 +167,14 @@ def _optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule
     saved = began = time.monotonic()
     throughput = Throughput(run.fabric.device, precision=run.recipe.precision)
     unlogged: list[Tensor] = []  # losses
+    one_encoder = stage.submodels is None and not wants(stage, "need_anchor")
+    largest = largest_input(run.model, stage)
     while run.step < stage.steps:
         schedule.step_update(run.step)
         batch = draw_batch(
             run.sets,
             augmentation=stage.augmentation,
-            image_size=_drawn_at(run, stage),
+            image_size=_full_resolution(run, stage) if one_encoder else largest,
             with_teacher=wants(stage, "need_teacher"),
             key=(run.recipe.seed, run.stage, run.step, *_own_share(run.fabric)),
         )
@@ -197,13 +200,6 @@ def _optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule
 def _own_share(fabric: Fabric) -> tuple[int, ...]:
     """What tells the draws of one process from another's; nothing in the first, whatever their number."""
     return () if fabric.is_global_zero else (fabric.global_rank,)
-
-
-def _drawn_at(run: Run, stage: Stage) -> int:
-    """The resolution that a step's pictures are cut at: the largest that it needs."""
-    if stage.submodels is not None or wants(stage, "need_anchor"):
-        return max(run.model.config.image_size, *stage.resolutions, 0)
-    return _full_resolution(run, stage)
 
 
 def _full_resolution(run: Run, stage: Stage) -> int:

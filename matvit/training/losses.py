@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TEMPERATURE = 0.05  # of the similarity losses (RECIPE: tau)
+TEMPERATURE = 0.05  # of `similarity` and `contrast`
 LOGIT_SCALE = 20.0  # of the cosine classifiers
 SMOOTHING = 0.1
 

@@ -36,6 +36,8 @@ def average_gradients(fabric: Fabric, parameters: Sequence[nn.Parameter]) -> Non
     if fabric.world_size == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:  # all blocks left of a mixed spec are XL's, and these frozen
+        return
     mean = mean_of(fabric, torch.cat([gradient.flatten() for gradient in gradients]))
     parts = torch.split(mean, [gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):

@@ -145,13 +145,13 @@ class Stage(_Strict):
 
 
 class OptimiserRecipe(_Strict):
-    """AdamW with layer-wise decay, linear warm-up and cosine decay to 0."""
+    """AdamW with layer-wise decay, linear warm-up from 0 and cosine decay to 0."""
 
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.05, ge=0)
     layer_decay: float = Field(default=0.85, gt=0, le=1)
     head_rate: float = Field(default=3.0, ge=0)  # learning rate of the loss heads, relative to the encoder's last layer
-    warmup: float = Field(default=0.06, ge=0, lt=1)  # share of the steps
+    warmup: float = Field(default=0.06, ge=0, lt=1)  # share of the steps; 0: the first is at the full rate
     clip_norm: PositiveFloat = 3.0
 
     @model_validator(mode="after")
@@ -169,7 +169,7 @@ class Recipe(_Strict):
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     devices: PositiveInt = 1  # GPUs, or processes on a CPU; each takes its share of every batch
     compile: bool = False  # torch.compile the blocks (CUDA)
-    storage: Literal["float32", "int8"] = "int8"
+    storage: Literal["float32", "int8"] | None = None  # None: as the checkpoint that it goes on from, else int8
     encoder: EncoderRecipe
     teacher: TeacherRecipe | None = None
     data: tuple[DataRecipe, ...] = Field(min_length=1)

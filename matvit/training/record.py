@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from matvit.block import run_block
-from matvit.checkpoint import pareto_row
+from matvit.checkpoint import Storage, locate, pareto_row, read_config
 from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.evaluation import cross_test
 from matvit.model import MatViT
@@ -36,10 +36,11 @@ def finish(
 
     Measured is what was saved: with int8 storage, the de-quantised weights.
     """
-    model.block_forward = run_block
+    model.block_forward, model.pareto = run_block, ()  # its table is that of the encoder that it went on from
+    storage = _storage(recipe)
     before = None if recipe.encoder.checkpoint is None else _parent(model)
     model.record = _record(recipe, labelled, skipped, before=before, device=model.device, seconds=seconds)
-    model.save_pretrained(folder, storage=recipe.storage)
+    model.save_pretrained(folder, storage=storage)
     saved = MatViT.from_pretrained(folder).to(model.device)
     names = _names(saved, recipe)
     quality: dict[str, dict[str, float]] = {}
@@ -48,8 +49,16 @@ def finish(
         quality = _validate(saved, names, recipe.validation, progress)
         saved.record["metrics"] = {"validation": quality, "before_storage": trained}
     saved.pareto = tuple(pareto_row(saved, name, quality.get(name, {})) for name in names)
-    saved.save_pretrained(folder, storage=recipe.storage)
+    saved.save_pretrained(folder, storage=storage)
     return saved
+
+
+def _storage(recipe: Recipe) -> Storage:
+    """Rounded to int8, a float32 encoder has another space, though nothing was trained."""
+    if recipe.storage is not None:
+        return recipe.storage
+    start = recipe.encoder.checkpoint
+    return "int8" if start is None else read_config(locate(start)).weights.storage
 
 
 def check_validation(recipe: ValidationRecipe) -> None:

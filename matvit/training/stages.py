@@ -32,15 +32,10 @@ _FIRST_PICTURES = 512  # that the importance of hidden units is measured on, and
 
 
 def check_specs(model: MatViT, recipe: Recipe) -> None:
-    """A spec that names no submodel, and a rank that is not the checkpoint's, is told now, not after other stages."""
-    owned = None if model.private is None else model.private.config.rank
+    """What a stage asks for and this encoder has not is told now, not after other stages."""
     for stage in recipe.stages:
-        if owned not in (None, stage.private):
-            raise RecipeError(
-                what=f"stage '{stage.name}' does not train what the checkpoint's submodels own",
-                where="recipe",
-                fix=f"give it private: {owned}",
-            )
+        if model.private is not None:
+            _check_owned(model.private.config, stage)
         for pixels in stage.resolutions:
             _spec(model, stage, f"XL-r{pixels}")
         for text in (*stage.fixed, *stage.ladder):
@@ -51,6 +46,20 @@ def check_specs(model: MatViT, recipe: Recipe) -> None:
                     where="recipe",
                     fix="leave it out there: only blocks of S, M and L have private parameters",
                 )
+
+
+def _check_owned(owned: PrivateConfig, stage: Stage) -> None:
+    """What the checkpoint's submodels own already is trained further, as it is."""
+    if owned.rank is None:
+        what, fix = "what the checkpoint's submodels own is their last block's alone", "go on from what was adapted"
+    elif stage.private != owned.rank:
+        what = f"stage '{stage.name}' does not train what the checkpoint's submodels own"
+        fix = f"give it private: {owned.rank}"
+    elif stage.fit:
+        what, fix = f"stage '{stage.name}' fits what the checkpoint's submodels own already", "leave fit out"
+    else:
+        return
+    raise RecipeError(what=what, where="recipe", fix=fix)
 
 
 def _spec(model: MatViT, stage: Stage, text: str) -> SubmodelSpec:
@@ -174,11 +183,17 @@ def make_optimiser(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, Cosin
     schedule = CosineLRScheduler(
         optimiser,
         t_initial=stage.steps,
-        warmup_t=max(1, round(recipe.warmup * stage.steps)),
+        warmup_t=round(recipe.warmup * stage.steps),
         warmup_lr_init=0.0,
         t_in_epochs=False,
     )
     return optimiser, schedule
+
+
+def largest_input(model: MatViT, stage: Stage) -> int:
+    """The resolution, pixels, that holds all that the stage's encoders are given."""
+    specs = [_spec(model, stage, text) for text in (*stage.fixed, *stage.ladder)]
+    return max(model.config.image_size, *stage.resolutions, *(spec.image_size for spec in specs))
 
 
 def wants(stage: Stage, need: str) -> bool:

@@ -30,6 +30,7 @@ from matvit.training.heads import Heads
 from matvit.training.recipe import Recipe, Stage
 
 STATE, LOG = "state.pt", "log.jsonl"
+_SAID = {"validation", "license", "credits", "notes"}  # of a recipe: no weight depends on these
 
 
 @dataclass(kw_only=True)
@@ -72,7 +73,10 @@ def follow(model: MatViT, stage: Stage) -> ModelEmaV3:
 
 
 def tidy(out: Path, *, resume: bool) -> None:
-    """Make the run's folder, and remove what a killed run left half written; without `resume`, all of it."""
+    """Make the run's folder, and remove what a killed run left half written; without `resume`, its state and log, too.
+
+    An encoder stays until the new one takes its place.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for name in (STATE, LOG):
         for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
@@ -92,7 +96,7 @@ def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
         "axes": run.model.axes.model_dump(),
         "model": run.model.vit.state_dict(),
         "private": None if run.model.private is None else run.model.private.state_dict(),
-        "rank": None if run.model.private is None else run.model.private.config.rank,
+        "private_config": None if run.model.private is None else run.model.private.config.model_dump(),
         "ema": None if run.ema is None else run.ema.module.state_dict(),
         "stage_start": run.stage_start,
         "heads": run.heads.state_dict(),
@@ -134,9 +138,14 @@ def restore(run: Run) -> dict[str, Any] | None:
     try:
         _check_sums(path)
         state = torch.load(path, map_location=run.fabric.device, weights_only=True)
-        same_recipe = Recipe.model_validate_json(state["recipe"]) == run.recipe
+        same_recipe = _same_weights(Recipe.model_validate_json(state["recipe"]), run.recipe)
         same_data = state["data"] == [images.sha256 for images in run.labelled]
         optimiser_state = _take(run, state) if same_recipe and same_data else None
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise RecipeError(what=what, where=str(path), fix="mend that, or start again with --fresh") from error
     except Exception as error:  # torch raises many kinds for a damaged file
         raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
     if not (same_recipe and same_data):
@@ -149,6 +158,11 @@ def restore(run: Run) -> dict[str, Any] | None:
     if run.fabric.is_global_zero:
         _forget_later_rows(run)
     return optimiser_state
+
+
+def _same_weights(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes train the same: what is said and measured of the result may be corrected."""
+    return one.model_dump(exclude=_SAID) == other.model_dump(exclude=_SAID)
 
 
 def _check_sums(path: Path) -> None:
@@ -166,7 +180,7 @@ def _take(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
         run.anchor.vit.load_state_dict(state["anchor"])
     run.model.vit.load_state_dict(state["model"])
     if (private := state.get("private")) is not None:  # states of older programs have none of these
-        run.model.add_private(PrivateConfig(rank=state["rank"])).load_state_dict(private)
+        run.model.add_private(PrivateConfig.model_validate(state["private_config"])).load_state_dict(private)
     if (ema := state.get("ema")) is not None:
         run.ema = follow(run.model, run.recipe.stages[run.stage])
         run.ema.module.load_state_dict(ema)

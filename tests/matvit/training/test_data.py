@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from matvit.datasets import read_dataset
 from matvit.errors import DatasetError
@@ -83,6 +87,43 @@ def test_pictures_that_cannot_be_read_are_skipped_counted_and_named(data):
     assert np.bincount(decoded.labels.numpy()).tolist() == [5, 6]
     assert str(data / "shapes" / "dark" / "2.png") not in kept.origins
     assert events[-1].note == "1 skipped"
+
+
+class Copies(TorchDispatchMode):
+    """Notes the largest tensor that torch makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in {
+            one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)
+        }:
+            self.largest = max(self.largest, made.nbytes)
+        return made
+
+
+def test_decoded_pictures_are_held_once(data, monkeypatch):
+    monkeypatch.setattr("matvit.training.data._DECODE_THREADS", 1)  # one picture in work
+    (data / "shapes" / "dark" / "2.png").write_bytes(b"no picture")
+    images = read_dataset(data / "shapes")
+    tracemalloc.start()
+    try:
+        with Copies() as copies:
+            decoded, _, _ = to_device(images, resolution=640, device=torch.device("cpu"), progress=lambda _: None)
+        peak = tracemalloc.get_traced_memory()[1]  # numpy's
+    finally:
+        tracemalloc.stop()
+    assert decoded.pixels.is_contiguous()
+    assert peak < 1.5 * decoded.pixels.nbytes
+    assert copies.largest < 0.1 * decoded.pixels.nbytes
+    alone, _, _ = to_device(
+        replace(images, images=images.images[-1:], labels=images.labels[-1:], origins=images.origins[-1:]),
+        resolution=640,
+        device=torch.device("cpu"),
+        progress=lambda _: None,
+    )
+    assert torch.equal(decoded.pixels[-1], alone.pixels[0])
 
 
 def test_a_set_without_one_readable_picture_is_refused(data):

@@ -7,8 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from matvit import MatViT
+from matvit.checkpoint import read_config
 from matvit.errors import CheckpointError, RecipeError
-from matvit.private import OWNERS
+from matvit.private import OWNERS, PrivateConfig
+from matvit.training import loop, record
 from matvit.training.loop import train
 
 OWN = {
@@ -44,9 +46,9 @@ def going_on(checkpoint, *stages):
 @pytest.mark.parametrize("checkpoint", ["float32", "int8"], indirect=True)
 def test_what_submodels_own_is_trained_for_an_encoder_whose_indices_stay_valid(checkpoint, make_recipe, tmp_path):
     before = MatViT.from_pretrained(checkpoint)
-    storage = before.record["recipe"]["storage"]
-    model = train(make_recipe(**going_on(checkpoint, OWN), storage=storage), out=tmp_path / "run")
+    model = train(make_recipe(**going_on(checkpoint, OWN), storage=None), out=tmp_path / "run")
     assert model.space_id == before.space_id
+    assert read_config(tmp_path / "run" / "encoder").weights.storage == before.record["recipe"]["storage"]
     assert (model.axes, model.name) == (before.axes, "second")
     assert all(
         block.up["mlp-fc2-weight-weight"].any() for owner in OWNERS for block in model.private.blocks[owner.value]
@@ -69,9 +71,66 @@ def test_what_its_submodels_own_is_trained_further(checkpoint, make_recipe, tmp_
     assert not torch.equal(
         *(one.private.blocks["S"][0].up["mlp-fc2-weight-weight"] for one in (first, second)),
     )
-    for stage in (MORE, OWN | {"private": 3}):
-        with pytest.raises(RecipeError, match=r"stage '\w+' does not train what .* own; give it private: 2"):
+    for stage, sentence in (
+        (MORE, "stage 'more' does not train what .* own; give it private: 2"),
+        (OWN | {"private": 3}, "stage 'own' does not train what .* own; give it private: 2"),
+        (OWN | {"fit": True}, "stage 'own' fits what .* own already; leave fit out"),
+    ):
+        with pytest.raises(RecipeError, match=sentence):
             train(make_recipe(**going_on(owning, stage)), out=tmp_path / "other")
+
+
+def adapted(checkpoint, folder, *, rank):
+    """The checkpoint as `matvit adapt` leaves it: its last block owns full deltas, too."""
+    model = MatViT.from_pretrained(checkpoint)
+    private = model.add_private(PrivateConfig(rank=rank, last=True))
+    with torch.no_grad():
+        for parameter in private.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_adapting_fitted_is_trained_further_and_resumed(checkpoint, make_recipe, tmp_path, monkeypatch):
+    def stop_in_own(event):
+        if event.stage == "train own":
+            raise InterruptedError
+
+    recipe = make_recipe(**going_on(adapted(checkpoint, tmp_path / "adapted", rank=2), OWN))
+    whole = train(recipe, out=tmp_path / "whole")
+    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
+    monkeypatch.setattr(loop, "_SAVE_SECONDS", 0.0)
+    for _ in range(2):  # at the first step, which was not saved, and at the second
+        with pytest.raises(InterruptedError):
+            train(recipe, out=tmp_path / "parts", progress=stop_in_own)
+        monkeypatch.setattr(loop, "_LOG_STEPS", 2)
+    parts = train(recipe, out=tmp_path / "parts")
+    assert parts.weights_sha256 == whole.weights_sha256
+    assert parts.private.config == PrivateConfig(rank=2, last=True)
+
+
+@pytest.mark.parametrize("stage", [OWN, MORE])
+def test_an_adapted_checkpoint_whose_last_block_alone_owns_something_is_refused(
+    checkpoint, make_recipe, tmp_path, stage
+):
+    recipe = make_recipe(**going_on(adapted(checkpoint, tmp_path / "adapted", rank=None), stage))
+    with pytest.raises(RecipeError, match="their last block's alone; go on from what was adapted"):
+        train(recipe, out=tmp_path / "run")
+
+
+def test_a_table_of_the_checkpoint_is_not_taken_for_the_results(checkpoint, make_recipe, tmp_path, monkeypatch):
+    """Where measuring fails, what was trained is saved without a table, and measured by the same command later."""
+
+    def fail(*_, **__):
+        raise InterruptedError
+
+    recipe = make_recipe(**going_on(checkpoint, MORE), validation={"queries": "shapes"})
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "cross_test", fail)
+        with pytest.raises(InterruptedError):
+            train(recipe, out=tmp_path / "run")
+    assert MatViT.from_pretrained(tmp_path / "run" / "encoder").pareto == ()
+    assert train(recipe, out=tmp_path / "run").pareto[0]["quality"]["recall@1"] >= 0
 
 
 def test_its_record_stays_and_its_licence_credits_and_notes_are_inherited(checkpoint, make_recipe, tmp_path):

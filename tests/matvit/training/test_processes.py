@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from matvit.errors import RecipeError
 from matvit.training import loop
 from matvit.training.loop import train
+from matvit.training.processes import average_gradients
 
 OWN = {
     "name": "own",
@@ -29,12 +31,20 @@ OWN = {
 PROGRAM = """
 import sys
 from pathlib import Path
-from matvit.training.loop import train
+from matvit.training import loop
 from matvit.training.recipe import Recipe
 
+clip, norms = loop.nn.utils.clip_grad_norm_, []
+
+
+def note(*arguments):
+    norms.append(float(clip(*arguments)))
+
+
 if __name__ == "__main__":
-    train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), out=Path(sys.argv[2]))
-    print("returned", flush=True)
+    loop.nn.utils.clip_grad_norm_ = note
+    loop.train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), out=Path(sys.argv[2]))
+    print("returned", norms, flush=True)
 """
 
 
@@ -59,9 +69,13 @@ def test_two_processes_train_as_one_with_both_shares(data, tmp_path, make_recipe
         targets = [torch.cat(pair) for pair in zip(first.targets, second.targets, strict=True)]
         return replace(first, images=torch.cat([first.images, second.images]), targets=targets)
 
-    draw = loop.draw_batch
+    draw, clip = loop.draw_batch, torch.nn.utils.clip_grad_norm_
+    norms: list[float] = []
     monkeypatch.setattr(loop, "draw_batch", both_shares)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: norms.append(float(clip(*given))))
     train(make_recipe(stages=stages), out=tmp_path / "alone")
+    # AdamW's steps are the same for a gradient twice as long, so the gradients are compared, too.
+    assert json.loads(done.stdout.partition("returned")[2]) == pytest.approx(norms, rel=1e-3)
     weights = [load_file(tmp_path / run / "encoder" / "model.safetensors") for run in ("run", "alone")]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
 
@@ -74,6 +88,10 @@ def test_two_processes_train_submodels_log_once_and_record_it(data, tmp_path, ma
     assert [(row["stage"], row["step"]) for row in rows] == [("full", 4), ("nested", 4), ("own", 2)]
     record = json.loads((tmp_path / "run" / "encoder" / "training.json").read_text())
     assert record["recipe"]["devices"] == 2
+
+
+def test_a_step_that_leaves_no_gradient_has_nothing_to_average():
+    average_gradients(SimpleNamespace(world_size=2), [torch.nn.Parameter(torch.zeros(2))])
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(make_recipe):

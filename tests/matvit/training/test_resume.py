@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from matvit.errors import RecipeError
-from matvit.training import loop
+from matvit.training import loop, state
 from matvit.training.loop import train
 
 AUGMENTED_TWICE = [
@@ -198,6 +198,15 @@ def test_a_fresh_run_forgets_the_unfinished_one(data, make_recipe, tmp_path):
     assert not (tmp_path / "state.pt").exists()
 
 
+def test_a_fresh_run_leaves_the_encoder_until_it_has_its_own(data, make_recipe, tmp_path):
+    recipe = make_recipe(stages=AUGMENTED_TWICE)
+    train(recipe, out=tmp_path)
+    whole = (tmp_path / "encoder" / "model.safetensors").read_bytes()
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path, resume=False, progress=interrupt_at("one", 1))
+    assert (tmp_path / "encoder" / "model.safetensors").read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     "line",
     ['{"stage": "tw', "", "{}", "[1]", '{"stage": "three", "step": 1}', '{"stage": "two", "step": null}', "\udcff"],
@@ -235,6 +244,31 @@ def test_the_state_of_another_recipe_is_refused(interrupted, make_recipe):
         train(make_recipe(seed=4), out=interrupted)
 
 
+def test_what_is_said_and_measured_of_the_result_may_be_corrected_on_the_way(interrupted, make_recipe):
+    said = {"license": "mit", "credits": ["start"], "notes": ["mine"], "validation": {"queries": "shapes"}}
+    record = train(make_recipe(**said), out=interrupted).record
+    assert (record["license"], record["credits"], record["notes"]) == ("mit", ["start"], ["mine"])
+    assert record["metrics"]["validation"]
+
+
+def test_a_state_that_cannot_be_read_is_not_called_damaged(interrupted, make_recipe, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(state, "_check_sums", refuse)
+    with pytest.raises(RecipeError, match=r"state\.pt: cannot be read \(Permission denied\); mend that, or start"):
+        train(make_recipe(), out=interrupted)
+
+
+def test_a_device_without_memory_for_the_state_is_not_damage(interrupted, make_recipe, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make_recipe(), out=interrupted)
+
+
 def test_a_state_of_other_pictures_is_refused(interrupted, make_recipe, data):
     (data / "shapes" / "dark" / "0.png").unlink()
     with pytest.raises(RecipeError, match=r"state\.pt: belongs to other pictures"):
@@ -246,9 +280,9 @@ def cut_short(path: Path) -> None:
 
 
 def flip_one_bit_of_the_weights(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
+    weights = torch.load(path, weights_only=True)["model"]
     content = bytearray(path.read_bytes())
-    content[content.index(state["model"]["pos_embed"].numpy().tobytes())] ^= 1
+    content[content.index(weights["pos_embed"].numpy().tobytes())] ^= 1
     path.write_bytes(content)
 
 
@@ -278,7 +312,7 @@ def test_a_damaged_state_is_refused_and_never_unpickled(interrupted, make_recipe
 
 
 def test_a_state_that_names_no_pictures_is_refused(interrupted, make_recipe):
-    state = torch.load(interrupted / "state.pt", weights_only=True)
-    torch.save(state | {"data": None}, interrupted / "state.pt")
+    saved = torch.load(interrupted / "state.pt", weights_only=True)
+    torch.save(saved | {"data": None}, interrupted / "state.pt")
     with pytest.raises(RecipeError, match=r"state\.pt: belongs to other pictures"):
         train(make_recipe(), out=interrupted)

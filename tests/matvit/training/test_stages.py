@@ -138,6 +138,20 @@ def test_the_result_of_a_stage_with_ema_is_the_moving_average_of_its_weights(dat
 
 
 @pytest.mark.parametrize(
+    ("warmup", "rates"),
+    [(0.0, [1.0, 0.85, 0.5, 0.15]), (0.5, [0.0, 0.5, 0.5, 0.15])],
+)
+def test_the_rate_warms_up_from_0_and_without_warm_up_begins_in_full(
+    data, make_recipe, tmp_path, monkeypatch, warmup, rates
+):
+    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
+    recipe = make_recipe(stages=[FULL], optimiser={"warmup": warmup, "layer_decay": 1.0})
+    train(recipe, out=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * rate for rate in rates], abs=1e-5)
+
+
+@pytest.mark.parametrize(
     ("stages_", "sentence"),
     [
         ([FULL, OWN | {"private": None}], "freezes all that it could train"),
