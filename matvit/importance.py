@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 def order_by_importance(model: MatViT, images: torch.Tensor) -> None:
     """Reorder every block's hidden units, and its heads if they are an axis, in place, the most important first.
 
-    Importance of a channel: root mean square of its activation on `images` (B, 3, R, R), times the norm
+    Importance of a channel: root of its activation's summed squares on `images` (B, 3, R, R), times the norm
     of its outgoing weights, layer scale included; of a head: over its channels, squared and added.
     Rounding apart, the full encoder's function stays the same.
     """
     with torch.no_grad():
-        squares = _mean_squares(model, images, [block.mlp.fc2 for block in model.vit.blocks])
+        squares = _summed_squares(model, images, [block.mlp.fc2 for block in model.vit.blocks])
         for block, square in zip(model.vit.blocks, squares, strict=True):
             importance = square.sqrt() * _outgoing_norm(block.mlp.fc2, layer_scale(block, 2))
             feed_forward.permute(block.mlp, torch.argsort(importance, descending=True, stable=True))
         if not model.axes.heads:
             return
-        squares = _mean_squares(model, images, [block.attn.proj for block in model.vit.blocks])
+        squares = _summed_squares(model, images, [block.attn.proj for block in model.vit.blocks])
         for block, square in zip(model.vit.blocks, squares, strict=True):
             importance = square * _outgoing_norm(block.attn.proj, layer_scale(block, 1)).square()
             by_head = importance.view(block.attn.num_heads, block.attn.head_dim).sum(dim=1)
@@ -83,7 +83,7 @@ def find_keep_order(model: MatViT, images: torch.Tensor, *, batch_size: int = 25
 
 
 @torch.no_grad()
-def _mean_squares(
+def _summed_squares(
     model: MatViT, images: torch.Tensor, layers: list[nn.Linear], batch_size: int = 128
 ) -> list[torch.Tensor]:
     """The summed squares of each layer's inputs, by channel."""
