@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from matvit.agreement import Agreement
     from matvit.converting import Conversion
     from matvit_app.demo import DemoTable
-    from retrieval.filters import Where
-    from retrieval.queries import Fusion
+    from retrieval import Retriever
     from retrieval.types import (
         CompactReport,
         DuplicateGroup,
@@ -87,56 +86,28 @@ def ingest(
     return Index.open(path).ingest(sources, encoder=encoder, delete=delete, progress=progress)
 
 
-def search(
-    like: Sequence[Path | int],
-    *,
-    path: Path,
-    encoder: str | None,
-    max_latency_ms: float | None = None,
-    min_recall: float | None = None,
-    checkpoint: str | None = None,
-    k: int | None,
-    min_score: float | None = None,
-    where: Where | None = None,
-    exclude_self: bool = False,
-    unlike: Sequence[Path] = (),
-    fusion: Fusion | None = None,
-) -> list[Hits]:
-    """What the index at `path` has that looks like each of `like` (pictures, or ids), found by the submodel `encoder`.
+def open_retriever(path: Path, *, checkpoint: str | None = None, pictures: Iterable[Path | int] = ()) -> Retriever:
+    """What searches the index at `path`; `checkpoint` None means the one that built it.
 
-    `checkpoint` None means the one that built the index. `fusion`: `like` and `unlike` are one query. The others are
-    those of `Retriever.search`.
-    Raises MatVitError: a damaged index, an encoder that is gone or of another space, a wrong spec, an unreadable
-    picture.
+    `pictures`: what it will be asked with, looked up before anything is loaded, which takes seconds.
+    Raises MatVitError: a damaged index, an encoder of another space, a picture that is not there.
     """
-    from retrieval import Blend, Retriever
+    from retrieval import Retriever
     from retrieval.locations import location, os_reason, split_member, status_of
 
-    for image in (*like, *unlike):  # before the encoder is loaded, which takes seconds
+    for image in pictures:
         if isinstance(image, Path):
             place = location(image)
             try:
                 status_of(split_member(place)[0])
             except OSError as error:
                 raise ImageError(what=os_reason(error), where=place, fix="name pictures that are there") from error
-    elastic = None if checkpoint is None else load_encoder(checkpoint)
-    return Retriever.open(path, encoder=elastic).search_many(
-        [Blend(like, unlike=unlike, fusion=fusion)] if fusion else like,
-        encoder=encoder,
-        max_latency_ms=max_latency_ms,
-        min_recall=min_recall,
-        k=k,
-        min_score=min_score,
-        where=where,
-        exclude_self=exclude_self,
-    )
+    return Retriever.open(path, encoder=None if checkpoint is None else load_encoder(checkpoint))
 
 
 def duplicates(path: Path, *, min_score: float | None, progress: Progress = silent) -> list[DuplicateGroup]:
     """See `retrieval.Retriever.duplicates`. Raises MatVitError: a damaged index."""
-    from retrieval import Retriever
-
-    return Retriever.open(path).duplicates(min_score=min_score, progress=progress)
+    return open_retriever(path).duplicates(min_score=min_score, progress=progress)
 
 
 def group_json(group: DuplicateGroup) -> list[dict[str, Any]]:

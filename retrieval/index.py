@@ -21,6 +21,7 @@ from retrieval.errors import IndexExistsError, IngestError
 from retrieval.files import index_folder, keeping_lists, writing
 from retrieval.gallery import is_whole
 from retrieval.ingest import Ingest
+from retrieval.known import KnownItems
 from retrieval.locations import absolute, location
 from retrieval.lock import writer_lock
 from retrieval.manifest import (
@@ -39,7 +40,7 @@ from retrieval.manifest import (
 )
 from retrieval.repair import repair_index
 from retrieval.snapshot import Snapshot
-from retrieval.sources import Found, Images, find_files, is_below
+from retrieval.sources import Found, Images, find_files
 from retrieval.types import CompactReport, IndexInfo, IngestReport, RepairReport, UpgradeReport
 from retrieval.upgrade import Upgrade, remove_adopted
 from retrieval.verify import verify_index
@@ -149,7 +150,7 @@ class Index:
         Raises IngestError, and forgets nothing, when the index holds nothing of that id or path (an absolute path,
         one relative to the working directory, or a URL), or cannot be written; IndexLockedError.
         """
-        with self._writing() as writer:
+        with keeping_lists(), self._writing() as writer:
             deleted = items_of(self._snapshot, items)
             count = sum(map(len, deleted.values()))
             if count:
@@ -285,21 +286,22 @@ class Index:
                 self._snapshot = Snapshot.open(self.path, reuse=self._snapshot)
 
 
-def items_of(snapshot: Snapshot, wanted: Selected | Iterable[Selected]) -> dict[str, list[int]]:
+def items_of(snapshot: Snapshot, wanted: Selected | Iterable[Selected]) -> dict[str, set[int]]:
     """Ids of the wanted items that count, by segment. Raises IngestError for one that selects nothing."""
     several = isinstance(wanted, Iterable) and not isinstance(wanted, str | bytes | os.PathLike)
     listed = cast(Iterable[object], wanted if several else [wanted])
     asked = [_id_or_place(item) for item in listed]
-    named, missing = set(asked), set(asked)
-    folders = [item for item in named if isinstance(item, str)]
-    found: dict[str, list[int]] = {}
-    for segment, item in snapshot.live_items() if asked else ():
-        path = snapshot.file_name(item.place)
-        selected = named.intersection((item.id, path))
-        selected.update(folder for folder in folders if is_below(path, [folder]))
-        if selected:
-            missing -= selected
-            found.setdefault(segment.entry.name, []).append(item.id)
+    ids = {item for item in asked if isinstance(item, int)}
+    found = {segment.entry.name: ids.intersection(segment.live_ids().tolist()) for segment in snapshot.segments}
+    missing: set[int | str] = {*ids.difference(*found.values())}
+    places = {item for item in asked if isinstance(item, str)}
+    known = KnownItems(snapshot, places)
+    for place in places:
+        at_place = list(known.at_or_below(place))
+        for one in at_place:
+            found[one.segment.entry.name].add(one.item.id)
+        if not at_place:
+            missing.add(place)
     if missing:
         first = next(item for item in asked if item in missing)
         what = f"holds no item with id {first}" if isinstance(first, int) else f"holds no file {first!r}"

@@ -44,7 +44,7 @@ class Ingest:
         self._found = found
         self._progress = progress
         self._roots = Roots(snapshot.manifest.roots, found.bases)
-        self._known = KnownItems(snapshot)
+        self._known = KnownItems(snapshot, found.places())
         self._total = found.total()
         self._next_id = snapshot.manifest.next_id
         self._generation = snapshot.manifest.generation

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Container, Iterable
-from contextlib import closing
+from collections.abc import Container, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -20,6 +21,8 @@ from retrieval.files import RESTORE, reading
 
 IntArray = npt.NDArray[np.int64]
 Place = tuple[str, bytes]  # a root's name, and the path below it
+
+_AT_ONCE = 1024  # items in memory while all are read
 
 OK = "ok"
 SKIPPED = "skipped"
@@ -65,6 +68,15 @@ class Item:
     def place(self) -> Place:
         """Where its file is."""
         return self.root, self.path
+
+
+class Counts(NamedTuple):
+    """What one segment's items are, in numbers."""
+
+    items: int
+    pictures: int  # with an embedding
+    lowest: int  # id; 0 when there are none
+    highest: int
 
 
 class Picture(NamedTuple):
@@ -128,16 +140,36 @@ class ItemStore:
         rows = self._fetch("SELECT root, path, metadata, content_sha256 FROM items WHERE row IS NOT NULL ORDER BY row")
         return [Picture((roots.setdefault(root, root), path), *others) for root, path, *others in rows]
 
-    def all(self) -> list[Item]:
-        """Every item, by id."""
-        return [item_of(values) for values in self._fetch(f"SELECT {COLUMNS} FROM items ORDER BY id")]  # noqa: S608
+    def counts(self) -> Counts:
+        """How many there are, and between which ids."""
+        query = f"SELECT count(*), count(*) FILTER (WHERE status = '{OK}'), min(id), max(id) FROM items"  # noqa: S608
+        items, pictures, lowest, highest = self._fetch(query)[0]
+        return Counts(items=items, pictures=pictures, lowest=lowest or 0, highest=highest or 0)
+
+    def all(self) -> Iterator[Item]:
+        """Every item, by id; the file is open until the last was taken."""
+        with self._reading() as connection:
+            rows = connection.execute(f"SELECT {COLUMNS} FROM items ORDER BY id")  # noqa: S608
+            while some := rows.fetchmany(_AT_ONCE):
+                yield from map(item_of, some)
+
+    def with_ids(self, ids: Iterable[int]) -> list[Item]:
+        """Those of these ids, by id."""
+        query = f"SELECT {COLUMNS} FROM items WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id"  # noqa: S608
+        return [item_of(values) for values in self._fetch(query, json.dumps(list(ids)))]
 
     def skipped(self) -> list[Item]:
         """The items without an embedding, by id."""
         query = f"SELECT {COLUMNS} FROM items WHERE status = '{SKIPPED}' ORDER BY id"  # noqa: S608
         return [item_of(values) for values in self._fetch(query)]
 
-    def _fetch(self, query: str) -> list[Any]:
+    def _fetch(self, query: str, *values: object) -> list[Any]:
+        with self._reading() as connection:
+            return connection.execute(query, values).fetchall()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Raises IndexFormatError for what SQLite complains about while the block runs."""
         # ro: a file that a writer has just removed is not made anew. immutable: no locks and no journal look-up, so
         # that read-only disks and many readers are fine.
         with reading(self.path):
@@ -145,7 +177,7 @@ class ItemStore:
         uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
         try:
             with closing(sqlite3.connect(uri, uri=True)) as connection:
-                return connection.execute(query).fetchall()
+                yield connection
         except sqlite3.Error as error:
             what = f"the items cannot be read ({error})"
             if getattr(error, "sqlite_errorcode", None) in _NOT_NOW:

@@ -8,18 +8,24 @@ their hash are embedded once more from their files. Nothing is removed before th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
-from matvit.encoder import ElasticEncoder
+import numpy as np
+
+from matvit.encoder import ElasticEncoder, ImageEncoder
 from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent
 from matvit.regular import read_small
 from retrieval.encoders import check_space, load_encoder
 from retrieval.errors import DamagedFileError, IndexFormatError
 from retrieval.files import check_file, exhausted, reading, sha256_bytes, writing
-from retrieval.items import OK, Item, ItemStore
+from retrieval.items import OK, IntArray, Item, ItemStore
 from retrieval.lock import writer_lock
 from retrieval.manifest import (
     CURRENT,
@@ -41,7 +47,7 @@ from retrieval.reembed import embed_again
 from retrieval.snapshot import OpenSegment, Snapshot, open_segment, place_name, read_deletions
 from retrieval.types import RepairReport, SkippedFile
 from retrieval.verify import segment_problems, verify_index
-from retrieval.writer import Entry, GenerationWriter
+from retrieval.writer import MERGED_ITEMS, Entry, GenerationWriter
 
 _MENDED_BYTES = 16_384  # of a manifest: trying every bit of a longer one would take seconds
 
@@ -51,8 +57,8 @@ class _Damaged:
     """One segment that fails a check."""
 
     entry: SegmentEntry
-    items: tuple[Item, ...]  # that can be read and still count
     proven: bool  # whether the items are what was written
+    pictures: int  # that can be read and still count
     unnamed: int  # items that cannot be read
 
 
@@ -87,6 +93,7 @@ class _Repair:
         self._progress = progress
         self._lost: list[SkippedFile] = []
         self._embedded = 0
+        self._held: IntArray = np.empty(0, dtype=np.int64)  # sorted ids of the items that are whole or brought back
 
     def run(self, *, drop_lost: bool) -> RepairReport:
         deletions = self._whole_deletions()
@@ -94,19 +101,23 @@ class _Repair:
         self._base = self._base.model_copy(update={"deletions": deletions})
         whole, damaged = self._sort_segments()
         deletions = self._without_doubles(whole)
-        held = {number for segment in whole for number in _live_ids(segment)}
-        entries = list(self._bring_back(damaged, held))
-        unnamed = sum(segment.unnamed for segment in damaged) + self._lose_later(held)
+        writer, kept = GenerationWriter(self._folder, self._base), set(_entries(self._folder / SEGMENTS))
+        restored: list[SegmentEntry] = []
+        try:
+            restored += (writer.write_segment(entries) for entries in self._bring_back(damaged))
+            unnamed = sum(segment.unnamed for segment in damaged) + self._lose_later()
+        except BaseException:
+            self._remove_segments(but=kept)
+            raise
         if (self._lost or unnamed) and not drop_lost:
+            self._remove_segments(but=kept)
             return self._report(unnamed, generation=self._base.generation, leftovers=0, whole=False)
-        writer = GenerationWriter(self._folder, self._base)
         if self._damage:
-            ids = [entry.item.id for entry in entries] + [number for segment in whole for number in _live_ids(segment)]
             writer.restore(
-                entries,
+                restored[::-1],
                 instead_of={segment.entry.name for segment in damaged},
                 deletions=deletions,
-                next_id=max([self._base.next_id, *(number + 1 for number in ids)]),
+                next_id=max(self._base.next_id, int(self._held.max(initial=-1)) + 1),
                 generation=max([self._base.generation, *map(_number, _manifests(self._folder))]) + 1,
             )
         self._rebuild_cache(writer)
@@ -143,7 +154,12 @@ class _Repair:
             whole=whole,
         )
 
-    def _lose_later(self, held: set[int]) -> int:
+    def _remove_segments(self, *, but: set[Path]) -> None:
+        """Remove what was written and will not be published, while the index may still have use for what was there."""
+        for home in set(_entries(self._folder / SEGMENTS)) - but:
+            shutil.rmtree(home, ignore_errors=True)
+
+    def _lose_later(self) -> int:
         """List the items of segments that only later manifests, which are lost, have named; gives the unnamed ones."""
         if self._base.generation >= max([0, *map(_number, _manifests(self._folder))]):
             return 0
@@ -152,14 +168,10 @@ class _Repair:
         for home in _entries(self._folder / SEGMENTS):
             if home.name in named or not re.fullmatch("[0-9a-f]{16}", home.name):
                 continue
-            try:
-                items = [item for item in ItemStore(home / ITEMS).all() if item.id not in held and item.status == OK]
-            except (DamagedFileError, TypeError, ValueError):
-                items = []
-            for item in items:
-                if self._is_ours(item):
+            for item in self._new(_readable(home)):
+                if item.status == OK and self._is_ours(item):
                     self._lose(item, "it came with a generation whose manifest is lost")
-                else:
+                elif item.status == OK:
                     unnamed += 1
         return unnamed
 
@@ -196,27 +208,30 @@ class _Repair:
         return whole, damaged
 
     def _raise_next_id(self, segment: OpenSegment) -> None:
-        next_id = max((item.id + 1 for item in segment.items.all()), default=0)
+        next_id = int(segment.all_ids().max(initial=-1)) + 1
         if next_id > self._base.next_id:
             self._damage.append(f"segment {segment.entry.name}: items have ids that were never given away")
             self._base = self._base.model_copy(update={"next_id": next_id})
 
     def _read_damaged(self, entry: SegmentEntry) -> _Damaged:
         path, file = self._folder / SEGMENTS / entry.name / ITEMS, entry.files[ITEMS]
-        gone = set(read_deletions(self._folder, self._base, entry.name).tolist())
-        live = entry.items - len(gone)
         try:
             check_file(path, size=file.bytes, sha256=file.sha256)
             proven = True
         except DamagedFileError:
             proven = False
-        try:
-            items = tuple(item for item in ItemStore(path).all() if item.id not in gone)
-        except (DamagedFileError, TypeError, ValueError):
-            items = ()
-        if not proven:
-            items = tuple(item for item in items if self._is_ours(item))
-        return _Damaged(entry=entry, items=items, proven=proven, unnamed=max(0, live - len(items)))
+        items = pictures = 0
+        for item in self._items_of(entry, proven=proven):
+            items += 1
+            pictures += item.status == OK
+        live = entry.items - len(read_deletions(self._folder, self._base, entry.name))
+        return _Damaged(entry=entry, proven=proven, pictures=pictures, unnamed=max(0, live - items))
+
+    def _items_of(self, entry: SegmentEntry, *, proven: bool) -> Iterator[Item]:
+        """Those of a damaged segment that can be read and still count."""
+        gone = set(read_deletions(self._folder, self._base, entry.name).tolist())
+        readable = _readable(self._folder / SEGMENTS / entry.name)
+        return (item for item in readable if item.id not in gone and (proven or self._is_ours(item)))
 
     def _is_ours(self, item: Item) -> bool:
         root, path = item.place
@@ -227,35 +242,61 @@ class _Repair:
     def _without_doubles(self, whole: Sequence[OpenSegment]) -> dict[str, DeletionsEntry]:
         """The deletions, with those made good that a later segment's ids prove."""
         deletions = dict(self._base.deletions)
-        later: set[int] = set()
+        self._held, times = np.unique(_joined(segment.live_ids() for segment in whole), return_counts=True)
+        twice, later = self._held[times > 1], np.empty(0, dtype=np.int64)
         writer = GenerationWriter(self._folder, self._base)
-        for segment in reversed(whole):
-            doubles = later.intersection(_live_ids(segment))
-            if doubles:
+        for segment in reversed(whole) if len(twice) else ():
+            own = np.intersect1d(segment.live_ids(), twice)
+            doubles = np.intersect1d(own, later)
+            if len(doubles):
                 with writing(self._folder):
-                    deletions[segment.entry.name] = writer.write_deletions(segment.entry.name, doubles)
-            later.update(_live_ids(segment))
+                    deletions[segment.entry.name] = writer.write_deletions(segment.entry.name, set(doubles.tolist()))
+            later = np.union1d(later, own)
         return deletions
 
-    def _bring_back(self, damaged: Sequence[_Damaged], held: set[int]) -> Iterator[Entry]:
-        pictures: list[Item] = []
-        unproven: dict[int, str] = {}  # ids -> the content that their file must have
+    def _bring_back(self, damaged: Sequence[_Damaged]) -> Iterator[list[Entry]]:
+        """What can be, for a segment in place of each damaged one, or several where it is large."""
+        total = sum(segment.pictures for segment in damaged)
         for segment in reversed(damaged):  # where deletions are lost, the newest record of a picture counts
-            for item in segment.items:
-                if item.id in held:
-                    continue
-                held.add(item.id)
-                if not segment.proven:
-                    unproven[item.id] = item.content_sha256
-                if item.status == OK:
-                    pictures.append(item)
-                elif segment.proven:
-                    yield Entry(item=item, embedding=None, replaces=None)
-        yield from self._embed(pictures, unproven)
+            items = self._new(self._items_of(segment.entry, proven=segment.proven))
+            while some := list({item.id: item for item in islice(items, MERGED_ITEMS)}.values()):
+                pictures = [item for item in some if item.status == OK]
+                entries = list(self._embed(pictures, proven=segment.proven, total=total))
+                if segment.proven:
+                    entries += (Entry(item=item, embedding=None, replaces=None) for item in some if item.status != OK)
+                if entries:
+                    yield entries
+                self._held = np.union1d(self._held, [item.id for item in some]).astype(np.int64)
 
-    def _embed(self, pictures: Sequence[Item], unproven: dict[int, str]) -> Iterator[Entry]:
+    def _new(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Those that are not held yet."""
+        for item in items:
+            place = int(np.searchsorted(self._held, item.id))
+            if place == len(self._held) or self._held[place] != item.id:
+                yield item
+
+    def _embed(self, pictures: Sequence[Item], *, proven: bool, total: int) -> Iterator[Entry]:
         if not pictures:
             return
+        if isinstance(encoder := self._gallery_encoder, MatVitError):
+            for item in pictures:
+                self._lose(item, f"its embedding is damaged, and there is no encoder ({encoder.what})")
+            return
+        again = embed_again(pictures, file_name=self._file_name, encoder=encoder)
+        for item, embedded in zip(pictures, again, strict=True):
+            if embedded.embedding is None:
+                self._lose(item, f"its embedding is damaged, and its file: {embedded.reason}")
+            elif not proven and embedded.item.content_sha256 != item.content_sha256:
+                self._lose(item, "its record is damaged, and its file is not the one that was indexed")
+            else:
+                self._embedded += 1
+                yield Entry(item=embedded.item, embedding=embedded.embedding, replaces=None)
+            done = self._embedded + len(self._lost)
+            self._progress(ProgressEvent(stage="embed", done=done, total=total, unit="pictures"))
+
+    @cached_property
+    def _gallery_encoder(self) -> ImageEncoder | MatVitError:
+        """What embeds pictures once more, or why there is none."""
         entry = self._base.encoder
         try:
             elastic = self._encoder or load_encoder(entry, index=self._folder)
@@ -263,20 +304,8 @@ class _Repair:
         except MatVitError as error:
             if exhausted(error):
                 raise
-            for item in pictures:
-                self._lose(item, f"its embedding is damaged, and there is no encoder ({error.what})")
-            return
-        again = embed_again(pictures, file_name=self._file_name, encoder=elastic.encoder(entry.spec))
-        for done, embedded in enumerate(again, start=1):
-            item = embedded.item
-            if embedded.embedding is None:
-                self._lose(item, f"its embedding is damaged, and its file: {embedded.reason}")
-            elif unproven.get(item.id, item.content_sha256) != item.content_sha256:
-                self._lose(item, "its record is damaged, and its file is not the one that was indexed")
-            else:
-                self._embedded += 1
-                yield Entry(item=item, embedding=embedded.embedding, replaces=None)
-            self._progress(ProgressEvent(stage="embed", done=done, total=len(pictures), unit="pictures"))
+            return error
+        return elastic.encoder(entry.spec)
 
     def _lose(self, item: Item, reason: str) -> None:
         self._lost.append(SkippedFile(path=Path(self._file_name(item.place)), reason=reason))
@@ -377,9 +406,14 @@ def _number(path: Path) -> int:
     return int(path.stem)
 
 
-def _live_ids(segment: OpenSegment) -> list[int]:
-    ids = [*segment.row_ids[segment.live_rows()].tolist(), *(item.id for item in segment.live(segment.skipped))]
-    return [int(number) for number in ids]
+def _readable(segment: Path) -> Iterator[Item]:
+    """The items of a damaged segment, as far as they can be read."""
+    with suppress(DamagedFileError, TypeError, ValueError):
+        yield from ItemStore(segment / ITEMS).all()
+
+
+def _joined(ids: Iterable[IntArray]) -> IntArray:
+    return np.concatenate([np.empty(0, dtype=np.int64), *ids])
 
 
 def _count_files(folder: Path) -> int:

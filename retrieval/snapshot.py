@@ -63,6 +63,15 @@ class OpenSegment:
         """(L,) int64 row numbers that still count."""
         return np.flatnonzero(~np.isin(self.row_ids, self.deleted)).astype(np.int64)
 
+    def all_ids(self) -> IntArray:
+        """(I,) int64 of its items, skipped files included."""
+        return np.concatenate([self.row_ids, np.array([item.id for item in self.skipped], dtype=np.int64)])
+
+    def live_ids(self) -> IntArray:
+        """Those of them that still count."""
+        ids = self.all_ids()
+        return ids[~np.isin(ids, self.deleted)]
+
     def live(self, items: Iterable[Item]) -> Iterator[Item]:
         """Those of `items` that still count."""
         gone = set(self.deleted.tolist())

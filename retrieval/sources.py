@@ -50,6 +50,7 @@ class FoundFile:
     status: Status | None  # of a store that was listed; None: to be asked
 
 
+_FEW = 1000  # files
 PICTURE, TAR, TABLE = "picture", "tar", "table"
 
 
@@ -89,6 +90,16 @@ class Found:
         """Pictures; None when only reading tar shards tells."""
         kinds = dict(self._files.execute("SELECT kind, count(*) FROM files GROUP BY kind"))
         return None if TAR in kinds or TABLE in kinds else kinds.get(PICTURE, 0)
+
+    def places(self) -> Iterator[str]:
+        """Where everything lies that this may be compared with: at or below these, or inside them.
+
+        Many files are not named one by one: the folders that they were named by are around them.
+        """
+        few = len(self) <= _FEW
+        yield from self.scopes
+        yield from (location(file.path) for file in self.missing)
+        yield from (file.path for file in self.files()) if few else self.bases
 
     def holds(self, path: str) -> bool:
         """Whether a URL was found."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from matvit.durable import sync_folder, temporary_name
 from matvit.encoder import ElasticEncoder
+from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
 from retrieval.encoders import describe
 from retrieval.errors import DamagedFileError, IndexFormatError, IngestError
 from retrieval.files import reading, writing
-from retrieval.items import OK, SKIPPED, Item
+from retrieval.items import OK, SKIPPED, IntArray, Item
 from retrieval.manifest import (
     CURRENT,
     SEGMENTS,
@@ -29,13 +34,40 @@ from retrieval.manifest import (
     read_pointer,
 )
 from retrieval.reembed import EmbeddedAgain, embed_again
-from retrieval.snapshot import OpenSegment, Snapshot, open_segment
+from retrieval.snapshot import Snapshot, open_segment
 from retrieval.types import SkippedFile, UpgradeReport
 from retrieval.writer import Entry, GenerationWriter
 
 PUBLISH_ITEMS = 512  # a kill loses at most so many pictures
 
-Staged = dict[int, tuple[OpenSegment, Item]]  # by id
+_AT_ONCE = 1024  # items that are looked up together
+
+
+class Staged:
+    """What is staged already, looked up by id: the items stay in their files, since there may be a million."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.segments = snapshot.segments
+        ids, homes = live_ids(snapshot)
+        order = np.argsort(ids)
+        self._ids, self._homes = ids[order], homes[order]
+
+    def homes_of(self, ids: IntArray) -> IntArray:
+        """Which of the segments holds each; -1: none."""
+        places = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.where(self._ids[places] == ids, self._homes[places], -1) if len(self._ids) else np.full_like(ids, -1)
+
+    def holds(self, items: Sequence[Item]) -> set[int]:
+        """The ids of those of `items` that are staged as they are."""
+        by_id = {item.id: replace(item, row=None) for item in items}
+        ids = np.fromiter(by_id, dtype=np.int64)
+        homes = self.homes_of(ids)
+        found = (
+            item
+            for home in np.unique(homes[homes >= 0])
+            for item in self.segments[home].items.with_ids(ids[homes == home].tolist())
+        )
+        return {item.id for item in found if replace(item, row=None) == by_id[item.id]}
 
 
 class Upgrade:
@@ -59,7 +91,7 @@ class Upgrade:
             )
         self._pending: list[Entry] = []
         self._missing: list[EmbeddedAgain] = []
-        self._embedded = 0
+        self._embedded = self._resumed = 0
 
     def run(self, *, drop_missing: bool) -> UpgradeReport:
         """Embed what is not staged yet; adopt it when it is all of the index, or may be less."""
@@ -67,22 +99,18 @@ class Upgrade:
         self._staging = GenerationWriter(self._folder, self._open_staging())
         self._staging.clean()
         self._drop_damaged()
-        staged = Snapshot.open(self._folder)
-        known: Staged = {item.id: (segment, item) for segment, item in staged.live_items()}
-        live = {item.id: item for _, item in self._snapshot.live_items()}
-        self._drop_stale(known, live)
-        todo = [item for item in live.values() if not _is_done(item, known)]
-        resumed = sum(item.status == OK for item in live.values()) - sum(item.status == OK for item in todo)
-        self._stage(todo, known)
+        self._staged = Staged(Snapshot.open(self._folder))
+        self._drop_stale()
+        self._stage()
         published = drop_missing or not self._missing
         if published:
             for missing in self._missing:
-                self._add(_as_missing(missing), None, known)
+                self._add(_as_missing(missing), None)
             self._publish()
             self._adopt()
         return UpgradeReport(
             embedded=self._embedded,
-            resumed=resumed,
+            resumed=self._resumed,
             missing=tuple(
                 SkippedFile(path=self._snapshot.full_path(missing.item.place), reason=missing.reason or "")
                 for missing in self._missing
@@ -142,43 +170,44 @@ class Upgrade:
                 generation=manifest.generation + 1,
             )
 
-    def _drop_stale(self, known: Staged, live: dict[int, Item]) -> None:
+    def _drop_stale(self) -> None:
         """Forget staged items that the index has deleted since."""
-        stale: dict[str, list[int]] = {}
-        for number, (segment, _) in known.items():
-            if number not in live:
-                stale.setdefault(segment.entry.name, []).append(number)
-        self._publish(deleted=stale)
+        live, _ = live_ids(self._snapshot)
+        gone = {segment.entry.name: np.setdiff1d(segment.live_ids(), live) for segment in self._staged.segments}
+        self._publish(deleted={name: ids.tolist() for name, ids in gone.items() if len(ids)})
 
-    def _stage(self, todo: list[Item], known: Staged) -> None:
-        for item in todo:
-            if item.status != OK:
-                self._add(item, None, known)
-        pictures = [item for item in todo if item.status == OK]
+    def _stage(self) -> None:
+        total = sum(len(segment.live_rows()) for segment in self._snapshot.segments)
         encoder = self._encoder.encoder(self._entry.spec)
-        results = embed_again(pictures, file_name=self._snapshot.file_name, encoder=encoder)
+        results = embed_again(self._todo(), file_name=self._snapshot.file_name, encoder=encoder)
         with closing(results):  # Ctrl-C may fall between two of them
-            for done, embedded in enumerate(results, start=1):
+            for embedded in results:
                 if embedded.embedding is None:
                     self._missing.append(embedded)
                 else:
-                    self._add(embedded.item, embedded, known)
+                    self._add(embedded.item, embedded.embedding)
                     self._embedded += 1
+                done = self._resumed + self._embedded + len(self._missing)
                 note = f"{len(self._missing)} missing" if self._missing else ""
-                self._progress(
-                    ProgressEvent(stage="upgrade", done=done, total=len(pictures), unit="pictures", note=note)
-                )
+                self._progress(ProgressEvent(stage="upgrade", done=done, total=total, unit="pictures", note=note))
         self._publish()
 
-    def _add(self, item: Item, embedded: EmbeddedAgain | None, known: Staged) -> None:
-        before = known.get(item.id)
-        self._pending.append(
-            Entry(
-                item=replace(item, row=None),
-                embedding=embedded.embedding if embedded else None,
-                replaces=before[0].entry.name if before else None,
-            )
-        )
+    def _todo(self) -> Iterator[Item]:
+        """The pictures that must be embedded; skipped files are staged on the way."""
+        live = (item for _, item in self._snapshot.live_items())
+        while items := list(islice(live, _AT_ONCE)):
+            done = self._staged.holds(items)
+            self._resumed += sum(item.status == OK for item in items if item.id in done)
+            for item in items:
+                if item.id not in done and item.status == OK:
+                    yield item
+                elif item.id not in done:
+                    self._add(item, None)
+
+    def _add(self, item: Item, embedding: FloatArray | None) -> None:
+        [home] = self._staged.homes_of(np.array([item.id]))
+        before = self._staged.segments[home].entry.name if home >= 0 else None
+        self._pending.append(Entry(item=replace(item, row=None), embedding=embedding, replaces=before))
         if len(self._pending) >= PUBLISH_ITEMS:
             self._publish()
 
@@ -236,8 +265,11 @@ def _same_gallery(one: EncoderEntry, other: EncoderEntry) -> bool:
     return (one.space_id, one.spec, one.embedding_dim) == (other.space_id, other.spec, other.embedding_dim)
 
 
-def _is_done(item: Item, known: Staged) -> bool:
-    return item.id in known and replace(known[item.id][1], row=None) == replace(item, row=None)
+def live_ids(snapshot: Snapshot) -> tuple[IntArray, IntArray]:
+    """(N,) int64 of all items that count, and the place of each one's segment."""
+    ids = [segment.live_ids() for segment in snapshot.segments]
+    homes = np.repeat(np.arange(len(ids)), np.array([len(own) for own in ids], dtype=np.int64))
+    return np.concatenate([np.empty(0, dtype=np.int64), *ids]), homes
 
 
 def _as_missing(missing: EmbeddedAgain) -> Item:

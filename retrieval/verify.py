@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, is_unit, load_encoder
 from retrieval.errors import DamagedFileError, EncoderMismatchError
 from retrieval.files import check_kind
-from retrieval.items import OK
+from retrieval.items import Item
 from retrieval.manifest import ATTEMPTS, LOCK, Manifest, read_current, read_manifest, read_pointer, restless
 from retrieval.reembed import embed_again
 from retrieval.snapshot import OpenSegment, Snapshot, open_segment
@@ -60,9 +59,7 @@ def _check_sample(snapshot: Snapshot, *, size: int, encoder: ElasticEncoder | No
         check_space(elastic, entry, index=snapshot.folder)
     except (CheckpointError, EncoderMismatchError) as error:
         return VerifyReport(problems=(str(error),), sampled=0, unusable=0)
-    stored = [(segment, item) for segment, item in snapshot.live_items() if item.status == OK]
-    numbers = random.Random(snapshot.manifest.generation).sample(range(len(stored)), min(size, len(stored)))  # noqa: S311
-    chosen = [stored[number] for number in sorted(numbers)]  # in order: rows of one table are read together
+    chosen = list(_sample(snapshot, size))
     again = embed_again((item for _, item in chosen), file_name=snapshot.file_name, encoder=elastic.encoder(entry.spec))
     problems, sampled = [], 0
     for done, ((segment, item), found) in enumerate(zip(chosen, again, strict=True), start=1):
@@ -78,20 +75,34 @@ def _check_sample(snapshot: Snapshot, *, size: int, encoder: ElasticEncoder | No
     return VerifyReport(problems=tuple(problems), sampled=sampled, unusable=len(chosen) - sampled)
 
 
+def _sample(snapshot: Snapshot, size: int) -> Iterator[tuple[OpenSegment, Item]]:
+    """So many pictures, or all there are, in order: rows of one table are read together."""
+    live = [segment.live_rows() for segment in snapshot.segments]
+    total, start = sum(map(len, live)), 0
+    numbers = np.sort(random.Random(snapshot.manifest.generation).sample(range(total), min(size, total)))  # noqa: S311
+    for segment, rows in zip(snapshot.segments, live, strict=True):
+        first, end = np.searchsorted(numbers, [start, start + len(rows)])
+        chosen = set(rows[numbers[first:end] - start].tolist())
+        start += len(rows)
+        if chosen:
+            yield from ((segment, item) for item in segment.items.all() if item.row in chosen)
+
+
 def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
     problems: list[str] = []
-    live: Counter[int] = Counter()
+    live = [np.empty(0, dtype=np.int64)]
     total = len(manifest.segments)
     for done, entry in enumerate(manifest.segments, start=1):
         try:
             segment = open_segment(folder, manifest, entry)
             problems += segment_problems(segment, manifest)
-            live.update(item.id for item in segment.live(segment.items.all()))
+            live.append(segment.live_ids())
         except DamagedFileError as error:
             problems.append(str(error))
         progress(ProgressEvent(stage="verify", done=done, total=total, unit="segments", note=_count(problems)))
     problems += _cache_problems(folder, manifest)
-    problems += [f"id {number} belongs to {times} items" for number, times in live.items() if times > 1]
+    ids, times = np.unique(np.concatenate(live), return_counts=True)
+    problems += [f"id {ids[place]} belongs to {times[place]} items" for place in np.flatnonzero(times > 1)]
     return problems
 
 
@@ -112,23 +123,18 @@ def segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]:
     bad = sum(int((~is_unit(embeddings[start : start + _ROWS])).sum()) for start in range(0, segment.entry.rows, _ROWS))
     if bad:
         yield f"{name}: {bad} embeddings are not finite or not of unit length"
-    items = segment.items.all()
-    if len(items) != segment.entry.items:
-        yield f"{name}: {len(items)} items instead of {segment.entry.items}"
-    if sum(item.status == OK for item in items) != segment.entry.rows:
+    found = segment.items.counts()
+    if found.items != segment.entry.items:
+        yield f"{name}: {found.items} items instead of {segment.entry.items}"
+    if found.pictures != segment.entry.rows:
         yield f"{name}: items and embeddings do not agree"
     if segment.items.count_bad_metadata():
         yield f"{name}: items have metadata that is no JSON object"
-    if any(not 0 <= item.id < manifest.next_id for item in items):
+    if found.items and not 0 <= found.lowest <= found.highest < manifest.next_id:
         yield f"{name}: items have ids that were never given away"
-    yield from _deletion_problems(segment, {item.id for item in items})
-
-
-def _deletion_problems(segment: OpenSegment, ids: set[int]) -> Iterator[str]:
-    name = f"segment {segment.entry.name}"
     if (np.diff(segment.deleted) <= 0).any():
         yield f"{name}: its deletions are not sorted"
-    if not ids.issuperset(segment.deleted.tolist()):
+    if not np.isin(segment.deleted, segment.all_ids()).all():
         yield f"{name}: its deletions name items that it does not have"
 
 

@@ -180,25 +180,28 @@ class GenerationWriter:
                 approximate=None,
             )
 
+    def write_segment(self, entries: Sequence[Entry]) -> SegmentEntry:
+        """Write a segment that nothing names yet. Raises IngestError when the disk refuses."""
+        with writing(self.folder):
+            return _write_segment(self.folder, entries, self.manifest)
+
     def restore(
         self,
-        entries: Sequence[Entry],
+        segments: Sequence[SegmentEntry],
         *,
         instead_of: set[str],
         deletions: dict[str, DeletionsEntry],
         next_id: int,
         generation: int,
     ) -> None:
-        """Publish a repaired state as `generation`: `entries` instead of the segments named `instead_of`.
+        """Publish a repaired state as `generation`: written `segments` instead of those named `instead_of`.
 
         Raises IngestError when the disk refuses; what was damaged lies as it was.
         """
         with writing(self.folder):
             kept = [segment for segment in self.manifest.segments if segment.name not in instead_of]
-            if entries:
-                kept.append(_write_segment(self.folder, entries, self.manifest))
             self._publish(
-                segments=tuple(kept),
+                segments=(*kept, *segments),
                 deletions={name: gone for name, gone in deletions.items() if name not in instead_of},
                 next_id=next_id,
                 generation=generation,

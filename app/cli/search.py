@@ -97,22 +97,22 @@ def search(
       matvit search picture.jpg --where label=dog --where "year>=2020" --min-score 0.5
       matvit search this.jpg that.jpg --unlike other.jpg --fuse rank
     """
+    from retrieval import Blend
+
     like = [*(images or ()), *(items or ())]
     if not like:
         raise typer.BadParameter("there is nothing to search with; name pictures, or give --item")
-    answers = services.search(
-        like,
-        path=path,
+    conditions = parse_conditions(where or ())
+    retriever = services.open_retriever(path, checkpoint=checkpoint, pictures=[*like, *(unlike or ())])
+    answers = retriever.search_many(
+        [Blend(like, unlike=unlike or (), fusion=fuse or "mean")] if fuse or unlike else like,
         encoder=encoder,
         max_latency_ms=max_latency_ms,
         min_recall=min_recall,
-        checkpoint=checkpoint,
         k=10 if k is None and min_score is None else k,
         min_score=min_score,
-        where=parse_conditions(where or ()),
+        where=conditions,
         exclude_self=exclude_self,
-        unlike=unlike or (),
-        fusion=fuse or ("mean" if unlike else None),
     )
     if json:
         limited = max_latency_ms is not None or min_recall is not None

@@ -63,15 +63,30 @@ def test_one_more_picture_costs_nothing_of_the_others(index, tmp_path, elastic, 
     assert [entry.items for entry in opened] == [1]
 
 
+def test_many_files_are_compared_as_few_are(index, photos, tmp_path, elastic, picture, monkeypatch):
+    monkeypatch.setattr(retrieval.sources, "_FEW", 0)  # so that the folders around them are looked up
+    (photos / "3.png").write_bytes(picture(33))
+    shutil.copy(photos / "5.png", tmp_path / "copy.png")
+    named = [photos / "3.png", photos / "sub" / "8.png", tmp_path / "copy.png"]
+    assert counts(index.ingest(named)) == (2, 1, 0, 0)
+    (photos / "4.png").unlink()
+    assert counts(index.ingest(photos, delete=True)) == (0, 9, 1, 0)
+    assert index.verify() == []
+
+
 PARTS = ("a", "a-b", "a.tar", "a.tar#", "a#b", "b", "\udcff")
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     paths=st.sets(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), min_size=1, max_size=25),
-    place=st.lists(st.sampled_from(PARTS), max_size=3).map(lambda parts: "/".join(["/photos", *parts])),
+    asked=st.lists(
+        st.lists(st.sampled_from(PARTS), max_size=3).map(lambda parts: "/".join(["/photos", *parts])), max_size=4
+    ),
 )
-def test_what_lies_at_or_below_a_place_is_found_under_every_root(tmp_path_factory, paths, place):
+def test_what_lies_at_or_below_places_is_found_under_every_root_and_nothing_else_is_copied(
+    tmp_path_factory, paths, asked
+):
     folder = tmp_path_factory.mktemp("items")
     roots = {"all": "/photos", "deep": "/photos/a"}
     places = {(name, path) for name in roots for path in paths}
@@ -82,10 +97,13 @@ def test_what_lies_at_or_below_a_place_is_found_under_every_root(tmp_path_factor
     ]  # fmt: skip
     write_items(folder / "items.sqlite", items)
     segment = SimpleNamespace(entry=SimpleNamespace(name="one"), folder=folder, deleted=np.empty(0, dtype=np.int64))
-    known = KnownItems(SimpleNamespace(segments=[segment], manifest=SimpleNamespace(roots=roots)))
+    known = KnownItems(SimpleNamespace(segments=[segment], manifest=SimpleNamespace(roots=roots)), asked)
     files = {item.id: os.path.join(roots[item.root], os.fsdecode(item.path)) for item in items}  # noqa: PTH118
-    found = [known.item.id for known in known.at_or_below(place)]
-    assert sorted(found) == [n for n, file in files.items() if file == place or is_below(file, [place])]
+    for place in asked:
+        found = [known.item.id for known in known.at_or_below(place)]
+        assert sorted(found) == [n for n, file in files.items() if file == place or is_below(file, [place])]
+    copied = {n for n, file in files.items() if any(file == place or is_below(file, [place]) for place in asked)}
+    assert copied == {item.id for item in items if known.at(*item.place)}
 
 
 def test_a_changed_file_keeps_its_id_and_only_its_new_content_is_found(index, photos, elastic, picture):

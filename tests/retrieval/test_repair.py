@@ -19,6 +19,7 @@ from matvit.errors import MatVitError
 from retrieval import Index, IndexFormatError, IngestError, Retriever
 from retrieval.errors import DamagedFileError
 from retrieval.manifest import read_manifest, read_pointer
+from retrieval.writer import GenerationWriter
 
 
 @pytest.fixture
@@ -80,6 +81,42 @@ def test_nothing_is_lost_while_the_pictures_are_there(index, elastic, picture, h
     assert contents(index, elastic, picture) == expected
     assert Index.open(index.path).verify(sample=0) == []
     assert Index.repair(index.path).damage == ()
+
+
+def test_each_damaged_segment_is_written_anew_as_it_was_or_in_parts_where_it_is_large(
+    index, elastic, picture, monkeypatch
+):
+    expected = contents(index, elastic, picture)
+    before = read_manifest(index.path, read_pointer(index.path)).segments
+    for path in index.path.glob("segments/*/embeddings.f32"):
+        if path.stat().st_size:
+            flip(path, 5)
+    monkeypatch.setattr(retrieval.repair, "MERGED_ITEMS", 6)
+    report = Index.repair(index.path, encoder=elastic)
+    after = read_manifest(index.path, read_pointer(index.path)).segments
+    assert (report.whole, report.embedded) == (True, 10)
+    assert [entry.items for entry in before] == [10, 2]
+    assert sorted(entry.items for entry in after) == [2, 3, 6]
+    assert contents(index, elastic, picture) == expected
+
+
+def test_a_repair_that_is_interrupted_while_it_embeds_leaves_nothing(index, elastic, monkeypatch):
+    for path in index.path.glob("segments/*/embeddings.f32"):
+        flip(path, 5)
+    before, calls = files_of(index), []
+
+    def interrupt(writer, entries):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(entries)
+        return write(writer, entries)
+
+    write = GenerationWriter.write_segment
+    monkeypatch.setattr(GenerationWriter, "write_segment", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Index.repair(index.path, encoder=elastic)
+    assert calls
+    assert files_of(index) == before
 
 
 def test_a_whole_index_is_left_as_it_is_but_for_leftovers(index):

@@ -109,7 +109,7 @@ def test_opening_while_a_writer_replaces_every_segment_shows_the_new_state(index
 
 def test_items_that_a_writer_has_just_removed_are_not_made_anew(tmp_path):
     with pytest.raises(IndexFormatError, match="a file of the index is missing"):
-        ItemStore(tmp_path / "items.sqlite").all()
+        list(ItemStore(tmp_path / "items.sqlite").all())
     assert list(tmp_path.iterdir()) == []
 
 
