@@ -238,6 +238,7 @@ class Index:
             )
         limit = None if max_ram is None else int(max_ram)
         with self._writing() as writer:
+            _merge_small(writer)  # whatever made it so, building keeps each segment's file open
             _refresh_search(writer, self._snapshot, index_type=index_type, max_ram=limit, progress=progress)
         return self.info()
 
@@ -266,8 +267,7 @@ class Index:
             check_space(encoder, entry, index=self.path)
             run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)
             report = run.run(delete=delete)
-            while writer.merge_small():
-                pass
+            _merge_small(writer)
             _refresh_search(writer, snapshot, progress=progress)
         self._encoder = encoder
         return report
@@ -321,6 +321,11 @@ def _id_or_place(item: object) -> int | str:
     if isinstance(item, bool) or not isinstance(item, SupportsIndex):
         raise IngestError(what=f"{item!r} is no id and no path", where="delete", fix="give ids, files or folders")
     return index(item)
+
+
+def _merge_small(writer: GenerationWriter) -> None:
+    while writer.merge_small():
+        writer.clean()  # or a large index would take its space twice
 
 
 def _refresh_search(

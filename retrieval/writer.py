@@ -43,6 +43,7 @@ from retrieval.snapshot import OpenSegment, open_segment, read_deletions
 SMALL_ITEMS = 1024  # a segment with fewer items that count is small
 MERGE_SEGMENTS = 8  # so many small ones are made one: a single picture then costs some 150 rows on average, at worst
 MERGED_ITEMS = 16_384  # and no more than about so many items at a time, for the memory's sake
+MANY_SEGMENTS = 128  # above it those that are not full are merged, too: approximate search keeps each one's file open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,14 +122,16 @@ class GenerationWriter:
             self._publish(index_type=index_type, index_reason=reason, index_asked=asked, approximate=approximate)
 
     def merge_small(self) -> bool:
-        """Make one segment of many small ones, as one more generation; False when there are not so many.
+        """Make one segment of several that are small, or not full where there are many; False when there is no need.
 
-        Raises IngestError when the disk refuses, IndexFormatError when a segment is damaged.
+        It is one more generation. Raises IngestError when the disk refuses, IndexFormatError when a segment is damaged.
         """
-        small = [segment for segment in self.manifest.segments if self._live_items(segment) < SMALL_ITEMS]
-        if len(small) < MERGE_SEGMENTS:
+        segments = self.manifest.segments
+        full = MERGED_ITEMS if len(segments) > MANY_SEGMENTS else SMALL_ITEMS
+        found = [segment for segment in segments if self._live_items(segment) < full]
+        if len(found) < MERGE_SEGMENTS:
             return False
-        self._rewrite(small)
+        self._rewrite(sorted(found, key=self._live_items))  # the smallest first: fewest rows for each segment less
         return True
 
     def compact(self) -> Iterator[int]:

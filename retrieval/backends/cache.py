@@ -47,7 +47,7 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
     """
     gpu = gpu_of(device)
     manifest = snapshot.manifest
-    live = [(segment.embeddings(), segment.live_rows()) for segment in snapshot.segments]
+    live = ((segment.embeddings(), segment.live_rows()) for segment in snapshot.segments)  # each one is an open file
     entry = manifest.approximate if gpu is None else None
     if entry is not None:
         try:
@@ -63,7 +63,7 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
         return FlatSearch(ids, parts, dim=manifest.encoder.embedding_dim, elsewhere=elsewhere)
     return ApproximateSearch(
         ids,
-        MappedRows(live, dim=manifest.encoder.embedding_dim),
+        MappedRows(list(live), dim=manifest.encoder.embedding_dim),
         index=index,
         kind=KINDS[manifest.index_type],
         setting=Setting(effort=entry.effort, depth=entry.depth),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 
+import retrieval.ingest
 import retrieval.snapshot
 from retrieval import Index, IndexFormatError, Retriever
 from retrieval.items import ItemStore
@@ -49,6 +51,36 @@ def test_pictures_that_come_one_by_one_do_not_pile_up_segments(index, photos, el
     assert (found[0].path.name, round(found[0].score, 5)) == ("219.png", 1.0)
     assert ids.items() <= {hit.path: hit.id for hit in found}.items()
     assert index.ingest(photos, delete=True).unchanged == 29
+
+
+def test_a_large_ingest_leaves_few_segments_and_takes_no_space_twice(tmp_path, photos, elastic, picture, monkeypatch):
+    for module, name, value in (
+        (retrieval.pipeline, "BATCH", 1),
+        (retrieval.ingest, "PUBLISH_ITEMS", 1),
+        (retrieval.writer, "SMALL_ITEMS", 1),
+        (retrieval.writer, "MANY_SEGMENTS", 3),
+        (retrieval.writer, "MERGE_SEGMENTS", 2),
+        (retrieval.writer, "MERGED_ITEMS", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "many.index")
+    assert sorted(segment.items for segment in segments(index)) == [2, 4, 4]
+    assert files_below(index.path / "segments") == {segment.name for segment in segments(index)}
+    assert index.verify() == []
+    assert index.ingest(photos).unchanged == 10
+
+
+@pytest.mark.parametrize("opens", [Index.open, Retriever.open])
+def test_an_index_of_more_segments_than_files_may_be_open_is_opened(index, photos, picture, monkeypatch, opens):
+    monkeypatch.setattr(GenerationWriter, "merge_small", lambda writer: False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/dev/fd").iterdir()))
+    add_one_at_a_time(index, photos, picture, 64)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 32, hard))
+    try:
+        opens(index.path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_segment_that_lost_all_its_items_is_dropped(index, photos, monkeypatch):
