@@ -2,16 +2,18 @@
 
     python benchmarks/ingest.py [--encoders XL,S-d8-r56] [--pictures 256] [--rounds 5] [--device cuda]
         [--sources 160px,12MP] [--json]
-    python benchmarks/ingest.py --sizes 10000,100000,1000000 [--json]
+    python benchmarks/ingest.py --sizes 10000,100000,1000000 [--made-up] [--json]
 
 "Parts alone" is 1 / (decode + encode seconds) on a CPU, and 1 / max(decode, encode) on another device, each on all
 cores; it leaves out reading, hashing and publishing. It is no bound: ingest does them at the same time, and may be
 quicker. Each round measures decoding alone, the forward pass alone, and all of it: rates are medians, ratios medians
 over the rounds of a round's own ratio. Core-seconds are the process's own, so that their ratio ("parts of ingest":
 decode and forward beside all of it) holds on a busy machine, too.
-With --sizes: the memory of a process that indexes so many tiny pictures in tar shards with a cheap encoder, and of one
-that then finds all of them unchanged, and of one that adds one picture to them; "held" is its own memory, without the
-pages of libraries, sampled. Seconds are those of `Index.ingest`; opening the index is benchmarks/open_index.py's.
+With --sizes: the memory of a process that indexes so many tiny pictures in tar shards with a cheap encoder, of one
+that then finds all of them unchanged, of one that adds one picture to them, and of those that verify the index, upgrade
+it and repair it with a flipped bit in each segment; "held" is its own memory, without the pages of libraries, sampled.
+Seconds are those of the call; opening the index is benchmarks/open_index.py's. With --made-up the index is that one's,
+whose pictures are nowhere: only one is added, and all is verified.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from open_index import make_index
 from PIL import Image
 
 from matvit.encoder import ImageEncoder
@@ -43,12 +46,14 @@ from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.threads import batches_at_once, limited, threads_of_each, usable_cores
 from matvit_data import demo_folder
 from retrieval import Index
+from retrieval.encoders import describe
 from retrieval.pipeline import BATCH
 
 LARGE = (4032, 3024)  # pixels, 12 million
 UNIQUE = 32  # large pictures that are made; the others are the same under other names
 SHARD = 10_000  # pictures in a tar
-RUNS = ("first", "again", "one more")
+RUNS = ("first", "again", "one more", "verify", "upgrade", "repair")
+MADE_UP_RUNS = ("one more", "verify")  # need no pictures
 
 
 # --- rates ---------------------------------------------------------------------------------------
@@ -236,7 +241,7 @@ class CheapElastic:
 
     def encoder(self, spec: str | SubmodelSpec | None = None) -> Cheap:
         """The one."""
-        return Cheap(self.shape.spec(spec))
+        return Cheap(self.shape.spec(spec), space_id=self.space_id)
 
 
 def write_shards(folder: Path, count: int) -> None:
@@ -252,20 +257,40 @@ def write_shards(folder: Path, count: int) -> None:
                 tar.addfile(entry, io.BytesIO(template[:-8] + number.to_bytes(8, "little")))
 
 
-def index_shards(folder: Path) -> None:
-    """One run over the shards in `folder`; prints what it took."""
-    elastic, path, one = CheapElastic(), folder / "index", folder / "one.png"
-    index = Index.open(path) if path.exists() else Index.create(path, encoder=elastic)
-    before, held = _anonymous(), [0.0]
+def one_run(folder: Path, run: str) -> None:
+    """One of RUNS over the shards in `folder`; prints what it took."""
+    path, one, elastic = folder / "index", folder / "one.png", CheapElastic()
+    other = CheapElastic(space_id="1" * 64)
+    if run == "first":
+        Index.create(path, encoder=elastic)
+    elif run == "one more":
+        Image.new("RGB", (4, 4), "red").save(one)
+    elif run == "repair":
+        for embeddings in path.glob("segments/*/embeddings.f32"):
+            with embeddings.open("r+b") as file:
+                flipped = file.read(1)[0] ^ 1
+                file.seek(0)
+                file.write(bytes([flipped]))
+    index, before, held = Index.open(path), _anonymous(), [0.0]
 
     def sample(event: ProgressEvent) -> None:  # noqa: ARG001
         held[0] = max(held[0], _anonymous())
 
-    files = one if one.exists() else str(folder / "*.tar")
-    indexed: list[int] = []
-    took = spent(lambda: indexed.append(index.ingest(files, encoder=elastic, progress=sample).indexed), 1)
+    def work() -> object:
+        if run == "verify":
+            return index.verify(progress=sample) == []
+        if run == "upgrade":
+            return index.upgrade(other, progress=sample).published
+        if run == "repair":
+            return Index.repair(path, encoder=other, progress=sample).whole
+        files = one if run == "one more" else str(folder / "*.tar")
+        return bool(index.ingest(files, encoder=elastic, progress=sample).indexed) == (run != "again")
+
+    done: list[object] = []
+    took = spent(lambda: done.append(work()), 1)
+    assert done == [True], f"{run}: not what was to be measured"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"before": before, "held": held[0], "peak": peak, "indexed": indexed[0], **asdict(took)}))
+    print(json.dumps({"before": before, "held": held[0], "peak": peak, **asdict(took)}))
 
 
 def _anonymous() -> float:
@@ -274,15 +299,17 @@ def _anonymous() -> float:
     return int(line.split()[1]) / 1024
 
 
-def memory(size: int) -> dict[str, Any]:
-    """Of a first and of a second run over `size` pictures, and of one picture more, each in a process of its own."""
+def memory(size: int, *, made_up: bool) -> dict[str, Any]:
+    """Of each run over `size` pictures, in a process of its own."""
     with tempfile.TemporaryDirectory() as temporary:
-        write_shards(Path(temporary), size)
-        command = [sys.executable, __file__, "--child", temporary]
+        folder = Path(temporary)
+        if made_up:
+            make_index(folder / "index", size, encoder=describe(CheapElastic()))
+        else:
+            write_shards(folder, size)
         found: dict[str, Any] = {"size": size}
-        for run in RUNS:
-            if run == "one more":
-                Image.new("RGB", (4, 4), "red").save(Path(temporary) / "one.png")
+        for run in MADE_UP_RUNS if made_up else RUNS:
+            command = [sys.executable, __file__, "--child", temporary, "--run", run]
             found[run] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return found
 
@@ -292,7 +319,7 @@ def print_memory(rows: Sequence[dict[str, Any]]) -> None:
     print("| pictures | run | MiB held before | at most | MiB resident, at most | seconds | core-seconds |")
     print("|---" * 7 + "|")
     for row in rows:
-        for name in RUNS:
+        for name in (name for name in RUNS if name in row):
             run = row[name]
             print(
                 f"| {row['size']:,} | {name} | {run['before']:.0f} | {run['held']:.0f} | {run['peak']:.0f} | "
@@ -304,13 +331,16 @@ def main() -> None:
     """Parse arguments, measure, print."""
     parser = options(__doc__)
     parser.add_argument("--sizes", help="measure memory instead, at so many pictures")
+    parser.add_argument("--made-up", action="store_true", help="with --sizes: an index whose pictures are nowhere")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        index_shards(arguments.child)
+        one_run(arguments.child, arguments.run)
         return
     if arguments.sizes:
-        rows, show = [memory(int(size)) for size in arguments.sizes.split(",")], print_memory
+        sizes = [int(size) for size in arguments.sizes.split(",")]
+        rows, show = [memory(size, made_up=arguments.made_up) for size in sizes], print_memory
     else:
         found = measure_all(arguments, measure)
         rows, show = [{"pictures": source, "encoder": spec, **row} for source, spec, row in found], print_rates

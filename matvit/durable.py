@@ -26,7 +26,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
 
 
-def write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes | memoryview) -> None:
     """Write a file and wait until the disk has it. Not atomic: for files inside an unfinished folder."""
     with _naming(path), path.open("wb") as file:
         file.write(data)

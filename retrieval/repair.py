@@ -104,7 +104,7 @@ class _Repair:
         writer, kept = GenerationWriter(self._folder, self._base), set(_entries(self._folder / SEGMENTS))
         restored: list[SegmentEntry] = []
         try:
-            restored += (writer.write_segment(entries) for entries in self._bring_back(damaged))
+            restored += self._bring_back(damaged, writer)
             unnamed = sum(segment.unnamed for segment in damaged) + self._lose_later()
         except BaseException:
             self._remove_segments(but=kept)
@@ -254,18 +254,16 @@ class _Repair:
             later = np.union1d(later, own)
         return deletions
 
-    def _bring_back(self, damaged: Sequence[_Damaged]) -> Iterator[list[Entry]]:
-        """What can be, for a segment in place of each damaged one, or several where it is large."""
+    def _bring_back(self, damaged: Sequence[_Damaged], writer: GenerationWriter) -> Iterator[SegmentEntry]:
+        """A segment in place of each damaged one, or several where it is large, of what can be; nothing names them."""
         total = sum(segment.pictures for segment in damaged)
         for segment in reversed(damaged):  # where deletions are lost, the newest record of a picture counts
             items = self._new(self._items_of(segment.entry, proven=segment.proven))
             while some := list({item.id: item for item in islice(items, MERGED_ITEMS)}.values()):
-                pictures = [item for item in some if item.status == OK]
-                entries = list(self._embed(pictures, proven=segment.proven, total=total))
-                if segment.proven:
-                    entries += (Entry(item=item, embedding=None, replaces=None) for item in some if item.status != OK)
-                if entries:
-                    yield entries
+                if entries := list(self._again(some, proven=segment.proven, total=total)):
+                    written = writer.write_segment(entries)
+                    del entries  # or they would be in memory with the next ones
+                    yield written
                 self._held = np.union1d(self._held, [item.id for item in some]).astype(np.int64)
 
     def _new(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -274,6 +272,11 @@ class _Repair:
             place = int(np.searchsorted(self._held, item.id))
             if place == len(self._held) or self._held[place] != item.id:
                 yield item
+
+    def _again(self, items: Sequence[Item], *, proven: bool, total: int) -> Iterator[Entry]:
+        yield from self._embed([item for item in items if item.status == OK], proven=proven, total=total)
+        if proven:
+            yield from (Entry(item=item, embedding=None, replaces=None) for item in items if item.status != OK)
 
     def _embed(self, pictures: Sequence[Item], *, proven: bool, total: int) -> Iterator[Entry]:
         if not pictures:

@@ -21,6 +21,7 @@ from retrieval.locations import NO_TIME, Status, one_line, open_file, status_of,
 from retrieval.metadata import MAX_METADATA, to_json
 
 _ROWS = 64  # of a table, read together
+_LONGEST_ROW = 19  # digits; Python refuses to read thousands
 
 
 class ShardError(OSError):
@@ -219,7 +220,7 @@ class RowReader:
 
     def read(self, container: str, name: str) -> tuple[bytes, Status]:
         """The bytes of one picture, with the status that its table had when it was opened. Raises OSError."""
-        row = int(name) if name.isdecimal() else -1
+        row = int(name) if name.isdecimal() and len(name) < _LONGEST_ROW else -1
         if self._table is None or self._table.container != container:
             self.close()
             self._status = status_of(container)
