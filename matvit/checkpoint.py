@@ -420,7 +420,7 @@ def _refuse_non_finite(tensors: dict[str, quantization.FloatArray]) -> None:
 
 
 def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _read_json(path: Path, *, missing: Any = None) -> Any:

@@ -21,6 +21,8 @@ from matvit.training.data import Skipped
 from matvit.training.recipe import Recipe, ValidationRecipe
 from matvit.training.sampling import MIXED
 
+_INHERITED = ("license", "credits", "notes")
+
 
 def finish(
     model: MatViT,
@@ -92,7 +94,7 @@ def _validate(
     )
     kept = ("recall@1", "recall@10", "map@100", "agreement@10")
     matrix = result.to_json()["matrix"]
-    return {name: {key: matrix[name]["XL"][key] for key in kept} for name in names}
+    return {name: {key: round(matrix[name]["XL"][key], 4) for key in kept} for name in names}
 
 
 def _record(
@@ -125,16 +127,19 @@ def _record(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {name: _version(name) for name in ("matvit-retrieval", "torch", "timm", "lightning-fabric")},
         "commit": _commit(),
+        # `_INHERITED`, where the recipe names none
         "license": recipe.license or inherited.get("license"),
         "credits": list(recipe.credits) or inherited.get("credits", []),
         "notes": list(recipe.notes) or inherited.get("notes", []),
-        **({} if before is None else {"before": before}),
+        **({} if before is None else {"before": {name: before[name] for name in before if name not in _INHERITED}}),
     }
 
 
 def _parent(checkpoint: MatViT) -> dict[str, Any]:
     """The record of the checkpoint that a run went on from, and which weights those were; its figures are not ours."""
     kept = {name: value for name, value in checkpoint.record.items() if name != "metrics"}
+    if isinstance(kept.get("data"), list):  # which classes these were, its sha256 tells as well
+        kept["data"] = [{name: value for name, value in one.items() if name != "class_names"} for one in kept["data"]]
     return {**kept, "weights_sha256": checkpoint.weights_sha256}
 
 

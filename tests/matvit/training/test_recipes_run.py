@@ -26,8 +26,13 @@ def smoke_form(recipe: Recipe, folder: Path) -> Recipe:
     torch.manual_seed(0)
     fields: dict[str, Any] = recipe.model_dump(mode="json")
     fields |= {"precision": "32-true", "compile": False, "devices": 1}
-    fields["encoder"] |= {"weights": None, "pretrained": False}
-    fields["encoder"]["model_args"] |= {"embed_dim": 48}
+    if recipe.encoder.checkpoint is None:
+        fields["encoder"] |= {"weights": None, "pretrained": False}
+        fields["encoder"]["model_args"] |= {"embed_dim": 48}
+    else:  # "runs/NAME/encoder"
+        first = load_recipe(Path(recipe.encoder.checkpoint).parent.name)
+        train(smoke_form(first, folder), out=folder / "first")
+        fields["encoder"]["checkpoint"] = str(folder / "first" / "encoder")
     if recipe.teacher is not None:
         save_file(timm.create_model("test_resnet").state_dict(), folder / "teacher.safetensors")
         small = {"timm_model": "test_resnet", "weights": str(folder / "teacher.safetensors"), "image_size": 32}
