@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from matvit import MatViT
+from matvit.evaluation import cross_test
 from matvit.training.loop import train
+from matvit.training.recipe import TeacherRecipe
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -113,3 +118,24 @@ def test_a_profile_of_training_steps_leaves_out_what_comes_before_the_first(load
     assert found["stage"] == "nested"
     assert found["pictures_per_second"] > 0
     assert found["device_time"] == {}  # on a CPU
+
+
+def test_the_teacher_is_measured_at_its_own_resolution_in_its_own_gallery(load, data, tiny, tmp_path, monkeypatch):
+    teacher = load("teacher")
+    monkeypatch.setattr(teacher, "SETS", (("shapes", "shapes", None),))
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "teacher.safetensors")
+    recipe = TeacherRecipe(
+        timm_model="test_resnet",
+        weights=tmp_path / "teacher.safetensors",
+        image_size=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+    asked: list[int] = []
+    at = teacher.teacher_at(recipe, 40, shape=tiny.shape, device=torch.device("cpu"))
+    at.encoding.module.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].shape[-1]))
+    monkeypatch.setattr(teacher, "cross_test", partial(cross_test, drop_near_copies=False))
+    (row,) = teacher.found(at)
+    assert set(asked) == {40}
+    assert row["recall@1"] == 100  # every query is in the gallery, too
