@@ -6,6 +6,7 @@ import os
 import sqlite3
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -45,7 +46,10 @@ class KnownItems:
 
         Raises sqlite3.Error when the disk refuses; the segments were checked when the snapshot was opened.
         """
-        self._roots = snapshot.manifest.roots
+        self._roots: dict[str, list[str]] = {}  # names by folder, with a separator at its end
+        for name, folder in snapshot.manifest.roots.items():
+            self._roots.setdefault(os.path.join(folder, ""), []).append(name)  # noqa: PTH118 - as text, like `is_below`
+        self._folders = sorted(self._roots)
         self._segments = {segment.entry.name: segment for segment in snapshot.segments}
         self._connection = sqlite3.connect("", uri=True, isolation_level=None, check_same_thread=False)
         weakref.finalize(self, self._connection.close)
@@ -86,15 +90,15 @@ class KnownItems:
             yield from self._between(*area)
 
     def _areas(self, place: str) -> Iterator[Area]:
-        inside = os.path.join(place, "")  # noqa: PTH118 - as text, like `is_below`
-        for name, folder in self._roots.items():
-            root = os.path.join(folder, "")  # noqa: PTH118
-            if root.startswith(inside):
-                yield name, b"", _END
-            elif inside.startswith(root):
-                path = os.fsencode(inside[len(root) : -1].replace(os.sep, "/"))
-                for first, end in ((b"", b"\0"), (b"#", b"$"), (b"/", b"0")):  # each of these, and what begins with it
-                    yield name, path + first, path + end
+        inside = os.path.join(place, "")  # noqa: PTH118
+        for number in range(bisect_left(self._folders, inside), len(self._folders)):
+            if not self._folders[number].startswith(inside):
+                break
+            yield from ((name, b"", _END) for name in self._roots[self._folders[number]])
+        for length in (end for end, letter in enumerate(inside[:-1], start=1) if letter == os.sep):
+            path = os.fsencode(inside[length:-1].replace(os.sep, "/"))
+            for first, end in ((b"", b"\0"), (b"#", b"$"), (b"/", b"0")):  # each of these, and what begins with it
+                yield from ((name, path + first, path + end) for name in self._roots.get(inside[:length], ()))
 
     def _between(self, root: str, first: bytes, end: bytes) -> Iterator[Known]:
         """Items by path, from `first` to before `end`; in pieces, so that others may ask meanwhile."""
