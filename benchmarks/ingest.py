@@ -2,7 +2,7 @@
 
     python benchmarks/ingest.py [--encoders XL,S-d8-r56] [--pictures 256] [--rounds 5] [--device cuda]
         [--sources 160px,12MP] [--json]
-    python benchmarks/ingest.py --sizes 10000,100000,1000000 [--made-up] [--json]
+    python benchmarks/ingest.py --sizes 10000,100000,1000000 [--json]
 
 "Parts alone" is 1 / (decode + encode seconds) on a CPU, and 1 / max(decode, encode) on another device, each on all
 cores; it leaves out reading, hashing and publishing. It is no bound: ingest does them at the same time, and may be
@@ -12,8 +12,7 @@ decode and forward beside all of it) holds on a busy machine, too.
 With --sizes: the memory of a process that indexes so many tiny pictures in tar shards with a cheap encoder, of one
 that then finds all of them unchanged, of one that adds one picture to them, and of those that verify the index, upgrade
 it and repair it with a flipped bit in each segment; "held" is its own memory, without the pages of libraries, sampled.
-Seconds are those of the call; opening the index is benchmarks/open_index.py's. With --made-up the index is that one's,
-whose pictures are nowhere: only one is added, and all is verified.
+Seconds are those of the call; opening the index is benchmarks/open_index.py's.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from open_index import make_index
 from PIL import Image
 
 from matvit.encoder import ImageEncoder
@@ -46,14 +44,12 @@ from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.threads import batches_at_once, limited, threads_of_each, usable_cores
 from matvit_data import demo_folder
 from retrieval import Index
-from retrieval.encoders import describe
 from retrieval.pipeline import BATCH
 
 LARGE = (4032, 3024)  # pixels, 12 million
 UNIQUE = 32  # large pictures that are made; the others are the same under other names
 SHARD = 10_000  # pictures in a tar
 RUNS = ("first", "again", "one more", "verify", "upgrade", "repair")
-MADE_UP_RUNS = ("one more", "verify")  # need no pictures
 
 
 # --- rates ---------------------------------------------------------------------------------------
@@ -299,16 +295,13 @@ def _anonymous() -> float:
     return int(line.split()[1]) / 1024
 
 
-def memory(size: int, *, made_up: bool) -> dict[str, Any]:
+def memory(size: int) -> dict[str, Any]:
     """Of each run over `size` pictures, in a process of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if made_up:
-            make_index(folder / "index", size, encoder=describe(CheapElastic()))
-        else:
-            write_shards(folder, size)
+        write_shards(folder, size)
         found: dict[str, Any] = {"size": size}
-        for run in MADE_UP_RUNS if made_up else RUNS:
+        for run in RUNS:
             command = [sys.executable, __file__, "--child", temporary, "--run", run]
             found[run] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return found
@@ -319,7 +312,7 @@ def print_memory(rows: Sequence[dict[str, Any]]) -> None:
     print("| pictures | run | MiB held before | at most | MiB resident, at most | seconds | core-seconds |")
     print("|---" * 7 + "|")
     for row in rows:
-        for name in (name for name in RUNS if name in row):
+        for name in RUNS:
             run = row[name]
             print(
                 f"| {row['size']:,} | {name} | {run['before']:.0f} | {run['held']:.0f} | {run['peak']:.0f} | "
@@ -331,7 +324,6 @@ def main() -> None:
     """Parse arguments, measure, print."""
     parser = options(__doc__)
     parser.add_argument("--sizes", help="measure memory instead, at so many pictures")
-    parser.add_argument("--made-up", action="store_true", help="with --sizes: an index whose pictures are nowhere")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -339,8 +331,7 @@ def main() -> None:
         one_run(arguments.child, arguments.run)
         return
     if arguments.sizes:
-        sizes = [int(size) for size in arguments.sizes.split(",")]
-        rows, show = [memory(size, made_up=arguments.made_up) for size in sizes], print_memory
+        rows, show = [memory(int(size)) for size in arguments.sizes.split(",")], print_memory
     else:
         found = measure_all(arguments, measure)
         rows, show = [{"pictures": source, "encoder": spec, **row} for source, spec, row in found], print_rates
