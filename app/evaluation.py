@@ -124,12 +124,15 @@ def _mixed(model: MatViT, queries: Sequence[str]) -> MixedSpecs | None:
 
 def table_folder(source: str) -> Path:
     """The checkpoint folder whose table may be written. Raises CheckpointError for bundled names and hub ids."""
+    from matvit.checkpoint import refuse_to_replace
+
     if not Path(source).is_dir():
         raise CheckpointError(
             what="is no folder of yours, whose table could be written",
             where=source,
             fix="copy the checkpoint into a folder and give that",
         )
+    refuse_to_replace(Path(source))
     return Path(source)
 
 

@@ -287,11 +287,14 @@ def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantizati
         raise _damaged(path, "its sha256 is not the one in config.json")
     try:
         stored = load_safetensors(content)
-        if config.weights.storage == "int8":
-            return quantization.dequantize(stored)
-        return quantization.only_float32(stored)
+        int8 = config.weights.storage == "int8"
+        tensors = quantization.dequantize(stored) if int8 else quantization.only_float32(stored)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:  # another writer's dtypes and shapes
         raise _damaged(path, f"not a readable file of {config.weights.storage} safetensors ({error})") from error
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise _damaged(path, f"tensor '{name}' has NaN or infinite values")
+    return tensors
 
 
 def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
@@ -328,7 +331,7 @@ def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
         WEIGHTS: weights,
         PARETO: _json(list(model.pareto)),
         TRAINING: _json(model.record),
-        CARD: model_card(model).encode(),
+        CARD: model_card(model).encode(errors="backslashreplace"),
     }
 
 
@@ -420,7 +423,8 @@ def _refuse_non_finite(tensors: dict[str, quantization.FloatArray]) -> None:
 
 
 def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    # Names of files that are not UTF-8 hold surrogates: as \udcXX, a JSON escape, they come back as they were.
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _read_json(path: Path, *, missing: Any = None) -> Any:

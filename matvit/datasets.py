@@ -213,6 +213,11 @@ def _read(location: str) -> _Rows:
     shards = _shards(location)
     if shards is None:
         return _read_tree(Path(location))
+    for shard in shards:
+        try:
+            check_regular(shard)
+        except OSError as error:
+            raise _error(shard, f"cannot be read ({error.strerror})", "give files that can be read") from error
     return _read_tars(shards, location) if shards[0].suffix == ".tar" else _read_parquet(shards, location)
 
 
@@ -319,7 +324,7 @@ def _read_parquet(files: Sequence[Path], location: str) -> _Rows:
         file_classes = _schema_names(table)
         known.update(file_classes)
         names += _names_of(file_labels, file_classes, file)
-        columns += table.column("image.bytes").chunks
+        columns += table.column("image.bytes").cast(pa.large_binary()).chunks
         origins += [f"{file} row {row}" for row in range(len(table))]
     if not names:
         raise _error(location, "holds no rows", "give parquet files with pictures")
@@ -339,9 +344,14 @@ def _read_table(file: Path) -> Any:
 
     try:
         table = pq.read_table(file, partitioning=None).flatten()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # the latter: names that are not UTF-8
         raise _error(file, "is no readable parquet file", "fetch it again") from error
-    if "image.bytes" not in table.column_names:
+    for name in ("image.bytes", "label"):
+        if table.column_names.count(name) > 1:
+            raise _error(file, f"has two columns '{name}'", "keep one of them")
+    # A text would be taken for the path of a picture.
+    kinds = [field.type for field in table.schema if field.name == "image.bytes"]
+    if not kinds or not (pa.types.is_binary(kinds[0]) or pa.types.is_large_binary(kinds[0])):
         raise _error(file, "has no column 'image' with bytes", "use the Hugging Face form image{bytes, path}, label")
     return table
 
@@ -360,7 +370,7 @@ def _schema_names(table: Any) -> list[str]:
     metadata = table.schema.metadata or {}
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,16 +36,27 @@ def write_synced(path: Path, data: bytes | memoryview) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: after a crash at any moment it is the old file or the new one, whole."""
-    temporary = temporary_name(path)
-    with _naming(path):
-        try:
-            write_synced(temporary, data)
-            os.replace(temporary, path)  # noqa: PTH105 - tests inject failures into os
-        except BaseException:
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Replace files, each atomically; none before all are on the disk, so that a full one parts no pair."""
+    temporaries = {path: temporary_name(path) for path in files}
+    try:
+        for path, data in files.items():
+            with _naming(path):
+                write_synced(temporaries[path], data)
+        for path, temporary in temporaries.items():
+            with _naming(path):
+                os.replace(temporary, path)  # noqa: PTH105 - tests inject failures into os
+    except BaseException:
+        for temporary in temporaries.values():
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        raise
+    for folder in {path.parent for path in files}:
+        with _naming(next(path for path in files if path.parent == folder)):
+            sync_folder(folder)
 
 
 def sync_file(path: Path) -> None:

@@ -41,7 +41,9 @@ def dequantize(stored: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Float
     for name, tensor in stored.items():
         base = name.removesuffix(_INTEGERS)
         if base != name and tensor.dtype == np.int8 and base + _SCALES in stored:
-            scale = stored[base + _SCALES].astype(np.float32)
+            scale = stored[base + _SCALES]
+            if scale.dtype != np.float32 or scale.shape != tensor.shape[:1]:
+                raise ValueError(f"tensor '{base + _SCALES}' is not a float32 for each row")
             tensors[base] = tensor.astype(np.float32) * scale.reshape(-1, *[1] * (tensor.ndim - 1))
         elif _is_rounded(base, tensor):
             raise ValueError(f"tensor '{name}' is not int8 with a scale")

@@ -11,7 +11,7 @@ import numpy as np
 
 from matvit.datasets import Pictures
 from matvit.encoder import ImageEncoder
-from matvit.errors import ImageError
+from matvit.errors import BackboneError, ImageError
 from matvit.metrics import IntArray
 from matvit.near_copies import difference_hash
 from matvit.preprocess import FloatArray
@@ -138,4 +138,11 @@ def _encode(
         pixels = np.stack([picture.pixels[size] for picture in pictures])
         for spec, encoder in encoders.items():
             if spec.image_size == size:
-                yield spec, encoder.encode(pixels)
+                vectors = encoder.encode(pixels)
+                if not np.isfinite(vectors).all():
+                    raise BackboneError(
+                        what="gives embeddings that are not finite",
+                        where=f"encoder '{spec}'",
+                        fix="its weights or preprocessing are damaged: train or fetch it again",
+                    )
+                yield spec, vectors

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from matvit.errors import BackboneError
+from matvit.regular import check_regular
 
 _Tensors = dict[str, Tensor]
 
@@ -24,6 +25,7 @@ def read_weights(path: Path, *, like: nn.Module) -> _Tensors:
     Raises BackboneError when the file cannot be read, or is not of this architecture.
     """
     try:
+        check_regular(path)  # safetensors would wait for a pipe, and not be interrupted
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError, TypeError, UnicodeError) as error:  # the latter: no file's name
         raise _unfit(path, f"cannot be read as safetensors ({error})") from error
@@ -36,6 +38,8 @@ def read_weights(path: Path, *, like: nn.Module) -> _Tensors:
         found, wanted = (tuple(side[name].shape) if name in side else "none" for side in (tensors, expected))
         if found != wanted:
             raise _unfit(path, f"does not fit the model ('{name}': {found} in the file, {wanted} in the model)")
+        if name in tensors and not tensors[name].isfinite().all():
+            raise _unfit(path, f"has NaN or infinite values in '{name}'")
     return tensors
 
 

@@ -17,6 +17,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from matvit.block import run_block
+from matvit.checkpoint import refuse_to_replace
 from matvit.datasets import LabelledImages, data_folder, read_dataset
 from matvit.errors import RecipeError
 from matvit.model import MatViT
@@ -76,6 +77,7 @@ def train(
     check_labels(recipe, labelled)
     if recipe.validation is not None:
         check_validation(recipe.validation)
+    refuse_to_replace(out / "encoder")  # now, not hours later
     if fabric.is_global_zero:
         tidy(out, resume=resume)
     fabric.barrier()

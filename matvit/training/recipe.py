@@ -236,27 +236,33 @@ def load_recipe(source: str | Path) -> Recipe:
 
     Raises RecipeError when it is missing, not YAML, or not a recipe.
     """
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise MissingExtraError.for_extra("train", purpose="matvit train") from error
     path = Path(source)
     packaged = resources.files("matvit.training") / "recipes" / f"{source}.yaml"
     try:
         text = packaged.read_bytes() if packaged.is_file() else read_small(path, most=_MOST)
-        return Recipe.model_validate(yaml.safe_load(text.decode("utf-8")))
+        return Recipe.model_validate(_parsed(text, where=str(path)))
     except OSError as error:
         raise RecipeError(
             what=f"cannot be read ({error.strerror})",
             where=str(path),
             fix="give a recipe file, or the name of a packaged recipe (matvit-small)",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise RecipeError(what=f"not YAML ({problem})", where=str(path), fix="correct the file") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "recipe"
         raise RecipeError(
             what=f"{field}: {first['msg'].removeprefix('Value error, ')}", where=str(path), fix="correct this field"
         ) from error
+
+
+def _parsed(text: bytes, *, where: str) -> object:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.for_extra("train", purpose="matvit train") from error
+    try:
+        return yaml.safe_load(text.decode("utf-8"))
+    # What PyYAML raises for numbers and dates that are none, and for depths that are too much.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        problem = (str(getattr(error, "problem", None) or error) or type(error).__name__).splitlines()[0]
+        raise RecipeError(what=f"not YAML ({problem})", where=where, fix="correct the file") from error

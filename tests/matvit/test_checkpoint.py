@@ -165,6 +165,12 @@ def test_record_and_pareto_rows_come_back(tiny: MatViT, tmp_path: Path) -> None:
     assert "Ünïcode" in card
 
 
+def test_a_record_keeps_names_that_are_not_utf8(tiny: MatViT, tmp_path: Path) -> None:
+    tiny.record = {"data": [{"class_names": [os.fsdecode(b"caf\xe9")]}], "notes": [os.fsdecode(b"\xe9")]}
+    tiny.save_pretrained(tmp_path / "x")
+    assert MatViT.from_pretrained(tmp_path / "x").record == tiny.record
+
+
 def test_the_cards_example_runs_beside_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(folder)
@@ -227,6 +233,12 @@ def _no_safetensors(folder: Path) -> None:
     _adopt_weights(folder)
 
 
+def _not_finite(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"norm.weight": tensors["norm.weight"] * np.nan}, folder / "model.safetensors")
+    _adopt_weights(folder)
+
+
 def _scale_of_another_length(folder: Path) -> None:
     tensors: dict[str, np.ndarray[Any, Any]] = {
         "norm.weight.int8": np.zeros((4, 2), np.int8),
@@ -281,6 +293,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing weights": (_remove("model.safetensors"), "model.safetensors: cannot be read"),
     "other weights": (_other_weights, "do not fit"),
     "no safetensors": (_no_safetensors, "not a readable file of float32 safetensors"),
+    "weights of NaN": (_not_finite, r"tensor 'norm\.weight' has NaN or infinite values"),
     "scales of another length": (_scale_of_another_length, "not a readable file of int8 safetensors"),
     "missing config": (_remove("config.json"), "holds no config.json"),
     "broken config": (_write("config.json", "{"), "not readable as JSON"),

@@ -355,3 +355,28 @@ def test_training_classes_that_the_tests_show_can_be_excluded(real: Path) -> Non
     data = read_dataset(real / "tiny-imagenet" / "val", exclude=shown.split())
     assert len(data.class_names) == 185
     assert len(data) == 9250
+
+
+@pytest.mark.parametrize("kind", ["string", "int64"])
+def test_a_parquet_column_that_is_no_bytes_is_refused_rather_than_taken_for_a_path(tmp_path: Path, kind: str) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    value = "/etc/passwd" if kind == "string" else 7
+    column = pa.array([{"bytes": value}], type=pa.struct({"bytes": getattr(pa, kind)()}))
+    parquet.write_table(pa.table({"image": column, "label": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match="has no column 'image' with bytes"):
+        read_dataset(tmp_path / "a.parquet")
+
+
+def test_shards_of_short_and_of_long_binary_columns_are_read_together(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for row, kind in enumerate((pa.binary(), pa.large_binary())):
+        column = pa.array([{"bytes": encoded(row)}], type=pa.struct({"bytes": kind}))
+        parquet.write_table(pa.table({"image": column, "label": ["x"]}), tmp_path / f"train-{row}.parquet")
+    assert [read_dataset(tmp_path).images[row] for row in (0, 1)] == [encoded(0), encoded(1)]
+
+
+@pytest.mark.parametrize("name", ["train-0.tar", "train-0.parquet"])
+def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DatasetError, match="not a regular file"):
+        read_dataset(tmp_path)

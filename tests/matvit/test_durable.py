@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from matvit import durable
 from matvit.durable import sync_file, sync_folder, write_atomic, write_synced
 
 
@@ -61,3 +62,17 @@ def test_a_refused_sync_names_its_file_or_folder(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
             sync(path)
         assert caught.value.filename == str(path)
+
+
+def test_files_that_belong_together_stay_as_they_were_when_the_disk_is_full(tmp_path, monkeypatch):
+    durable.write_together({tmp_path / "a": b"1", tmp_path / "b": b"1"})
+    synced = iter([None, OSError(28, "No space left on device")])
+
+    def full(descriptor):
+        if problem := next(synced):
+            raise problem
+
+    monkeypatch.setattr(durable.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        durable.write_together({tmp_path / "a": b"2", tmp_path / "b": b"2"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"1"}

@@ -158,3 +158,12 @@ def test_a_wrong_spec_is_told_before_the_first_step(data, make_fields, tmp_path,
     assert main(["train", str(path), "--out", str(tmp_path / "run")]) == 2
     assert "'Q' is not a submodel spec" in capsys.readouterr().err
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["license: 2020-13-45", "seed: " + "9" * 5000, "seed: !!bool foo", "seed: !!timestamp foo", "[" * 5000]
+)
+def test_what_the_yaml_parser_stumbles_over_is_told_as_not_yaml(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="not YAML"):
+        load_recipe(tmp_path / "r.yaml")
