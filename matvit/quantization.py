@@ -44,7 +44,7 @@ def dequantize(stored: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Float
             scale = stored[base + _SCALES]
             if scale.dtype != np.float32 or scale.shape != tensor.shape[:1]:
                 raise ValueError(f"tensor '{base + _SCALES}' is not a float32 for each row")
-            tensors[base] = tensor.astype(np.float32) * scale.reshape(-1, *[1] * (tensor.ndim - 1))
+            tensors[base] = tensor.astype(np.float32) * scale.view(np.float32).reshape(-1, *[1] * (tensor.ndim - 1))
         elif _is_rounded(base, tensor):
             raise ValueError(f"tensor '{name}' is not int8 with a scale")
         elif name.removesuffix(_SCALES) + _INTEGERS not in stored:
