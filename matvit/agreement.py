@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from matvit.encoder import check_unit
 from matvit.errors import DatasetError, ImageError
 from matvit.metrics import agreement, top_k
 from matvit.model import MatViT
@@ -86,4 +87,6 @@ def compare(vectors: FloatArray, gallery: FloatArray, own: NDArray[np.int64]) ->
 def embed(model: MatViT, pixels: FloatArray, spec: str) -> FloatArray:
     """(N, 3, R, R) of native resolution -> (N, D) by the submodel `spec`."""
     encoder = model.encoder(spec)
-    return np.concatenate([encoder.encode(pixels[start : start + _BATCH]) for start in range(0, len(pixels), _BATCH)])
+    vectors = np.concatenate([encoder.encode(pixels[row : row + _BATCH]) for row in range(0, len(pixels), _BATCH)])
+    check_unit(vectors, encoder.spec)
+    return vectors

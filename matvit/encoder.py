@@ -1,4 +1,4 @@
-"""What the rest of the product knows of an encoder: two small protocols, no torch.
+"""What the rest of the product knows of an encoder: two small protocols, no torch, and what embeddings must be.
 
 A torch module, an OpenVINO session and a remote service are interchangeable behind `ImageEncoder`.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from matvit.errors import CheckpointError
 from matvit.preprocess import FloatArray, ImageSource
 from matvit.spec import EncoderShape, SubmodelSpec
 
@@ -78,3 +82,20 @@ class ElasticEncoder(Protocol):
 
     def encoder(self, spec: str | SubmodelSpec | None = None) -> ImageEncoder:
         """The submodel `spec` (None: full) with preprocessing, ready to embed pictures."""
+
+
+def is_unit(embeddings: FloatArray) -> npt.NDArray[np.bool_]:
+    """(N, D) -> (N,) bool: whether each row is finite and of unit length (to 1e-3, room for 16-bit runtimes)."""
+    lengths = np.linalg.norm(embeddings.astype(np.float64), axis=-1)
+    near: npt.NDArray[np.bool_] = np.abs(lengths - 1.0) < 1e-3  # False for NaN
+    return near
+
+
+def check_unit(embeddings: FloatArray, spec: SubmodelSpec) -> None:
+    """Raises CheckpointError unless all that `spec` gave are embeddings: finite weights may overflow, or give zeros."""
+    if not is_unit(embeddings).all():
+        raise CheckpointError(
+            what="gives embeddings that are not finite or not of unit length",
+            where=f"submodel '{spec}'",
+            fix="use another checkpoint, or other weights",
+        )

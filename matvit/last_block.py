@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from matvit import positions
 from matvit.backbone import TimmBlock
 from matvit.block import layer_scale, run_block
+from matvit.encoder import check_unit
 from matvit.model import MatViT
 from matvit.preprocess import FloatArray
 from matvit.spec import SubmodelSpec
@@ -65,6 +66,8 @@ def read_tokens(model: MatViT, pixels: FloatArray, spec: SubmodelSpec) -> Tokens
         index = chosen[start : start + _BATCH, :, None].to(model.device)
         parts.append([one.take_along_dim(index, dim=1).flatten(0, 1) for one in (incoming, attended, outgoing)])
         embeddings.append(F.normalize(model.pooled(outgoing), dim=-1))
+    found = torch.cat(embeddings).cpu().numpy()
+    check_unit(found, spec)
     incoming, attended, outgoing = (torch.cat(part) for part in zip(*parts, strict=True))
     picture = torch.arange(len(pixels)).repeat_interleave(chosen.shape[1])
     return Tokens(
@@ -72,7 +75,7 @@ def read_tokens(model: MatViT, pixels: FloatArray, spec: SubmodelSpec) -> Tokens
         attended=attended,
         outgoing=outgoing,
         picture=picture.to(model.device),
-        embeddings=torch.cat(embeddings).cpu().numpy(),
+        embeddings=found,
     )
 
 

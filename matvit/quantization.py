@@ -34,7 +34,7 @@ def quantize(tensors: Mapping[str, FloatArray]) -> Tensors:
 def dequantize(stored: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, FloatArray]:
     """The float32 tensors that `quantize` stored; names and shapes as before.
 
-    Raises ValueError for a matrix that is not stored as int8 with a scale for each row, or another
+    Raises ValueError for a matrix that is not stored as int8 with a float32 scale for each row, or another
     tensor that is not float32.
     """
     tensors: Tensors = {}
@@ -44,7 +44,8 @@ def dequantize(stored: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Float
             scale = stored[base + _SCALES]
             if scale.dtype != np.float32 or scale.shape != tensor.shape[:1]:
                 raise ValueError(f"tensor '{base + _SCALES}' is not a float32 for each row")
-            tensors[base] = tensor.astype(np.float32) * scale.view(np.float32).reshape(-1, *[1] * (tensor.ndim - 1))
+            with np.errstate(over="ignore", invalid="ignore"):  # checkpoints tell of infinite values
+                tensors[base] = tensor.astype(np.float32) * scale.view(np.float32).reshape(-1, *[1] * (tensor.ndim - 1))
         elif _is_rounded(base, tensor):
             raise ValueError(f"tensor '{name}' is not int8 with a scale")
         elif name.removesuffix(_SCALES) + _INTEGERS not in stored:

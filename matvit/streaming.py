@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from matvit.datasets import Pictures
-from matvit.encoder import ImageEncoder
-from matvit.errors import BackboneError, ImageError
+from matvit.encoder import ImageEncoder, check_unit
+from matvit.errors import ImageError
 from matvit.metrics import IntArray
 from matvit.near_copies import difference_hash
 from matvit.preprocess import FloatArray
@@ -139,10 +139,5 @@ def _encode(
         for spec, encoder in encoders.items():
             if spec.image_size == size:
                 vectors = encoder.encode(pixels)
-                if not np.isfinite(vectors).all():
-                    raise BackboneError(
-                        what="gives embeddings that are not finite",
-                        where=f"encoder '{spec}'",
-                        fix="its weights or preprocessing are damaged: train or fetch it again",
-                    )
+                check_unit(vectors, spec)
                 yield spec, vectors

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from matvit.encoder import ElasticEncoder, ImageEncoder
 from matvit.errors import CheckpointError
@@ -87,20 +86,11 @@ def check_shape(embeddings: FloatArray, *, rows: int, dim: int) -> None:
         )
 
 
-def is_unit(embeddings: FloatArray) -> npt.NDArray[np.bool_]:
-    """(N, D) -> (N,) bool: whether each row is finite and of unit length (to 1e-3, room for 16-bit runtimes)."""
-    near: npt.NDArray[np.bool_] = np.abs(_lengths(embeddings)[..., 0] - 1.0) < 1e-3  # False for NaN
-    return near
-
-
 def normalised(embeddings: FloatArray) -> FloatArray:
     """(N, D) of about unit length -> (N, D) float32 of unit length: scores are cosines whatever the runtime's width."""
-    return (embeddings / _lengths(embeddings)).astype(np.float32)
-
-
-def _lengths(embeddings: FloatArray) -> npt.NDArray[np.float64]:
-    lengths: npt.NDArray[np.float64] = np.linalg.norm(embeddings.astype(np.float64), axis=-1, keepdims=True)
-    return lengths
+    lengths = np.linalg.norm(embeddings.astype(np.float64), axis=-1, keepdims=True)
+    unit: FloatArray = (embeddings / lengths).astype(np.float32)
+    return unit
 
 
 class EncoderCache:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from matvit.encoder import ImageEncoder
+from matvit.encoder import ImageEncoder, is_unit
 from matvit.preprocess import FloatArray
 from matvit.threads import batches_at_once, limited, threads_of_each, usable_cores
-from retrieval.encoders import check_shape, is_unit, normalised
+from retrieval.encoders import check_shape, normalised
 from retrieval.known import Known
 from retrieval.loading import Loaded, Loader, Task
 from retrieval.types import SkippedFile

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from matvit.encoder import ElasticEncoder, ImageEncoder
+from matvit.encoder import ElasticEncoder, ImageEncoder, is_unit
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, silent
 from matvit.spec import SubmodelSpec
 from retrieval.choosing import AUTO, Chooser, Limits
 from retrieval.duplicates import linked
-from retrieval.encoders import EncoderCache, check_shape, check_space, is_unit, load_encoder, normalised
+from retrieval.encoders import EncoderCache, check_shape, check_space, load_encoder, normalised
 from retrieval.errors import EmbeddingError, SearchError
 from retrieval.exact import Found
 from retrieval.files import index_folder

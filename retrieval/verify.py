@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from matvit.encoder import ElasticEncoder
+from matvit.encoder import ElasticEncoder, is_unit
 from matvit.errors import CheckpointError
 from matvit.progress import Progress, ProgressEvent, silent
-from retrieval.encoders import check_space, is_unit, load_encoder
+from retrieval.encoders import check_space, load_encoder
 from retrieval.errors import DamagedFileError, EncoderMismatchError
 from retrieval.files import check_kind
 from retrieval.items import Item

@@ -143,7 +143,12 @@ def test_what_cannot_be_converted_is_one_sentence(run, small_timm, pictures, tmp
     save_file(vit.state_dict(), tmp_path / "good.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"no weights")
+    for name, value in {"nan": float("nan"), "huge": 3e38, "zero": 0.0}.items():
+        last = torch.full_like(vit.norm.weight, value)
+        changed = {"norm.weight": last, "norm.bias": last.clone()}
+        save_file(vit.state_dict() | changed, tmp_path / f"{name}.safetensors")
     good = ["--weights", tmp_path / "good.safetensors", "--image-size", 32]
+    huge, zero = (["--weights", tmp_path / f"{name}.safetensors", *good[2:]] for name in ("huge", "zero"))
     cases = {
         "timm cannot create it": ["no_such_model", *good],
         "RelPos is neither": ["vit_relpos_small_patch16_224", *good],
@@ -153,6 +158,13 @@ def test_what_cannot_be_converted_is_one_sentence(run, small_timm, pictures, tmp
         "('blocks.0.ls1.gamma': none in the file, (48,) in the model)": ["vit_small_patch14_dinov2", *good[:2]],
         "cannot be read as safetensors": ["vit_small_patch16_224", "--weights", tmp_path / "damaged.safetensors"],
         "none.safetensors": ["vit_small_patch16_224", "--weights", tmp_path / "none.safetensors"],
+        "has NaN or infinite values in 'norm.bias'": [
+            "vit_small_patch16_224",
+            "--weights",
+            tmp_path / "nan.safetensors",
+        ],
+        "submodel 'XL': gives embeddings that": ["vit_small_patch16_224", *huge],
+        "not finite or not of unit length": ["vit_small_patch16_224", *zero],
         "use a multiple of 16": ["vit_small_patch16_224", *good[:2], "--image-size", 30],
     }
     for sentence, arguments in cases.items():

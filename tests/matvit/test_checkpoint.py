@@ -398,6 +398,31 @@ def test_nan_and_infinite_weights_are_not_saved(tiny: MatViT, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_weights_that_are_not_finite_are_not_loaded(
+    tiny: MatViT, tmp_path: Path, storage: Storage, value: float
+) -> None:
+    """Another writer's, whose hash is right; 3e38 is a scale whose product with the integers is infinite."""
+    tiny.save_pretrained(tmp_path / "tiny", storage=storage)
+    weights = tmp_path / "tiny" / "model.safetensors"
+    stored = load_file(weights)
+    name = "blocks.0.mlp.fc1.weight" + (".scale" if storage == "int8" else "")
+    stored[name].flat[0] = value if storage == "int8" or value != 3e38 else float("-inf")
+    save_file(stored, weights)
+    _adopt_weights(weights.parent)
+    _refused(tmp_path / "tiny", r"'blocks\.0\.mlp\.fc1\.weight' has NaN or infinite values")
+
+
+@pytest.mark.parametrize("scale", [np.ones(1, np.float32), np.ones((64, 1), np.float32), np.ones(64)])
+def test_a_scale_is_one_float32_for_each_row(tiny: MatViT, tmp_path: Path, scale: np.ndarray[Any, Any]) -> None:
+    tiny.save_pretrained(tmp_path / "tiny", storage="int8")
+    weights = tmp_path / "tiny" / "model.safetensors"
+    save_file(load_file(weights) | {"blocks.0.mlp.fc1.weight.scale": scale}, weights)
+    _adopt_weights(weights.parent)
+    _refused(tmp_path / "tiny", "not a float32 for each row")
+
+
 def test_weights_too_large_to_round_are_not_saved(tiny: MatViT, tmp_path: Path) -> None:
     with torch.no_grad():
         tiny.vit.blocks[0].mlp.fc1.weight[0, 0] = torch.finfo(torch.float32).max

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from matvit.datasets import GroundTruth, LabelledImages, Pictures, data_folder, read_dataset
-from matvit.errors import DatasetError, SpecError
+from matvit.errors import CheckpointError, DatasetError, SpecError
 from matvit.evaluation import cross_test
 from matvit.near_copies import NEAR_COPY_BITS, difference_hash
 from matvit.preprocess import FloatArray, ImageSource, Preprocessing
@@ -283,6 +283,15 @@ def test_a_spec_that_the_encoder_lacks_is_refused_before_anything_is_decoded(enc
     with pytest.raises(SpecError):
         cross_test(encoder, pictures(2, seed=0), None, query_specs=["Q"], gallery_specs=["XL"])
     assert encoder.decoded == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_what_is_no_embedding_is_told_with_its_submodel(
+    encoder: ElasticColours, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(ColourEncoder, "encode", lambda _, pixels: np.full((len(pixels), 3), value, np.float32))
+    with pytest.raises(CheckpointError, match="submodel 'XL': gives embeddings that are not finite"):
+        cross_test(encoder, pictures(2, seed=0), None, query_specs=["S"], gallery_specs=["XL"])
 
 
 def test_the_difference_hash_survives_recompression_and_tells_pictures_apart() -> None:
