@@ -253,7 +253,9 @@ def _shards(location: str) -> list[Path] | None:
             return _one_complete_split(shards, location)
     matches = _those_of(map(Path, glob.glob(location)))  # noqa: PTH207
     if not matches:
-        raise _error(location, "no such data set", "give a folder of class folders, or parquet files or tar shards")
+        raise _error(
+            location, "no such data set", "give one that is there, or set MATVIT_DATA to the folder that it lies below"
+        )
     return _one_complete_split(matches, location)
 
 

@@ -250,7 +250,8 @@ def _check_sizes(shape: EncoderShape, widths: Sequence[int], *, heads: int, dept
         raise _spec_error(f"{depth} of {shape.num_blocks} blocks cannot be kept", shape)
     step, largest = shape.image_size_step, MAX_ENLARGEMENT * shape.image_size
     if image_size != shape.image_size and not (step and step <= image_size <= largest and image_size % step == 0):
-        raise _spec_error(f"pictures of {image_size} px cannot be encoded", shape)
+        multiple = f", but multiples of {step} up to {largest} can" if step else ""
+        raise _spec_error(f"pictures of {image_size} px cannot be encoded{multiple}", shape)
 
 
 def _without_dropped(shape: EncoderShape, widths: Sequence[int], kept: frozenset[int]) -> tuple[int, ...]:

@@ -122,6 +122,7 @@ def _command(host: str, port: int) -> list[str]:
     options = {
         "server.address": host,
         "server.port": str(port),
+        "server.maxUploadSize": "512",  # MB, as much as a picture's file may have
         "server.headless": "true",  # or a first run stops to ask for an e-mail
         "browser.gatherUsageStats": "false",
     }

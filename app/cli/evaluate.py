@@ -22,7 +22,7 @@ def evaluate(
         str,
         typer.Argument(
             help="The queries: class-per-folder tree, parquet or tar file, FOLDER/SPLIT of shards, or a benchmark's "
-            "folder (CUB-200-2011, Online Products, In-shop, revisited Oxford and Paris)."
+            "folder (CUB-200-2011, Online Products, In-shop, revisited Oxford and Paris); here, or below MATVIT_DATA."
         ),
     ],
     *,
@@ -49,7 +49,9 @@ def evaluate(
         bool,
         typer.Option("--keep-near-copies", help="Keep queries of which the gallery holds nearly the same picture."),
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many queries, evenly spread.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many queries, evenly spread; the gallery stays whole.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: cuda where there is one]")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Draw FLOPs against recall@1 in the first gallery.")

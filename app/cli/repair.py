@@ -64,7 +64,7 @@ def repair(
         state = "is whole" if report.whole else failing
         write_line(
             f"{path}: {state}; {len(report.damage)} problems, {report.embedded} pictures embedded again, "
-            f"{len(report.lost) + report.lost_unnamed} lost, {report.leftovers} leftovers removed"
+            f"{len(report.lost) + report.lost_unnamed} lost, left-over files removed: {report.leftovers}"
         )
     if not report.whole:
         raise typer.Exit(code=1)

@@ -97,13 +97,24 @@ def search(
       matvit search picture.jpg --where label=dog --where "year>=2020" --min-score 0.5
       matvit search this.jpg that.jpg --unlike other.jpg --fuse rank
     """
+    from PIL import Image
+
     from retrieval import Blend
 
     like = [*(images or ()), *(items or ())]
     if not like:
         raise typer.BadParameter("there is nothing to search with; name pictures, or give --item")
+    if encoder == services.DEFAULT_CHECKPOINT or (encoder and (Path(encoder) / "config.json").is_file()):
+        raise typer.BadParameter(
+            f"'{encoder}' is a checkpoint, no submodel spec; did you mean --checkpoint {encoder}?",
+            param_hint="--encoder",
+        )
     conditions = parse_conditions(where or ())
     retriever = services.open_retriever(path, checkpoint=checkpoint, pictures=[*like, *(unlike or ())])
+    if images or unlike:  # the first picture of a process takes many times as long: not what a query takes
+        retriever.search(
+            Image.new("RGB", (256, 256)), encoder=encoder, max_latency_ms=max_latency_ms, min_recall=min_recall, k=1
+        )
     answers = retriever.search_many(
         [Blend(like, unlike=unlike or (), fusion=fuse or "mean")] if fuse or unlike else like,
         encoder=encoder,
@@ -139,7 +150,9 @@ def _show(hits: Hits) -> None:
         rows,
         title=f"{hits.query}",
         caption=f"{hits.spec} on {hits.runtime}: {latency.total:.1f} ms = preprocess {latency.preprocess:.1f} "
-        f"+ encode {latency.encode:.1f} + search {latency.search:.1f}",
+        f"+ encode {latency.encode:.1f} + search {latency.search:.1f}"
+        if len(hits)
+        else "nothing found",
         text_columns=4,
     )
 

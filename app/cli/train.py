@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, write_json, write_line
+from matvit_app.cli.output import JsonFlag, say, write_json, write_line
 from matvit_app.cli.progress import progress_bar
 
 
@@ -35,3 +35,5 @@ def train(
         write_json(result)
     else:
         write_line(f"{out}: {result['encoder']}, space {result['space_id']:.8}, {result['seconds']:.0f} s")
+        if not result["metrics"]:
+            say(f"the recipe names no validation: measure it with matvit eval DATASET --encoder {out / 'encoder'}")

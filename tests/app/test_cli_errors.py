@@ -206,6 +206,19 @@ def test_eval_of_a_missing_data_set(run, checkpoint, tmp_path):
     refused(run("eval", tmp_path / "gone", "--encoder", checkpoint), "gone", "no such data set")
 
 
+def test_eval_finds_a_data_set_below_the_data_folder(run, checkpoint, photos, monkeypatch):
+    name = f"{photos.name}"
+    monkeypatch.chdir(photos.parents[1])
+    refused(run("eval", name, "--encoder", checkpoint), name, "MATVIT_DATA")
+    monkeypatch.setenv("MATVIT_DATA", str(photos.parent))
+    assert run("eval", name, "--encoder", checkpoint, "--queries", "S").code == 0
+
+
+def test_a_checkpoint_as_the_submodel_asks_whether_the_checkpoint_was_meant(run, checkpoint, tmp_path):
+    for name in ("matvit-small", checkpoint):
+        refused(run("search", tmp_path / "a.jpg", "--encoder", name), f"did you mean --checkpoint {name}?")
+
+
 def test_eval_of_classes_that_are_not_there(run, checkpoint, photos):
     refused(run("eval", photos, "--encoder", checkpoint, "--classes", "50:101"), "50:101")
 

@@ -70,7 +70,8 @@ def test_no_class_that_is_trained_on_is_a_class_of_the_unseen_tests():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"sede": 1}, "sede: Extra inputs are not permitted"),
+        ({"sede": 1}, "recipe: unknown field 'sede'; known are name, seed, "),
+        ({"optimiser": {"warm": 1}}, "optimiser: unknown field 'warm'; known are betas, "),
         ({"seed": "soon"}, "seed: Input should be a valid integer"),
         ({"data": []}, "data: "),
         ({"stages": []}, "stages: "),
