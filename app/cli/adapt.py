@@ -27,7 +27,7 @@ def adapt(
     The full encoder stays as it is to the bit, and so does every index that it made. The table shows how well each
     submodel agrees with XL, before and after, on pictures that were held back from the fit, every fifth in turn. A
     submodel that does not surely gain keeps its old weights; when none does, nothing is written and the exit code
-    is 1. Two busy CPU cores took 148 s for 68 pictures.
+    is 1.
 
     \b
     Example:

@@ -48,6 +48,8 @@ def _show(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
         )
         for reason, count in found["skipped_reasons"].items():
             write_line(f"skipped {count}: {reason}")
+        for file in skipped:
+            write_line(f"skipped {file['path']}: {file['reason']}")
     write_line(f"encoder {found['encoder']}, {found['embedding_dim']} numbers a picture")
     write_line(f"space {found['space_id']}")
     write_line(f"cut along: {', '.join(found['axes'])}")
@@ -64,8 +66,6 @@ def _show(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
     ]
     caption = f"{', '.join(measures)}: {_SOURCE}" if measures else ""
     write_table(["submodel", "share", "FLOPs", "parameters", *measures], rows, caption=caption)
-    for file in skipped:  # last: the table would push a short list away
-        write_line(f"skipped {file['path']}: {file['reason']}")
 
 
 def _measure(value: object) -> str:
