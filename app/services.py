@@ -382,7 +382,7 @@ def convert(
     from matvit.model import MatViT
     from matvit_data import demo_folder
 
-    checkpoints.refuse_to_replace(out.resolve())  # before the minutes are spent
+    checkpoints.refuse_to_replace(out)  # before the minutes are spent
     files = [file for folder in images or (demo_folder(),) for file in _pictures_below(folder)]
     model = MatViT.from_timm(timm_model, weights=weights, pretrained=pretrained, image_size=image_size)
     result = run(model, files, progress=progress)
@@ -405,7 +405,7 @@ def adapt(checkpoint: str, *, images: Path, out: Path, progress: Progress = sile
 
     files = _pictures_below(images)
     model = load_encoder(checkpoint)
-    checkpoints.refuse_to_replace(out.resolve())  # before the minutes are spent
+    checkpoints.refuse_to_replace(out)  # before the minutes are spent
     storage = checkpoints.read_config(checkpoints.locate(checkpoint)).weights.storage
     result = run(model, files, progress=progress)
     if result.kept:

@@ -26,6 +26,7 @@ import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     FiniteFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -107,14 +108,25 @@ class CheckpointConfig(BaseModel):
 class ParetoRow(BaseModel):
     """One row of pareto.json: a submodel, its cost, and what was measured of it; more may be said."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)  # it is used as it stands in the file
 
     name: str
     spec: str
-    flops: int
-    params: int
+    flops: int = Field(ge=0, lt=2**63)
+    params: int = Field(ge=0, lt=2**63)
     relative_flops: FiniteFloat
     quality: dict[str, FiniteFloat] = {}
+
+
+class _Record(BaseModel):
+    """What is used of training.json; more may be said."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    license: str | None = None
+    credits: list[str] = []
+    notes: list[str] = []
+    data: list[dict[str, Any]] = []
 
 
 def pareto_row(model: MatViT, spec: str, quality: dict[str, float]) -> dict[str, Any]:
@@ -131,7 +143,7 @@ def pareto_row(model: MatViT, spec: str, quality: dict[str, float]) -> dict[str,
 
 
 _PARETO: TypeAdapter[list[ParetoRow]] = TypeAdapter(list[ParetoRow])
-_RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+_RECORD: TypeAdapter[_Record] = TypeAdapter(_Record)
 NO_SUCH = "no such checkpoint"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # not ../folder
 
@@ -226,13 +238,7 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
     Raises CheckpointError when `folder` exists and holds anything but a checkpoint, when a weight is
     NaN or infinite, or when the files cannot be written; an earlier checkpoint is then left as it was.
     """
-    try:
-        target = Path(_text(folder)).resolve()
-        refuse_to_replace(target)
-    except (OSError, ValueError) as error:  # no folder's name, or in one that may not be read
-        raise CheckpointError(
-            what=f"cannot be looked up ({error})", where=os.fspath(folder)[:200], fix="choose another folder"
-        ) from error
+    target = refuse_to_replace(folder)
     files = _files(model, storage)
     unfinished = _beside(target, "new")
     try:
@@ -386,8 +392,19 @@ def _refuse_half_swapped(target: Path) -> None:
         )
 
 
-def refuse_to_replace(target: Path) -> None:
-    """Raises CheckpointError when `target` holds anything but a checkpoint: replacing one deletes its folder."""
+def refuse_to_replace(folder: str | Path) -> Path:
+    """The resolved folder, free or a checkpoint's: replacing one deletes its folder. CheckpointError for any other."""
+    try:
+        target = Path(_text(folder)).resolve()
+        _refuse_foreign(target)
+    except (OSError, ValueError, RuntimeError) as error:  # no folder's name, one that may not be read, links in a loop
+        raise CheckpointError(
+            what=f"cannot be looked up ({error})", where=os.fspath(folder)[:200], fix="choose another folder"
+        ) from error
+    return target
+
+
+def _refuse_foreign(target: Path) -> None:
     if not target.exists():
         return
     if target.is_dir():

@@ -14,7 +14,7 @@ from matvit.spec import EncoderShape, Granularity, SubmodelSpec
 
 _SIZES = tuple(Granularity)
 _MIXED = re.compile(r"mixed(?P<axes>(-[hdr]\d{1,9})*):(?P<count>\d{1,6})", re.IGNORECASE)
-_TRIES = 20  # draws for each random spec that is wanted: small encoders have few
+_MISSES = 1000  # draws in a row that give nothing new: small encoders have few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +59,13 @@ def mixed_specs(shape: EncoderShape, text: str, *, seed: int = 0) -> MixedSpecs:
     pool = [spec for spec in advised if spec not in uniform]
     heuristic = tuple(draw.sample(pool, min(len(pool), (count + 1) // 2)))
     others: dict[SubmodelSpec, None] = {}
-    for _ in range(_TRIES * count):
-        if len(heuristic) + len(others) == count:
-            break
+    missed = 0
+    while len(heuristic) + len(others) < count and missed < _MISSES:
         spec = _spec(shape, _drawn(shape.num_blocks, draw), axes)
-        if spec not in uniform and spec not in advised:
+        missed += 1
+        if spec not in uniform and spec not in advised and spec not in others:
             others[spec] = None
+            missed = 0
     return MixedSpecs(asked=count, axes=axes, uniform=uniform, heuristic=heuristic, random=tuple(others))
 
 

@@ -5,6 +5,7 @@ fox-1.jpg  fox-1.cls  fox-1.json  fox-2.jpg ...
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tarfile
@@ -15,7 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from matvit.errors import DatasetError
+from matvit.preprocess import MAX_FILE_BYTES
 
+_MOST_SAID = 2**20  # bytes of a .json, .cls or .txt: far more than any has
 _DESCRIBES = {".json": "json", ".cls": "label", ".txt": "caption"}  # members beside a picture, as metadata
 
 
@@ -25,11 +28,13 @@ def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (entry := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or else it keeps every header
+                if entry.size < 0:
+                    raise tarfile.HeaderError("negative size")
                 if entry.isreg() and not entry.issparse():
                     yield entry
-            # tarfile takes damage for the end.
+            # tarfile takes damage for the end, and the end of the file, too: a whole tar ends with blocks of zeros.
             file.seek(tar.offset)
-            if any(file.read(512)):
+            if file.read(512) != bytes(512):
                 damage.append(f"damaged tar shard (at byte {tar.offset})")
     except tarfile.TarError as error:
         damage.append(f"damaged tar shard ({error})")
@@ -88,6 +93,8 @@ class LabelledMember:
 
     def read(self) -> bytes:
         """Its encoded bytes. Raises OSError."""
+        if self.size > MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, "larger than any picture", str(self.shard))
         with self.shard.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -106,6 +113,8 @@ def labelled_members(shard: Path, *, suffixes: Collection[str]) -> Iterator[Labe
                 continue
             found: dict[str, Any] = {}
             for entry in filter(describes, entries):
+                if entry.size > _MOST_SAID:
+                    raise _error(shard, f"{name_of(entry)} in it has {entry.size} bytes", "write the shard again")
                 file.seek(entry.offset_data)
                 try:
                     found |= description(entry, file.read(entry.size))

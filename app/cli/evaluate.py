@@ -98,6 +98,11 @@ def evaluate(
             limit=limit,
             progress=progress,
         )
+    if json:
+        write_json(found.to_json())
+    else:
+        _show(found)
+    # After the figures: a disk that refuses to write does not take them along.
     if plot is not None:
         from matvit_app.plane import plane_html
 
@@ -105,10 +110,6 @@ def evaluate(
         say(f"drawn: {plot}")
     if folder is not None:
         say(f"{folder}: its table has {save_table(model, found, folder=folder)} rows")
-    if json:
-        write_json(found.to_json())
-    else:
-        _show(found)
 
 
 def _split(specs: str, option: str) -> list[str]:
@@ -123,7 +124,7 @@ def _device(name: str | None) -> Any:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).tolist()  # "meta" computes nothing
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise typer.BadParameter(f"'{name}' cannot be used on this machine", param_hint="--device") from error
     return device

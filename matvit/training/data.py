@@ -53,7 +53,11 @@ def to_device(
 
     Raises DatasetError when none can be read.
     """
-    pixels = np.empty((len(images), 3, resolution, resolution), dtype=np.uint8)  # as on the device: copied once
+    try:
+        pixels = np.empty((len(images), 3, resolution, resolution), dtype=np.uint8)  # as on the device: copied once
+    except MemoryError as error:
+        what = f"its {len(images)} pictures of {resolution} pixels a side do not fit into memory"
+        raise DatasetError(what=what, where=images.name, fix="lower its resolution in the recipe") from error
     aspect = np.empty(len(images), dtype=np.float32)
 
     def decode(index: int) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -13,6 +13,7 @@ from matvit.errors import MissingExtraError, RecipeError
 from matvit.regular import read_small
 
 _MOST = 2**20  # bytes: YAML takes a hundred times that in memory
+_Batch = Annotated[int, Field(ge=1, le=2**20)]  # pictures
 
 
 class _Strict(BaseModel):
@@ -68,8 +69,8 @@ class DataRecipe(_Strict):
     path: str  # as `matvit.datasets.read_dataset` takes it, relative to MATVIT_DATA
     classes: str | None = None  # "0:50": indices of the sorted class names
     exclude: tuple[str, ...] = ()
-    resolution: PositiveInt = 160  # pixels a side that the pictures are kept at
-    batch: PositiveInt  # pictures of this set in every step
+    resolution: int = Field(default=160, ge=1, le=2**14)  # pixels a side that the pictures are kept at
+    batch: _Batch  # pictures of this set in every step
 
 
 class ValidationRecipe(_Strict):
@@ -136,7 +137,7 @@ class Stage(_Strict):
 
     name: str
     steps: PositiveInt
-    learning_rate: PositiveFloat
+    learning_rate: float = Field(gt=0, le=1e6)
     full: Losses = Losses()
     submodels: Losses | None = None
     private: int | None = Field(default=None, ge=1, le=2**10)  # rank of what S, M and L own, trained with the rest
@@ -148,7 +149,7 @@ class Stage(_Strict):
     fixed: tuple[str, ...] = ("S",)  # specs trained in every step besides XL
     sampled: int = Field(default=1, ge=0)  # further specs, drawn from the ladder in every step
     ladder: tuple[str, ...] = Field(default=("M", "L", "mixed"), min_length=1)
-    batches: tuple[PositiveInt, ...] = ()  # pictures of each data set in every step; (): as `data` says
+    batches: tuple[_Batch, ...] = ()  # pictures of each data set in every step; (): as `data` says
     augmentation: Augmentation = Augmentation()
 
 
@@ -173,7 +174,7 @@ class Recipe(_Strict):
     """A training run, from start weights to a saved checkpoint."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**62), lt=2**62)  # stages add their number
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     devices: PositiveInt = 1  # GPUs, or processes on a CPU; each takes its share of every batch
     compile: bool = False  # torch.compile the blocks (CUDA)

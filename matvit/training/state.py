@@ -88,7 +88,7 @@ def tidy(out: Path, *, resume: bool) -> None:
 def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
     """Keep the run, atomically. `optimiser` None: between stages."""
     state = {
-        "recipe": run.recipe.model_dump_json(),
+        "recipe": json.dumps(run.recipe.model_dump(mode="json")),
         "data": [images.sha256 for images in run.labelled],
         "stage": run.stage,
         "step": run.step,
@@ -138,7 +138,7 @@ def restore(run: Run) -> dict[str, Any] | None:
     try:
         _check_sums(path)
         state = torch.load(path, map_location=run.fabric.device, weights_only=True)
-        same_recipe = _same_weights(Recipe.model_validate_json(state["recipe"]), run.recipe)
+        same_recipe = _same_weights(Recipe.model_validate(json.loads(state["recipe"])), run.recipe)
         same_data = state["data"] == [images.sha256 for images in run.labelled]
         optimiser_state = _take(run, state) if same_recipe and same_data else None
     except (torch.OutOfMemoryError, MemoryError):

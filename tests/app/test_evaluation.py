@@ -69,6 +69,14 @@ def test_a_plot_into_a_missing_folder_is_refused_before_anything_is_computed(run
     assert "there is no folder" in done.err
 
 
+def test_what_cannot_be_written_does_not_take_the_figures_along(run, photos, checkpoint, tmp_path):
+    (tmp_path / "plane.html").mkdir()
+    done = run("eval", photos, "--encoder", checkpoint, "--plot", tmp_path / "plane.html", "--json")
+    assert done.code == 2
+    assert done.json["matrix"]
+    assert "plane.html: Is a directory" in done.err
+
+
 def test_the_front_becomes_the_checkpoints_table(run, photos, mine):
     before = MatViT.from_pretrained(mine)
     done = run("eval", photos, "--encoder", mine, "--queries", "S,XL,mixed:8", "--write-table", "--json")
@@ -111,7 +119,7 @@ def test_the_bundled_checkpoints_table_is_not_written(run, photos):
 
 
 def test_a_device_that_is_not_there_is_refused(run, photos, checkpoint):
-    for name in ("cuda:99", "abacus"):
+    for name in ("cuda:99", "abacus", "meta"):
         done = run("eval", photos, "--encoder", checkpoint, "--device", name)
         assert (done.code, done.out) == (2, "")
         assert name in done.err

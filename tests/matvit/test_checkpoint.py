@@ -322,6 +322,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "Pareto row without flops": (_write("pareto.json", '[{"spec": "S"}]'), "pareto.json"),
     "Pareto row of no submodel": (_pareto(spec="9Q"), r"pareto\.json: row 'S': .*9Q"),
     "Pareto row of NaN": (_pareto(quality={"recall@1": float("nan")}), r"pareto\.json: field '0\.quality\.recall@1'"),
+    "Pareto row of text": (_pareto(relative_flops="0.5"), r"pareto\.json: field '0\.relative_flops'"),
+    "Pareto row of endless digits": (_pareto(flops=10**400), r"pareto\.json: field '0\.flops'"),
+    "notes that are none": (_write("training.json", '{"notes": null}'), r"training\.json: field 'notes'"),
+    "credits that are a number": (_write("training.json", '{"credits": 5}'), r"training\.json: field 'credits'"),
     "Pareto row beyond numbers": (_write("pareto.json", PARETO_ROW.replace("0.5", "1e400")), "0.relative_flops"),
     "endless picture": (_config("encoder", "image_size", value=10**12), "encoder.image_size"),
     "endless blocks": (_config("encoder", "ffn_widths", value=[768] * 100_000), "encoder.ffn_widths"),
@@ -444,6 +448,12 @@ def test_a_checkpoint_with_a_users_file_in_it_is_not_replaced(tiny: MatViT, fold
     with pytest.raises(CheckpointError, match=r"notes\.txt"):
         tiny.save_pretrained(folder)
     assert MatViT.from_pretrained(folder).space_id != tiny.space_id
+
+
+def test_links_in_a_loop_are_no_folder_to_save_in(tiny: MatViT, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="cannot be looked up"):
+        tiny.save_pretrained(tmp_path / "loop")
 
 
 def test_a_file_is_not_replaced(tiny: MatViT, tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ def test_equal_calls_give_equal_different_specs_and_never_more_than_asked(count:
     assert len(set(mixed.specs)) == len(mixed.specs) <= min(count, 4**blocks - 4)
 
 
+def test_an_encoder_with_fewer_than_asked_is_not_searched_for_ever() -> None:
+    shape = EncoderShape(ffn_widths=(64,) * 2, num_heads=2, image_size=28)
+    assert len(mixed_specs(shape, "mixed:999999").specs) == 12
+
+
 def test_other_axes_are_the_same_for_all() -> None:
     mixed = mixed_specs(SHAPE, "mixed-d10-r84:20")
     assert {(spec.depth, spec.image_size) for spec in (*mixed.specs, *mixed.uniform)} == {(10, 84)}

@@ -105,3 +105,46 @@ def test_a_damaged_shard_is_refused_and_a_picture_that_is_gone_later_is_unreadab
         read_dataset(whole)
     whole.unlink()
     assert found.images[0] == b""
+
+
+def test_a_shard_that_is_cut_between_members_is_damaged(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "birds.tar", LABELLED["folders"])
+    with tarfile.open(whole) as tar:
+        last = tar.getmembers()[-1]
+    with whole.open("r+b") as file:
+        file.truncate(last.offset)
+    with pytest.raises(DatasetError, match=r"birds\.tar: damaged tar shard \(at byte"):
+        read_dataset(whole)
+
+
+def test_a_member_of_a_negative_size_is_damage(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "birds.tar", {"fox/a.png": picture(0)})
+    content = bytearray(shard.read_bytes())
+    content[124:136] = b"\xff" * 11 + b"\x00"  # -256, in base 256
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    shard.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"birds\.tar: damaged tar shard \(negative size\)"):
+        read_dataset(shard)
+
+
+def _write_sparse(path: Path, name: str, size: int) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    with path.open("wb") as file:
+        file.write(entry.tobuf())
+        file.truncate(512 + size)
+    with path.open("ab") as file:
+        for name, content in {"fox/a.png": picture(0), "fox/z.png": picture(1)}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.write(entry.tobuf() + content.ljust(512, b"\0"))
+        file.write(bytes(1024))
+
+
+def test_members_larger_than_any_are_not_read(tmp_path: Path) -> None:
+    _write_sparse(tmp_path / "said.tar", "fox/a.json", 3 * 2**30)
+    with pytest.raises(DatasetError, match=r"fox/a\.json in it has 3221225472 bytes"):
+        read_dataset(tmp_path / "said.tar")
+    _write_sparse(tmp_path / "shown.tar", "fox/0.jpg", 3 * 2**30)
+    assert [len(one) for one in read_dataset(tmp_path / "shown.tar").images] == [0, len(picture(0)), len(picture(1))]

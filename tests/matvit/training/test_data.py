@@ -170,3 +170,9 @@ def test_a_mosaic_shows_other_pictures_of_the_batch_smaller(size):
             assert torch.equal(shown, target > 0)
             assert int(shown.sum()) in (4, 9)
             torch.testing.assert_close(target.sum(), torch.tensor(1.0))
+
+
+def test_pictures_without_room_in_memory_are_one_sentence(data):
+    shapes = read_dataset(data / "shapes")
+    with pytest.raises(DatasetError, match="its 12 pictures of 10000000 pixels a side do not fit into memory"):
+        to_device(shapes, resolution=10**7, device=torch.device("cpu"), progress=lambda _: None)

@@ -73,6 +73,9 @@ def test_no_class_that_is_trained_on_is_a_class_of_the_unseen_tests():
         ({"sede": 1}, "recipe: unknown field 'sede'; known are name, seed, "),
         ({"optimiser": {"warm": 1}}, "optimiser: unknown field 'warm'; known are betas, "),
         ({"seed": "soon"}, "seed: Input should be a valid integer"),
+        ({"seed": 10**30}, "seed: "),
+        ({"data": [{"path": "shapes", "batch": 10**12}]}, "data.0.batch: "),
+        ({"data": [{"path": "shapes", "batch": 8, "resolution": 10**9}]}, "data.0.resolution: "),
         ({"data": []}, "data: "),
         ({"stages": []}, "stages: "),
         ({"name": "a/b"}, "name: "),
@@ -88,6 +91,8 @@ def test_a_wrong_field_is_named(make_fields, tmp_path, change, sentence):
     [
         ({"learning_rate": -1}, "stages.0.learning_rate: Input should be greater than 0"),
         ({"learning_rate": float("inf")}, "stages.0.learning_rate: Input should be a finite number"),
+        ({"learning_rate": 1e300}, "stages.0.learning_rate: Input should be less than or equal to 1000000"),
+        ({"batches": [10**20]}, "stages.0.batches.0: "),
         ({"full": {"teacher_classes": 1}}, "stage 'full' distils a teacher, but the recipe names none"),
         ({"full": {"cosine": 1}}, "stage 'full' aligns to the stage before it, but is the first"),
         ({"full": {}}, "stage 'full' has an encoder without a loss"),

@@ -251,6 +251,13 @@ def test_what_is_said_and_measured_of_the_result_may_be_corrected_on_the_way(int
     assert record["metrics"]["validation"]
 
 
+def test_a_note_that_is_no_valid_text_is_kept(data, make_recipe, tmp_path):
+    recipe = make_recipe(notes=["\ud800"])
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path, progress=interrupt_at("full", 3))
+    assert train(recipe, out=tmp_path).record["notes"] == ["\ud800"]
+
+
 def test_a_state_that_cannot_be_read_is_not_called_damaged(interrupted, make_recipe, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
