@@ -137,7 +137,7 @@ class Stage(_Strict):
 
     name: str
     steps: PositiveInt
-    learning_rate: float = Field(gt=0, le=1e6)
+    learning_rate: float = Field(gt=0, le=1e30)
     full: Losses = Losses()
     submodels: Losses | None = None
     private: int | None = Field(default=None, ge=1, le=2**10)  # rank of what S, M and L own, trained with the rest
