@@ -91,7 +91,7 @@ def test_a_wrong_field_is_named(make_fields, tmp_path, change, sentence):
     [
         ({"learning_rate": -1}, "stages.0.learning_rate: Input should be greater than 0"),
         ({"learning_rate": float("inf")}, "stages.0.learning_rate: Input should be a finite number"),
-        ({"learning_rate": 1e300}, "stages.0.learning_rate: Input should be less than or equal to 1e+30"),
+        ({"learning_rate": 1e300}, "stages.0.learning_rate: Input should be less than or equal to"),
         ({"batches": [10**20]}, "stages.0.batches.0: "),
         ({"full": {"teacher_classes": 1}}, "stage 'full' distils a teacher, but the recipe names none"),
         ({"full": {"cosine": 1}}, "stage 'full' aligns to the stage before it, but is the first"),
