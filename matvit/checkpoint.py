@@ -297,9 +297,8 @@ def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantizati
         tensors = quantization.dequantize(stored) if int8 else quantization.only_float32(stored)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:  # another writer's dtypes and shapes
         raise _damaged(path, f"not a readable file of {config.weights.storage} safetensors ({error})") from error
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise _damaged(path, f"tensor '{name}' has NaN or infinite values")
+    if (name := _not_finite(tensors)) is not None:
+        raise _damaged(path, f"tensor '{name}' has NaN or infinite values")
     return tensors
 
 
@@ -429,14 +428,18 @@ def _is_checkpoint(folder: Path) -> bool:
     return isinstance(raw, dict) and {"format_version", "space_id"} <= raw.keys()
 
 
+def _not_finite(tensors: dict[str, quantization.FloatArray]) -> str | None:
+    """The name of the first tensor that has NaN or infinite values."""
+    return next((name for name, tensor in tensors.items() if not np.isfinite(tensor).all()), None)
+
+
 def _refuse_non_finite(tensors: dict[str, quantization.FloatArray]) -> None:
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise CheckpointError(
-                what="has NaN or infinite values",
-                where=f"tensor '{name}'",
-                fix="save an encoder whose training converged",
-            )
+    if (name := _not_finite(tensors)) is not None:
+        raise CheckpointError(
+            what="has NaN or infinite values",
+            where=f"tensor '{name}'",
+            fix="save an encoder whose training converged",
+        )
 
 
 def _json(value: object) -> bytes:

@@ -54,8 +54,8 @@ def write_together(files: Mapping[Path, bytes]) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         raise
-    for folder in {path.parent for path in files}:
-        with _naming(next(path for path in files if path.parent == folder)):
+    for folder, path in {path.parent: path for path in files}.items():
+        with _naming(path):
             sync_folder(folder)
 
 
