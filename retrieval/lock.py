@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from matvit.locking import HELD, lock
 from retrieval.errors import IndexLockedError, IngestError
 from retrieval.files import check_kind, writing
 from retrieval.manifest import LOCK
-
-_HELD = {errno.EWOULDBLOCK, errno.EACCES}  # how the two systems say that another has the lock
 
 
 @contextmanager
@@ -28,9 +25,9 @@ def writer_lock(folder: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            _lock(descriptor)
+            lock(descriptor)
         except OSError as error:
-            if error.errno not in _HELD:
+            if error.errno not in HELD:
                 raise IngestError(
                     what=f"the index cannot be locked for writing ({error.strerror})",
                     where=str(folder),
@@ -60,18 +57,3 @@ def _is_still(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int) -> None:
-        os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the process id, which others must be able to read
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -42,8 +42,8 @@ from matvit.training.stages import (
     make_optimiser,
     wants,
 )
-from matvit.training.start import start_encoder
-from matvit.training.state import LOG, STATE, Run, restore, save, tidy, writing
+from matvit.training.start import start_encoder, start_hashes
+from matvit.training.state import LOG, STATE, Run, only_run, restore, save, tidy, writing
 from matvit.training.throughput import Throughput
 
 _SAVE_SECONDS = 60.0  # how much work a kill may cost
@@ -78,32 +78,34 @@ def train(
     if recipe.validation is not None:
         check_validation(recipe.validation)
     refuse_to_replace(out / "encoder")  # now, not hours later
-    if fabric.is_global_zero:
-        tidy(out, resume=resume)
-    fabric.barrier()
-    run = _prepare(recipe, fabric, labelled, out, progress)
-    optimiser_state = restore(run)
     with ExitStack() as opened:
+        if fabric.is_global_zero:
+            opened.enter_context(only_run(out))
+            tidy(out, resume=resume)
+        fabric.barrier()
+        run = _prepare(recipe, fabric, labelled, out, progress)
+        optimiser_state = restore(run)
         if tensorboard and fabric.is_global_zero:
             run.board = opened.enter_context(closing(Board(out / "tensorboard", step=run.steps_done)))
         while run.stage < len(recipe.stages):
             _run_stage(run, recipe.stages[run.stage], optimiser_state)
             optimiser_state = None
-    if not fabric.is_global_zero:
-        raise SystemExit(0)
-    return finish(
-        run.model,
-        recipe,
-        run.labelled,
-        skipped=run.skipped,
-        folder=out / "encoder",
-        seconds=run.seconds,
-        progress=progress,
-    )
+        if not fabric.is_global_zero:
+            raise SystemExit(0)
+        return finish(
+            run.model,
+            recipe,
+            run.labelled,
+            skipped=run.skipped,
+            folder=out / "encoder",
+            seconds=run.seconds,
+            progress=progress,
+        )
 
 
 def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> Run:
     model = start_encoder(recipe).to(fabric.device)
+    start = start_hashes(recipe, model)
     check_specs(model, recipe)
     if recipe.compile and fabric.device.type == "cuda":
         # Dynamic: one graph serves all widths and resolutions of slices. What submodels own comes as tensors of
@@ -133,6 +135,7 @@ def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages],
         skipped=[bad for _, _, bad in decoded],
         folder=out,
         progress=progress,
+        start=start,
         mean=mean,
         std=std,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from matvit.errors import BackboneError, RecipeError
 from matvit.model import AxesConfig, MatViT
+from matvit.regular import check_regular
 from matvit.training.recipe import EncoderRecipe, Recipe, TeacherRecipe
 
 
@@ -42,6 +44,22 @@ def _plain_encoder(start: EncoderRecipe) -> MatViT:
         if start.weights is None or error.where != str(start.weights):
             raise
         raise _unfit(error.what, start.weights) from error
+
+
+def start_hashes(recipe: Recipe, model: MatViT) -> list[str | None]:
+    """The sha256 of all weights that the recipe names, for `model` as it was read: a file may be replaced later."""
+    hashes = [model.weights_sha256]
+    for path in (recipe.encoder.weights, None if recipe.teacher is None else recipe.teacher.weights):
+        if path is None:
+            hashes.append(None)
+            continue
+        try:
+            check_regular(path)
+            with path.open("rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise _unfit(f"cannot be read: {error.strerror}", path) from error
+    return hashes
 
 
 def open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor
 from matvit.datasets import LabelledImages
 from matvit.durable import TEMPORARY, write_atomic
 from matvit.errors import RecipeError
+from matvit.locking import HELD, lock
 from matvit.model import AxesConfig, MatViT
 from matvit.private import PrivateConfig
 from matvit.progress import Progress
@@ -29,7 +31,7 @@ from matvit.training.data import Skipped
 from matvit.training.heads import Heads
 from matvit.training.recipe import Recipe, Stage
 
-STATE, LOG = "state.pt", "log.jsonl"
+STATE, LOG, LOCK = "state.pt", "log.jsonl", "lock"
 _SAID = {"validation", "license", "credits", "notes"}  # of a recipe: no weight depends on these
 
 
@@ -46,6 +48,7 @@ class Run:
     skipped: list[list[Skipped]]
     folder: Path
     progress: Progress
+    start: list[str | None]  # see `start_hashes`
     mean: Tensor  # (3, 1, 1) on the device, as `std`
     std: Tensor
     anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
@@ -72,12 +75,36 @@ def follow(model: MatViT, stage: Stage) -> ModelEmaV3:
     return ModelEmaV3(model, decay=stage.ema, use_warmup=True)
 
 
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Make the run's folder, and keep other processes from training in it. Raises RecipeError where one does."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            lock(descriptor)
+        except OSError as error:  # some network disks have no locks
+            if error.errno in HELD:
+                holder = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
+                raise RecipeError(
+                    what=f"process {holder} is training in this folder",
+                    where=str(out),
+                    fix="wait until it is done, stop it, or choose another --out",
+                ) from error
+        # The file stays when the lock goes: removing it would let two processes lock two files of one name.
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def tidy(out: Path, *, resume: bool) -> None:
-    """Make the run's folder, and remove what a killed run left half written; without `resume`, its state and log, too.
+    """Remove what a killed run left half written; without `resume`, its state and log, too.
 
     An encoder stays until the new one takes its place.
     """
-    out.mkdir(parents=True, exist_ok=True)
     for name in (STATE, LOG):
         for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
             left.unlink()
@@ -89,6 +116,7 @@ def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
     """Keep the run, atomically. `optimiser` None: between stages."""
     state = {
         "recipe": json.dumps(run.recipe.model_dump(mode="json")),
+        "start": run.start,
         "data": [images.sha256 for images in run.labelled],
         "stage": run.stage,
         "step": run.step,
@@ -138,9 +166,8 @@ def restore(run: Run) -> dict[str, Any] | None:
     try:
         _check_sums(path)
         state = torch.load(path, map_location=run.fabric.device, weights_only=True)
-        same_recipe = _same_weights(Recipe.model_validate(json.loads(state["recipe"])), run.recipe)
-        same_data = state["data"] == [images.sha256 for images in run.labelled]
-        optimiser_state = _take(run, state) if same_recipe and same_data else None
+        other = _other(run, state)
+        optimiser_state = None if other else _take(run, state)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except OSError as error:
@@ -148,9 +175,9 @@ def restore(run: Run) -> dict[str, Any] | None:
         raise RecipeError(what=what, where=str(path), fix="mend that, or start again with --fresh") from error
     except Exception as error:  # torch raises many kinds for a damaged file
         raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
-    if not (same_recipe and same_data):
+    if other:
         raise RecipeError(
-            what="belongs to other pictures" if same_recipe else "belongs to another recipe",
+            what=f"belongs to {other}",
             where=str(path),
             fix="choose another --out, or start again with --fresh",
         )
@@ -158,6 +185,17 @@ def restore(run: Run) -> dict[str, Any] | None:
     if run.fabric.is_global_zero:
         _forget_later_rows(run)
     return optimiser_state
+
+
+def _other(run: Run, state: dict[str, Any]) -> str | None:
+    """What the state was made from that `run` does not go on from."""
+    if not _same_weights(Recipe.model_validate(json.loads(state["recipe"])), run.recipe):
+        return "another recipe"
+    if state["data"] != [images.sha256 for images in run.labelled]:
+        return "other pictures"
+    if state.get("start", run.start) != run.start:  # states of older programs do not tell
+        return "other start weights or another teacher at the same place"
+    return None
 
 
 def _same_weights(one: Recipe, other: Recipe) -> bool:

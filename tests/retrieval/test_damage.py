@@ -472,7 +472,7 @@ def test_a_lock_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeyp
     def remove_then_lock(descriptor):
         (tmp_path / "writer.lock").unlink()
 
-    monkeypatch.setattr(retrieval.lock, "_lock", remove_then_lock)
+    monkeypatch.setattr(retrieval.lock, "lock", remove_then_lock)
     with pytest.raises(IndexLockedError, match="has just removed"), writer_lock(tmp_path):
         pass
 
@@ -482,7 +482,7 @@ def test_a_file_system_without_locks_is_told_as_such(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     (tmp_path / "writer.lock").write_text(f"{os.getpid()}\n")
-    monkeypatch.setattr(retrieval.lock, "_lock", refuse)
+    monkeypatch.setattr(retrieval.lock, "lock", refuse)
     with (
         pytest.raises(IngestError, match=r"cannot be locked for writing \(No locks available\)"),
         writer_lock(tmp_path),

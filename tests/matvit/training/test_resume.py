@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_save_before(data, make_recip
     refused = pytest.raises(RecipeError, match=r"state\.pt: cannot be written \(File too large\); mend that")
     with small_disk(monkeypatch), refused:
         train(make_recipe(), out=tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.jsonl", "state.pt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "log.jsonl", "state.pt"]
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
 
 
@@ -185,7 +185,7 @@ def test_what_a_kill_during_a_save_left_is_removed(data, make_recipe, tmp_path):
     folder.mkdir()
     (folder / ".tmp-1-state.pt").write_bytes(b"half")
     train(make_recipe(), out=folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["encoder", "log.jsonl", "state.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["encoder", "lock", "log.jsonl", "state.pt"]
 
 
 def test_a_fresh_run_forgets_the_unfinished_one(data, make_recipe, tmp_path):
@@ -274,6 +274,17 @@ def test_a_device_without_memory_for_the_state_is_not_damage(interrupted, make_r
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         train(make_recipe(), out=interrupted)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(interrupted, make_recipe):
+    before = (interrupted / "state.pt").read_bytes()
+    with (
+        state.only_run(interrupted),
+        pytest.raises(RecipeError, match=rf"process {os.getpid()} is training in this folder; wait"),
+    ):
+        train(make_recipe(), out=interrupted, resume=False)
+    assert (interrupted / "state.pt").read_bytes() == before
+    train(make_recipe(), out=interrupted)
 
 
 def test_a_state_of_other_pictures_is_refused(interrupted, make_recipe, data):

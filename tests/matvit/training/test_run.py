@@ -71,6 +71,21 @@ def test_a_resumed_later_stage_sees_the_teachers_crops_of_the_first(data, make_r
     assert train(recipe, out=tmp_path / "parts").space_id == whole
 
 
+def test_a_run_whose_teacher_was_replaced_meanwhile_is_not_continued(data, make_recipe, teacher, tmp_path):
+    recipe = make_recipe(teacher=teacher, stages=label_free())
+
+    def stop_in_second(event):
+        if event.stage == "train nested":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(recipe, out=tmp_path / "run", progress=stop_in_second)
+    other = timm.create_model("test_resnet", num_classes=7).state_dict()
+    save_file(other, tmp_path / "teacher.safetensors")
+    with pytest.raises(RecipeError, match="belongs to other start weights or another teacher at the same place"):
+        train(recipe, out=tmp_path / "run")
+
+
 def test_what_is_aligned_to_is_the_encoder_before_it_was_first_nested(data, make_recipe, monkeypatch, tmp_path):
     stages = make_recipe().model_dump(mode="json")["stages"]
     stages.append(stages[1] | {"name": "longer"})
