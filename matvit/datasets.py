@@ -380,6 +380,9 @@ def _schema_names(table: Any) -> list[str]:
 def _names_of(labels: Sequence[int | str], class_names: Sequence[str], file: Path) -> list[str]:
     if not class_names:
         return [str(label) for label in labels]
+    if len(set(class_names)) < len(class_names):
+        twice = next(name for name in class_names if class_names.count(name) > 1)
+        raise _error(file, f"two of its classes have the name '{twice}'", "give each a name of its own")
     unnamed = [label for label in labels if not (isinstance(label, int) and 0 <= label < len(class_names))]
     if unnamed:  # Hugging Face writes -1 for "unlabelled"
         what = f"{len(unnamed)} rows have a label, such as {unnamed[0]}, outside the {len(class_names)} named classes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -269,9 +270,20 @@ def _parsed(text: bytes, *, where: str) -> object:
         import yaml
     except ModuleNotFoundError as error:
         raise MissingExtraError.for_extra("train", purpose="matvit train") from error
+
+    class Loader(yaml.SafeLoader):
+        """YAML itself forbids a key twice in one mapping; PyYAML takes the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+            for key, count in keys.most_common(1):
+                if count > 1:
+                    raise yaml.constructor.ConstructorError(problem=f"'{key}' is given twice")
+            return super().construct_mapping(node, deep=deep)
+
     try:
-        return yaml.safe_load(text.decode("utf-8"))
+        return yaml.load(text.decode("utf-8"), Loader)  # noqa: S506  # a safe one
     # What PyYAML raises for numbers and dates that are none, and for depths that are too much.
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         problem = (str(getattr(error, "problem", None) or error) or type(error).__name__).splitlines()[0]
         raise RecipeError(what=f"not YAML ({problem})", where=where, fix="correct the file") from error

@@ -290,6 +290,12 @@ def test_labels_outside_the_named_classes_are_refused(tmp_path: Path, label: int
         read_dataset(path)
 
 
+def test_two_classes_of_one_name_are_not_taken_for_one(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [0, 1], names=["fox", "fox"])
+    with pytest.raises(DatasetError, match="two of its classes have the name 'fox'; give each a name of its own"):
+        read_dataset(path)
+
+
 def test_without_pyarrow_parquet_names_the_extra_and_trees_still_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

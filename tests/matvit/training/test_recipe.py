@@ -107,6 +107,13 @@ def test_a_wrong_stage_is_named(make_fields, tmp_path, change, sentence):
     refused_field(tmp_path, fields, sentence)
 
 
+def test_a_key_that_is_given_twice_is_refused(make_fields, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(make_fields()) + "seed: 9\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: not YAML \('seed' is given twice\); correct the file"):
+        load_recipe(path)
+
+
 def test_mixup_with_a_teacher_is_refused(make_fields, tmp_path):
     fields = make_fields(teacher={"timm_model": "test_resnet", "image_size": 32, "mean": [0] * 3, "std": [1] * 3})
     fields["stages"][0] |= {"full": {"teacher_features": 1}, "augmentation": {"mixup_alpha": 0.2}}
@@ -123,7 +130,7 @@ def refused_field(folder, fields, sentence):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", b"", b"just words", b"- 1"])
+@pytest.mark.parametrize("content", [b"a: [1", b"!!map [1]", b"\xff\xfe\x00", b"", b"just words", b"- 1"])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
