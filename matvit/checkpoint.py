@@ -64,7 +64,7 @@ _PRIVATE = "private."  # begins the names of the tensors that submodels own
 class PreprocessingConfig(BaseModel):
     """JSON form of `Preprocessing`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]

@@ -30,7 +30,7 @@ Size = Annotated[int, Field(ge=1, le=2**16)]  # a config from elsewhere cannot a
 class ViTConfig(BaseModel):
     """Everything needed to build the timm module that holds the full encoder's weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     family: Literal["vit", "eva"] = "vit"  # timm's VisionTransformer, or its Eva with rotary positions (DINOv3)
     image_size: Size  # pixels, a multiple of patch_size

@@ -316,6 +316,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed mean": (_config("preprocessing", "mean", value=[0.1, 0.2, 0.3]), "space_id"),
     "NaN mean": (_config("preprocessing", "mean", value=[float("nan")] * 3), "preprocessing.mean"),
     "zero std": (_config("preprocessing", "std", value=[0, 1, 1]), "preprocessing.std"),
+    "infinite std": (_config("preprocessing", "std", value=[1, 1, float("inf")]), "preprocessing.std"),
+    "infinite epsilon": (_config("encoder", "norm_eps", value=float("inf")), "encoder.norm_eps"),
     "another space": (_config("space_id", value="0" * 64), "space_id"),
     "keep order of another model": (_config("axes", "keep_order", value=[0, 7]), "keep_order"),
     "Pareto table of another shape": (_write("pareto.json", '{"S": 1}'), "pareto.json"),
