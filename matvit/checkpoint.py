@@ -19,7 +19,7 @@ import shutil
 import uuid
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -84,13 +84,17 @@ class WeightsConfig(BaseModel):
     storage: Storage
 
 
+_Name = Annotated[str, Field(max_length=200, pattern=r"^\P{Cc}*$")]  # it is shown: no control characters
+_NAME: TypeAdapter[str] = TypeAdapter(_Name)
+
+
 class CheckpointConfig(BaseModel):
     """config.json, field by field: see docs/formats/checkpoint.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1, 2]
-    name: str
+    name: _Name
     encoder: backbone.ViTConfig
     axes: AxesConfig
     private: PrivateConfig | None = None  # with version 2 alone
@@ -303,6 +307,14 @@ def read_tensors(folder: Path, config: CheckpointConfig) -> dict[str, quantizati
 
 
 def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
+    try:
+        _NAME.validate_python(model.name)
+    except ValidationError as error:
+        raise CheckpointError(
+            what="is not a text of at most 200 characters without control characters",
+            where="the encoder's name",
+            fix="give it another name",
+        ) from error
     named = model.vit.state_dict()
     if model.private is not None:
         named |= model.private.state_dict(prefix=_PRIVATE)
@@ -392,7 +404,10 @@ def _refuse_half_swapped(target: Path) -> None:
 
 
 def refuse_to_replace(folder: str | Path) -> Path:
-    """The resolved folder, free or a checkpoint's: replacing one deletes its folder. CheckpointError for any other."""
+    """The resolved folder, a checkpoint's or one that can be made. CheckpointError for any other.
+
+    Replacing a checkpoint deletes its folder.
+    """
     try:
         target = Path(_text(folder)).resolve()
         _refuse_foreign(target)
@@ -405,6 +420,13 @@ def refuse_to_replace(folder: str | Path) -> Path:
 
 def _refuse_foreign(target: Path) -> None:
     if not target.exists():
+        above = next(folder for folder in target.parents if folder.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            raise CheckpointError(
+                what=f"cannot be made: '{above}' is no folder that may be written",
+                where=str(target),
+                fix="choose a new folder for the checkpoint",
+            )
         return
     if target.is_dir():
         found = {entry.name for entry in target.iterdir()}

@@ -6,6 +6,7 @@ Every OSError that is raised here names the file that the caller asked for.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -57,6 +58,13 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     for folder, path in {path.parent: path for path in files}.items():
         with _naming(path):
             sync_folder(folder)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed writers of `path` left half written beside it."""
+    name = re.compile(rf"{re.escape(TEMPORARY)}\d+-{re.escape(path.name)}")
+    for left in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]:
+        left.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:

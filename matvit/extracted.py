@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from matvit import backbone
-from matvit.durable import write_together
+from matvit.durable import remove_unfinished, write_together
 from matvit.errors import CheckpointError
 from matvit.model import MatViT
 
@@ -70,6 +70,8 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
         timm_arguments=_timm_arguments(architecture),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
+    for path in (sidecar, out):
+        remove_unfinished(path)
     # The JSON file first: it says that both are ours, should the other never be renamed.
     write_together({sidecar: (config.model_dump_json(indent=2) + "\n").encode(), out: weights})
     return sidecar, config

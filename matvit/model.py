@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import LocalEntryNotFoundError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from matvit import backbone, cost, identity, positions
@@ -35,7 +35,7 @@ class AxesConfig(BaseModel):
 
     heads: bool = False
     keep_order: tuple[int, ...] = ()
-    image_size_step: int = 0  # pixels
+    image_size_step: Annotated[int, Field(ge=0, le=2**16)] = 0  # pixels
 
 
 class MatViT(nn.Module):

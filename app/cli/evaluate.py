@@ -123,6 +123,8 @@ def _device(name: str | None) -> Any:
     import torch
 
     try:
+        if name and name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError  # others hold no values, or want another program
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).tolist()  # "meta" computes nothing
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA

@@ -174,7 +174,7 @@ class OptimiserRecipe(_Strict):
 class Recipe(_Strict):
     """A training run, from start weights to a saved checkpoint."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w.-]+$", max_length=200)
     seed: int = Field(default=0, ge=-(2**62), lt=2**62)  # stages add their number
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     devices: PositiveInt = 1  # GPUs, or processes on a CPU; each takes its share of every batch

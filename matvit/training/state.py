@@ -19,12 +19,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from matvit.datasets import LabelledImages
-from matvit.durable import TEMPORARY, write_atomic
+from matvit.durable import remove_unfinished, write_atomic
 from matvit.errors import RecipeError
 from matvit.locking import HELD, lock
 from matvit.model import AxesConfig, MatViT
 from matvit.private import PrivateConfig
 from matvit.progress import Progress
+from matvit.regular import check_regular
 from matvit.training.batches import TrainingSet
 from matvit.training.board import Board
 from matvit.training.data import Skipped
@@ -106,10 +107,12 @@ def tidy(out: Path, *, resume: bool) -> None:
     An encoder stays until the new one takes its place.
     """
     for name in (STATE, LOG):
-        for left in out.glob(f"{TEMPORARY}*-{name}"):  # by a run that was killed while it saved
-            left.unlink()
+        remove_unfinished(out / name)
         if not resume or not (out / STATE).exists():  # the log of a run that was killed before its first save
             (out / name).unlink(missing_ok=True)
+        if (out / name).exists():
+            with writing(out / name):
+                check_regular(out / name)  # a pipe would be waited for
 
 
 def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:

@@ -197,6 +197,14 @@ def test_extract_beside_a_json_file_of_the_users(run, checkpoint, tmp_path, cont
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes.json", content)]
 
 
+def test_what_a_killed_extract_left_goes_with_the_next(run, checkpoint, tmp_path):
+    for name in (".tmp-12-s.json", ".tmp-12-s.safetensors", ".tmp-12-other-s.json", ".tmp-s.json"):
+        (tmp_path / name).write_text("half")
+    assert run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "s.safetensors").code == 0
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".tmp-12-other-s.json", ".tmp-s.json", "s.json", "s.safetensors"}
+
+
 def test_extract_with_a_wrong_spec(run, checkpoint, tmp_path):
     refused(run("extract", checkpoint, "--spec", "Q", "--out", tmp_path / "q.safetensors"), "'Q'")
     assert list(tmp_path.iterdir()) == []

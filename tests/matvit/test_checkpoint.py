@@ -310,6 +310,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "float32 weights called int8": (_config("weights", "storage", value="int8"), "is not int8 with a scale"),
     "half precision": (_half_precision, r"tensor 'norm\.weight' is float16"),
     "unknown weight file": (_config("weights", "file", value="../../etc/passwd"), "weights.file"),
+    "control characters in the name": (
+        lambda folder: _edit_config(folder, lambda raw: raw.update(name="a\x1b[2J")),
+        "field 'name'",
+    ),
+    "long name": (lambda folder: _edit_config(folder, lambda raw: raw.update(name="a" * 201)), "field 'name'"),
+    "negative step": (
+        lambda folder: _edit_config(folder, lambda raw: raw["axes"].update(image_size_step=-8)),
+        r"field 'axes\.image_size_step'",
+    ),
     "missing field": (lambda folder: _edit_config(folder, lambda raw: raw.pop("axes")), "axes"),
     "heads that do not divide": (_config("encoder", "num_heads", value=3), "multiple"),
     "heads of another model": (_config("encoder", "num_heads", value=4), "space_id"),
@@ -456,6 +465,19 @@ def test_links_in_a_loop_are_no_folder_to_save_in(tiny: MatViT, tmp_path: Path) 
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(CheckpointError, match="cannot be looked up"):
         tiny.save_pretrained(tmp_path / "loop")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a" * 201])
+def test_a_name_that_cannot_be_loaded_is_not_saved(tiny: MatViT, tmp_path: Path, name: str) -> None:
+    tiny.name = name
+    with pytest.raises(CheckpointError, match="the encoder's name"):
+        tiny.save_pretrained(tmp_path / "tiny")
+
+
+def test_a_folder_below_a_file_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"cannot be made: '.*notes\.txt' is no folder"):
+        checkpoint.refuse_to_replace(tmp_path / "notes.txt" / "a" / "b")
 
 
 def test_a_file_is_not_replaced(tiny: MatViT, tmp_path: Path) -> None:

@@ -188,6 +188,15 @@ def test_what_a_kill_during_a_save_left_is_removed(data, make_recipe, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["encoder", "lock", "log.jsonl", "state.pt"]
 
 
+@pytest.mark.parametrize("name", ["state.pt", "log.jsonl"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(data, make_recipe, tmp_path, name):
+    (tmp_path / "state.pt").touch()
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RecipeError, match="not a regular file"):
+        train(make_recipe(), out=tmp_path)
+
+
 def test_a_fresh_run_forgets_the_unfinished_one(data, make_recipe, tmp_path):
     recipe = make_recipe(stages=AUGMENTED_TWICE)
     with pytest.raises(Interrupted):
