@@ -236,7 +236,7 @@ def test_a_log_line_that_is_no_row_is_dropped(data, make_recipe, tmp_path, line)
 def test_a_folder_in_the_logs_place_is_not_blamed_on_the_state(interrupted, make_recipe):
     (interrupted / "log.jsonl").unlink()
     (interrupted / "log.jsonl").mkdir()
-    with pytest.raises(RecipeError, match=r"log\.jsonl: cannot be written \(Is a directory\); mend that"):
+    with pytest.raises(RecipeError, match=r"log\.jsonl: cannot be written \(not a regular file\); mend that"):
         train(make_recipe(), out=interrupted)
 
 
