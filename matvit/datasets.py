@@ -102,6 +102,20 @@ def data_folder() -> Path:
     return folder
 
 
+def find_dataset(location: str) -> str:
+    """`location` as given, or below the data folder where only that is there."""
+    try:
+        below = str(data_folder() / location)
+        return below if _is_there(below) and not _is_there(location) else location
+    except (DatasetError, OSError):  # no data folder; of what may not be looked at, `read_dataset` tells
+        return location
+
+
+def _is_there(location: str) -> bool:
+    path = Path(location)
+    return path.exists() or layouts.is_split(path) or bool(_matching(location))
+
+
 def read_dataset(location: str | Path, *, classes: str | None = None, exclude: Sequence[str] = ()) -> LabelledImages:
     """The labelled pictures at `location` (see the module's text); parquet bytes stay in memory, encoded.
 
@@ -247,16 +261,20 @@ def _shards(location: str) -> list[Path] | None:
         if any(entry.is_dir() for entry in inside):  # then a tar is an archive that was unpacked here
             shards = [shard for shard in shards if shard.suffix != ".tar"]
         return _one_complete_split(shards, location) if shards else None
-    if path.parent.is_dir():
-        shards = [shard for shard in _those_of(path.parent.glob("[!.]*")) if _split_of(shard) == path.name]
-        if shards:
-            return _one_complete_split(shards, location)
-    matches = _those_of(map(Path, glob.glob(location)))  # noqa: PTH207
+    matches = _matching(location)
     if not matches:
         raise _error(
             location, "no such data set", "give one that is there, or set MATVIT_DATA to the folder that it lies below"
         )
     return _one_complete_split(matches, location)
+
+
+def _matching(location: str) -> list[Path]:
+    """The shards of the split that `location` names, or of the pattern."""
+    path = Path(location)
+    beside = _those_of(path.parent.glob("[!.]*")) if path.parent.is_dir() else []
+    split = [shard for shard in beside if _split_of(shard) == path.name]
+    return split or _those_of(map(Path, glob.glob(location)))  # noqa: PTH207
 
 
 def _those_of(files: Iterable[Path]) -> list[Path]:

@@ -34,6 +34,11 @@ def find(location: Path) -> Listed | None:
     return None
 
 
+def is_split(location: Path) -> bool:
+    """Whether `location`, where nothing is, may name a split of the benchmark in the folder above."""
+    return any(detect(location.parent) for detect in _LAYOUTS)
+
+
 def is_in_shop(folder: Path) -> bool:
     """Whether `folder` holds the In-shop benchmark, which says itself what is query and what is gallery."""
     return _in_shop_list(folder) is not None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from matvit import layouts
-from matvit.datasets import GroundTruth, Pictures, data_folder, read_dataset
+from matvit.datasets import GroundTruth, Pictures, find_dataset, read_dataset
 from matvit.errors import DatasetError
 from matvit.revisited import EvaluationProtocol, find_truth, read_revisited
 
@@ -31,7 +29,7 @@ def read_task(
     for the latter two. What is not there is looked up below the data folder, as in a recipe.
     Raises DatasetError for data that are not there, and for options that do not fit them.
     """
-    location = _place(location)
+    location = find_dataset(location)
     folder = Path(location)
     path = find_truth(folder) if folder.is_dir() else None
     if path is not None:
@@ -45,22 +43,8 @@ def read_task(
         location, gallery = str(folder / "query"), str(folder / "gallery")
     return RetrievalTask(
         queries=read_dataset(location, classes=classes),
-        gallery=None if gallery is None else read_dataset(_place(gallery), classes=classes),
+        gallery=None if gallery is None else read_dataset(find_dataset(gallery), classes=classes),
     )
-
-
-def _place(location: str) -> str:
-    """`location` as given, or below the data folder where only that is there."""
-    try:
-        below = str(data_folder() / location)
-    except DatasetError:
-        return location
-    return below if _is_there(below) and not _is_there(location) else location
-
-
-def _is_there(location: str) -> bool:
-    """Whether a folder, a file, a pattern's shards or a split's are there."""
-    return os.path.exists(location) or any(glob.glob(pattern) for pattern in (location, f"{location}[-_.]*"))  # noqa: PTH110, PTH207
 
 
 def _unfit(where: str, what: str, fix: str) -> DatasetError:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from matvit.block import run_block
 from matvit.checkpoint import refuse_to_replace
-from matvit.datasets import LabelledImages, data_folder, read_dataset
+from matvit.datasets import LabelledImages, find_dataset, read_dataset
 from matvit.errors import RecipeError
 from matvit.model import MatViT
 from matvit.progress import Progress, ProgressEvent, silent
@@ -73,7 +73,7 @@ def train(
     if not fabric.is_global_zero:
         progress = silent
     torch.manual_seed(recipe.seed)  # start values of the heads; every step seeds itself
-    labelled = [read_dataset(data_folder() / one.path, classes=one.classes, exclude=one.exclude) for one in recipe.data]
+    labelled = [read_dataset(find_dataset(one.path), classes=one.classes, exclude=one.exclude) for one in recipe.data]
     check_labels(recipe, labelled)
     if recipe.validation is not None:
         check_validation(recipe.validation)

@@ -67,7 +67,7 @@ class TeacherRecipe(_Strict):
 class DataRecipe(_Strict):
     """One training set; a batch is made of a fixed number of pictures from each."""
 
-    path: str  # as `matvit.datasets.read_dataset` takes it, relative to MATVIT_DATA
+    path: str  # as `matvit.datasets.read_dataset` takes it, or below MATVIT_DATA
     classes: str | None = None  # "0:50": indices of the sorted class names
     exclude: tuple[str, ...] = ()
     resolution: int = Field(default=160, ge=1, le=2**14)  # pixels a side that the pictures are kept at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ import torch
 
 from matvit.block import run_block
 from matvit.checkpoint import Storage, locate, pareto_row, read_config
-from matvit.datasets import LabelledImages, data_folder, read_dataset
+from matvit.datasets import LabelledImages, find_dataset, read_dataset
 from matvit.evaluation import cross_test
 from matvit.model import MatViT
 from matvit.progress import Progress
@@ -67,7 +68,7 @@ def check_validation(recipe: ValidationRecipe) -> None:
     """Raises DatasetError when what a run will be measured on, hours later, is not there."""
     for location in (recipe.queries, recipe.gallery):
         if location is not None:
-            read_dataset(data_folder() / location, classes=recipe.classes)
+            read_dataset(find_dataset(location), classes=recipe.classes)
 
 
 def _names(model: MatViT, recipe: Recipe) -> list[str]:
@@ -83,11 +84,10 @@ def _names(model: MatViT, recipe: Recipe) -> list[str]:
 def _validate(
     model: MatViT, names: Sequence[str], recipe: ValidationRecipe, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    root = data_folder()
     result = cross_test(
         model,
-        read_dataset(root / recipe.queries, classes=recipe.classes),
-        None if recipe.gallery is None else read_dataset(root / recipe.gallery, classes=recipe.classes),
+        read_dataset(find_dataset(recipe.queries), classes=recipe.classes),
+        None if recipe.gallery is None else read_dataset(find_dataset(recipe.gallery), classes=recipe.classes),
         query_specs=names,
         gallery_specs=["XL"],
         progress=progress,
@@ -156,8 +156,10 @@ def _portable(value: Any) -> Any:
 
 
 def _below_data(origin: str, location: str) -> str:
-    """A picture's origin without the folder that its data set was found in."""
-    return origin.removeprefix(str(data_folder() / location)).removeprefix(str(data_folder())).lstrip("/\\")
+    """A picture's origin without the folder that its data set was found in, or that its shards lie in."""
+    place = Path(find_dataset(location))
+    folders = (f"{folder}{os.sep}" for folder in (place, place.parent))
+    return origin.removeprefix(next((folder for folder in folders if origin.startswith(folder)), ""))
 
 
 def _version(distribution: str) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matvit.datasets import LabelledImages, read_dataset
+from matvit.datasets import LabelledImages, find_dataset, read_dataset
 from matvit.errors import DatasetError, ImageError
 from matvit.tasks import read_task
 
@@ -103,6 +103,18 @@ def test_cub_is_read_whole_by_class_and_by_split(cub: Path) -> None:
         "Laysan_Albatross_0001.jpg",
     ]
     assert len(read_dataset(cub / "test")) == 4
+
+
+@pytest.mark.parametrize("location", ["CUB_200_2011", "CUB_200_2011/test", "food/train", "food/train-*.tar", "food"])
+def test_what_is_not_there_as_given_is_found_below_the_data_folder(
+    cub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    write(tmp_path / "food" / "train-00000-of-00001.tar", ["no tar"])
+    monkeypatch.setenv("MATVIT_DATA", str(tmp_path))
+    assert find_dataset(location) == str(tmp_path / location)
+    assert find_dataset(f"{location}/gone") == f"{location}/gone" or location == "CUB_200_2011"  # it tells its splits
+    monkeypatch.chdir(tmp_path)
+    assert find_dataset(location) == location
 
 
 def test_cub_without_its_names_sorts_classes_by_number(cub: Path) -> None:

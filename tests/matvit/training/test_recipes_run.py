@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from matvit.training import stages
@@ -55,3 +58,26 @@ def test_the_smoke_form_of_a_packaged_recipe_gives_an_encoder(data, tmp_path, mo
     assert [row["stage"] for row in rows] == [stage.name for stage in recipe.stages]
     assert {"S", "XL"} <= {row["name"] for row in model.pareto}
     assert model.encoder("S").embed([data / "shapes" / "dark" / "0.png"]).shape == (1, 48)
+
+
+def test_the_guides_recipe_trains_on_class_folders_from_a_saved_timm_checkpoint(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "_FIRST_PICTURES", 6)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MATVIT_DATA")
+    guide = (Path(__file__).parents[3] / "docs/guides/training.md").read_text()
+    [text] = re.findall(r"```yaml\n(name: .*?)```", guide, flags=re.DOTALL)
+    fields = Recipe.model_validate(yaml.safe_load(text)).model_dump(mode="json")
+    sizes = {"embed_dim": 24, "num_heads": 2}
+    fields |= {"precision": "32-true", "encoder": fields["encoder"] | {"model_args": sizes}}
+    fields["data"][0]["batch"] = 4
+    for stage in fields["stages"]:
+        stage["steps"] = 2
+    (data / "shapes").rename("birds")
+    for name in ("dark", "light"):
+        Path("birds-test", name).mkdir(parents=True)
+        Image.effect_noise((40, 40), 60).save(Path("birds-test", name, "1.png"))
+    start = timm.create_model(fields["encoder"]["timm_model"], **sizes)
+    save_file(start.state_dict(), fields["encoder"]["weights"])
+    model = train(Recipe.model_validate(fields), out=Path("runs/birds"))
+    assert model.record["data"][0]["path"] == "birds"
+    assert {"S", "M-d10-r84"} <= model.record["metrics"]["validation"].keys()
