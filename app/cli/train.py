@@ -31,6 +31,8 @@ def train(
     """
     with progress_bar() as progress:
         result = services.train(recipe, out=out, resume=not fresh, tensorboard=tensorboard, progress=progress)
+    if result["already_complete"]:
+        say(f"this run was complete: {out / 'encoder'} is its checkpoint; to train anew, give --fresh or another --out")
     if json:
         write_json(result)
     else:

@@ -163,6 +163,15 @@ def test_the_command_line_says_it_in_one_sentence(data, make_fields, tmp_path, c
     assert "Traceback" not in err
 
 
+def test_a_run_that_was_complete_is_told_with_its_checkpoint(data, make_fields, tmp_path, capsys):
+    path, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(make_fields()))
+    told = f"this run was complete: {out / 'encoder'} is its checkpoint; to train anew, give --fresh or another --out\n"
+    for options, complete in (([], False), ([], True), (["--fresh"], False)):
+        assert main(["train", str(path), "--out", str(out), *options]) == 0
+        assert (told in capsys.readouterr().err) == complete
+
+
 def test_a_wrong_spec_is_told_before_the_first_step(data, make_fields, tmp_path, capsys):
     fields = make_fields()
     fields["stages"][1]["fixed"] = ["Q"]
