@@ -418,15 +418,30 @@ def refuse_to_replace(folder: str | Path) -> Path:
     return target
 
 
-def _refuse_foreign(target: Path) -> None:
-    if not target.exists():
-        above = next(folder for folder in target.parents if folder.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+def refuse_inside(path: Path) -> None:
+    """Raises CheckpointError where `path` lies in a checkpoint's folder, which is replaced only while it is just that.
+
+    Raises OSError where that cannot be looked up.
+    """
+    for folder in path.resolve().parents:
+        if (folder / CONFIG).is_file() and _is_checkpoint(folder):
             raise CheckpointError(
-                what=f"cannot be made: '{above}' is no folder that may be written",
-                where=str(target),
-                fix="choose a new folder for the checkpoint",
+                what=f"lies inside the checkpoint '{folder}', which must hold nothing else",
+                where=str(path),
+                fix="choose a place outside",
             )
+
+
+def _refuse_foreign(target: Path) -> None:
+    refuse_inside(target)
+    above = next(folder for folder in target.parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise CheckpointError(
+            what=f"cannot be written: '{above}' is no folder that may be",
+            where=str(target),
+            fix="choose a new folder for the checkpoint",
+        )
+    if not target.exists():
         return
     if target.is_dir():
         found = {entry.name for entry in target.iterdir()}

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from matvit import backbone
+from matvit.checkpoint import refuse_inside
 from matvit.durable import remove_unfinished, write_together
 from matvit.errors import CheckpointError
 from matvit.model import MatViT
@@ -51,7 +52,7 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
     """Cuts `spec` out of `model` and writes both files, each atomically; gives the JSON file's path and content.
 
     Raises SpecError for an unknown spec, and CheckpointError for an `out` whose name does not end in
-    .safetensors, or where a file stands that an earlier extraction did not write.
+    .safetensors, inside a checkpoint's folder, or where a file stands that an earlier extraction did not write.
     """
     sidecar = out.with_suffix(".json")
     _refuse_to_replace(out, sidecar)
@@ -98,6 +99,7 @@ def _refuse_to_replace(out: Path, sidecar: Path) -> None:
         raise CheckpointError(
             what="is no .safetensors file", where=str(out), fix="give a name that ends in .safetensors"
         )
+    refuse_inside(out)
     present = [path for path in (sidecar, out) if path.exists()]
     if present and not _is_ours(sidecar):
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -82,8 +83,8 @@ def evaluate(
 
     folder = table_folder(encoder) if write_checkpoint_table else None
     asked, indexed = _split(queries, "--queries"), _split(galleries, "--galleries")
-    if plot is not None and not plot.resolve().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder '{plot.parent}'", param_hint="--plot")
+    if plot is not None:
+        _check_plot(plot)
     model = services.load_encoder(encoder).to(_device(device))
     if folder is not None:
         asked += table_specs(model, gallery=indexed[0])
@@ -110,6 +111,16 @@ def evaluate(
         say(f"drawn: {plot}")
     if folder is not None:
         say(f"{folder}: its table has {save_table(model, found, folder=folder)} rows")
+
+
+def _check_plot(plot: Path) -> None:
+    from matvit.checkpoint import refuse_inside
+
+    if not plot.resolve().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder '{plot.parent}'", param_hint="--plot")
+    if plot.is_dir() or not os.access(plot if plot.exists() else plot.resolve().parent, os.W_OK):
+        raise typer.BadParameter(f"'{plot}' is no file that may be written", param_hint="--plot")
+    refuse_inside(plot)
 
 
 def _split(specs: str, option: str) -> list[str]:

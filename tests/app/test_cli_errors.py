@@ -182,11 +182,11 @@ def test_extract_to_a_name_of_another_kind(run, checkpoint, tmp_path):
     refused(run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "s.pt"), ".safetensors")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.safetensors"])
-def test_extract_over_a_checkpoints_files(run, checkpoint, tmp_path, name):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.safetensors", "new/s.safetensors"])
+def test_extract_into_a_checkpoints_folder(run, checkpoint, tmp_path, name):
     shutil.copytree(checkpoint, tmp_path / "copy")
     before = {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
-    refused(run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "copy" / name), "is there already")
+    refused(run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "copy" / name), "inside the checkpoint")
     assert {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == before
 
 
@@ -208,6 +208,15 @@ def test_what_a_killed_extract_left_goes_with_the_next(run, checkpoint, tmp_path
 def test_extract_with_a_wrong_spec(run, checkpoint, tmp_path):
     refused(run("extract", checkpoint, "--spec", "Q", "--out", tmp_path / "q.safetensors"), "'Q'")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_train_into_a_checkpoints_folder(run, checkpoint, photos, tmp_path):
+    recipe = f"{{name: a, encoder: {{checkpoint: {checkpoint}}}, data: [{{path: {photos}, batch: 2}}], stages: [{{"
+    recipe += "name: b, steps: 1, learning_rate: 1, full: {classification: 1}}]}"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    before = sorted(checkpoint.iterdir())
+    refused(run("train", tmp_path / "recipe.yaml", "--out", checkpoint), f"inside the checkpoint '{checkpoint}'")
+    assert sorted(checkpoint.iterdir()) == before
 
 
 def test_eval_of_a_missing_data_set(run, checkpoint, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -69,12 +70,23 @@ def test_a_plot_into_a_missing_folder_is_refused_before_anything_is_computed(run
     assert "there is no folder" in done.err
 
 
-def test_what_cannot_be_written_does_not_take_the_figures_along(run, photos, checkpoint, tmp_path):
+def test_a_plot_that_cannot_be_written_or_would_lie_in_a_checkpoint_is_refused(run, photos, mine, tmp_path):
     (tmp_path / "plane.html").mkdir()
-    done = run("eval", photos, "--encoder", checkpoint, "--plot", tmp_path / "plane.html", "--json")
+    for place, why in (
+        (tmp_path / "plane.html", "no file that may be"),
+        (mine / "plane.html", "inside the checkpoint"),
+    ):
+        done = run("eval", photos, "--encoder", mine, "--plot", place)
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+        assert why in done.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
+def test_what_cannot_be_written_does_not_take_the_figures_along(run, photos, checkpoint):
+    done = run("eval", photos, "--encoder", checkpoint, "--plot", "/dev/full", "--json")
     assert done.code == 2
     assert done.json["matrix"]
-    assert "plane.html: Is a directory" in done.err
+    assert "No space left" in done.err
 
 
 def test_the_front_becomes_the_checkpoints_table(run, photos, mine):

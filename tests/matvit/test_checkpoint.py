@@ -476,8 +476,22 @@ def test_a_name_that_cannot_be_loaded_is_not_saved(tiny: MatViT, tmp_path: Path,
 
 def test_a_folder_below_a_file_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"cannot be made: '.*notes\.txt' is no folder"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: '.*notes\.txt' is no folder"):
         checkpoint.refuse_to_replace(tmp_path / "notes.txt" / "a" / "b")
+
+
+def test_a_checkpoint_in_a_folder_that_may_not_be_written_is_refused_before_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: place != folder.parent)  # modes do not stop root
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoint.refuse_to_replace(folder)
+
+
+def test_nothing_is_saved_inside_a_checkpoint(tiny: MatViT, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="lies inside the checkpoint"):
+        tiny.save_pretrained(folder / "a" / "b")
+    tiny.save_pretrained(folder)
 
 
 def test_a_file_is_not_replaced(tiny: MatViT, tmp_path: Path) -> None:
