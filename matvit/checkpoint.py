@@ -19,7 +19,7 @@ import shutil
 import uuid
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -242,6 +242,10 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
     Raises CheckpointError when `folder` exists and holds anything but a checkpoint, when a weight is
     NaN or infinite, or when the files cannot be written; an earlier checkpoint is then left as it was.
     """
+    if storage not in get_args(Storage):
+        raise CheckpointError(
+            what=f"{storage!r} is unknown", where="storage", fix=f"give {' or '.join(get_args(Storage))}"
+        )
     target = refuse_to_replace(folder)
     files = _files(model, storage)
     unfinished = _beside(target, "new")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from math import comb
 from typing import Any
 
 from matvit.errors import SpecError
@@ -14,6 +15,7 @@ from matvit.spec import EncoderShape, Granularity, SubmodelSpec
 
 _SIZES = tuple(Granularity)
 _MIXED = re.compile(r"mixed(?P<axes>(-[hdr]\d{1,9})*):(?P<count>\d{1,6})", re.IGNORECASE)
+_MOST_ADVISED = 20_000  # specs; encoders of 50 blocks and more have more
 _MISSES = 1000  # draws in a row that give nothing new: small encoders have few
 
 
@@ -55,7 +57,7 @@ def mixed_specs(shape: EncoderShape, text: str, *, seed: int = 0) -> MixedSpecs:
     count, axes = int(match["count"]), match["axes"]
     draw = random.Random(seed)  # noqa: S311  # a seed, not a secret
     uniform = tuple(shape.spec(f"{size}{axes}") for size in _SIZES)
-    advised = dict.fromkeys(_spec(shape, sizes, axes) for sizes in _advised(shape.num_blocks))
+    advised = dict.fromkeys(_spec(shape, sizes, axes) for sizes in _advised(shape.num_blocks, count, draw))
     pool = [spec for spec in advised if spec not in uniform]
     heuristic = tuple(draw.sample(pool, min(len(pool), (count + 1) // 2)))
     others: dict[SubmodelSpec, None] = {}
@@ -73,13 +75,27 @@ def _spec(shape: EncoderShape, sizes: Sequence[Granularity], axes: str) -> Submo
     return shape.spec(".".join(f"1{size}" for size in sizes) + axes)
 
 
-def _advised(blocks: int) -> Iterator[list[Granularity]]:
-    """Never smaller with depth, and each block at most one size above the one before: the least slope."""
-    for steps in range(1, len(_SIZES)):
-        for ends in combinations(range(1, blocks), steps):
-            runs = [end - start for start, end in pairwise((0, *ends, blocks))]
-            for smallest in range(len(_SIZES) - steps):
-                yield [_SIZES[smallest + step] for step, run in enumerate(runs) for _ in range(run)]
+def _advised(blocks: int, count: int, draw: random.Random) -> Iterator[list[Granularity]]:
+    """Never smaller with depth, and each block at most one size above the one before: the least slope.
+
+    All of them, or `count` random ones where an encoder has very many blocks.
+    """
+    kinds = [(steps, smallest) for steps in range(1, len(_SIZES)) for smallest in range(len(_SIZES) - steps)]
+    have = [comb(blocks - 1, steps) for steps, _ in kinds]
+    if sum(have) <= _MOST_ADVISED:
+        for steps in range(1, len(_SIZES)):
+            for ends in combinations(range(1, blocks), steps):
+                for smallest in range(len(_SIZES) - steps):
+                    yield _rising(blocks, ends, smallest)
+        return
+    for steps, smallest in draw.choices(kinds, weights=have, k=count):
+        yield _rising(blocks, sorted(draw.sample(range(1, blocks), steps)), smallest)
+
+
+def _rising(blocks: int, ends: Sequence[int], smallest: int) -> list[Granularity]:
+    """One size up after each of `ends`."""
+    runs = [end - start for start, end in pairwise((0, *ends, blocks))]
+    return [_SIZES[smallest + step] for step, run in enumerate(runs) for _ in range(run)]
 
 
 def _drawn(blocks: int, draw: random.Random) -> list[Granularity]:

@@ -157,20 +157,31 @@ class MatViT(nn.Module):
     def forward(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
         """(B, 3, R, R), normalised as `preprocessing` says -> (B, D) of unit length; R is the spec's resolution.
 
-        Raises SpecError when `spec` names no submodel of this encoder, or the pictures have another size.
+        Raises SpecError when `spec` names no submodel of this encoder, or the pictures have another shape or type.
         """
         return F.normalize(self.features(images, spec), dim=-1)
 
     def features(self, images: Tensor, spec: str | SubmodelSpec | None = None) -> Tensor:
         """The embedding before it is scaled to unit length: (B, 3, R, R) -> (B, D)."""
         spec = self.shape.spec(spec)
-        if images.shape[-2:] != (spec.image_size, spec.image_size):
-            raise SpecError(
-                what=f"spec '{spec}' takes pictures of {spec.image_size} px, not {tuple(images.shape[-2:])}",
-                where="images",
-                fix=f"resize them to {spec.image_size} px, or use `encoder(spec)`, which takes any picture",
-            )
+        self._check(images, spec)
         return self.through(images, {index: spec.widths[index] for index in spec.kept_blocks}, heads=spec.heads)
+
+    def _check(self, images: Tensor, spec: SubmodelSpec) -> None:
+        size, wanted = spec.image_size, next(self.parameters()).dtype
+        if not isinstance(images, Tensor):
+            found = f"a {type(images).__name__}"
+        elif images.dim() != 4 or images.shape[1:] != (3, size, size):
+            found = f"a tensor of shape {tuple(images.shape)}"
+        elif images.dtype != wanted and not (images.is_floating_point() and _casts(images)):
+            found = f"one of {images.dtype}"
+        else:
+            return
+        raise SpecError(
+            what=f"spec '{spec}' takes pictures of {size} px, (B, 3, {size}, {size}) of {wanted}, not {found}",
+            where="images",
+            fix="make it with `preprocessing.batch`, or use `encoder(spec)`, which takes any picture",
+        )
 
     def through(self, images: Tensor, widths: Mapping[int, int], *, heads: int) -> Tensor:
         """`features` of these blocks alone, in this order, each with so many hidden units, and `heads` heads."""
@@ -237,6 +248,11 @@ class MatViT(nn.Module):
         """
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in self.vit.state_dict().items()}
         return identity.space_id(arrays, self.config, self.preprocessing)
+
+
+def _casts(images: Tensor) -> bool:
+    """Whether pictures of another precision are brought to that of the weights: autocast is on."""
+    return torch.is_autocast_enabled(images.device.type)
 
 
 def _create(name: str) -> nn.Module:

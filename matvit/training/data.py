@@ -7,7 +7,9 @@ crops are drawn in the picture's own geometry and nothing at its sides is lost.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,11 +55,8 @@ def to_device(
 
     Raises DatasetError when none can be read.
     """
-    try:
+    with _room_for(images, resolution):
         pixels = np.empty((len(images), 3, resolution, resolution), dtype=np.uint8)  # as on the device: copied once
-    except MemoryError as error:
-        what = f"its {len(images)} pictures of {resolution} pixels a side do not fit into memory"
-        raise DatasetError(what=what, where=images.name, fix="lower its resolution in the recipe") from error
     aspect = np.empty(len(images), dtype=np.float32)
 
     def decode(index: int) -> str | None:
@@ -89,13 +88,29 @@ def to_device(
         pixels, aspect, kept = pixels[: len(readable)], aspect[readable], _only(images, readable)
     else:
         kept = images
+    with _room_for(images, resolution):
+        on_device = torch.from_numpy(pixels).to(device)
     decoded = DeviceImages(
-        pixels=torch.from_numpy(pixels).to(device),
+        pixels=on_device,
         aspect=torch.from_numpy(aspect).to(device),
         labels=torch.from_numpy(kept.labels).to(device),
         num_classes=len(images.class_names),
     )
     return decoded, kept, [Skipped(origin=images.origins[index], reason=why) for index, why in skipped.items()]
+
+
+@contextmanager
+def _room_for(images: LabelledImages, resolution: int) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        what = f"its {len(images)} pictures of {resolution} pixels a side do not fit into memory"
+        raise DatasetError(what=what, where=images.name, fix="lower its resolution in the recipe") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was asked for in vain, on a device or on the host, where torch has no error of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _only(images: LabelledImages, rows: list[int]) -> LabelledImages:

@@ -25,7 +25,7 @@ from matvit.progress import Progress, ProgressEvent, silent
 from matvit.spec import SubmodelSpec
 from matvit.training.batches import Batch, TrainingSet, draw_batch
 from matvit.training.board import Board, summary_writer
-from matvit.training.data import to_device
+from matvit.training.data import is_out_of_memory, to_device
 from matvit.training.heads import Heads
 from matvit.training.objective import objective
 from matvit.training.processes import average_gradients, check_equal, mean_of, start_fabric
@@ -142,10 +142,20 @@ def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages],
 
 
 def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
-    optimiser, schedule = _enter(run, stage)
-    if optimiser_state is not None:
-        optimiser.load_state_dict(optimiser_state)
-    _optimise(run, stage, optimiser, schedule)
+    try:
+        optimiser, schedule = _enter(run, stage)
+        if optimiser_state is not None:
+            optimiser.load_state_dict(optimiser_state)
+        _optimise(run, stage, optimiser, schedule)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        batch = sum(run.recipe.batches_of(stage)) // run.recipe.devices
+        raise RecipeError(
+            what=f"its batch of {batch} pictures does not fit into the memory of {run.fabric.device}",
+            where=f"stage '{stage.name}'",
+            fix="lower its batches, or data's batch, and start again with --fresh",
+        ) from error
     end_stage(run, stage)
     check_equal(run.fabric, run.model)
     run.stage, run.step = run.stage + 1, 0

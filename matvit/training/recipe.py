@@ -251,17 +251,17 @@ def load_recipe(source: str | Path) -> Recipe:
     try:
         text = packaged.read_bytes() if packaged.is_file() else read_small(path, most=_MOST)
         return Recipe.model_validate(_parsed(text, where=str(path)))
-    except OSError as error:
-        raise RecipeError(
-            what=f"cannot be read ({error.strerror})",
-            where=str(path),
-            fix="give a recipe file, or the name of a packaged recipe (matvit-small)",
-        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "recipe"
         raise RecipeError(
             what=f"{field}: {first['msg'].removeprefix('Value error, ')}", where=str(path), fix="correct this field"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: no file's name
+        raise RecipeError(
+            what=f"cannot be read ({getattr(error, 'strerror', None) or error})",
+            where=str(path),
+            fix="give a recipe file, or the name of a packaged recipe (matvit-small)",
         ) from error
 
 

@@ -171,8 +171,9 @@ def restore(run: Run) -> dict[str, Any] | None:
         state = torch.load(path, map_location=run.fabric.device, weights_only=True)
         other = _other(run, state)
         optimiser_state = None if other else _take(run, state)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        what = f"does not fit into the memory of {run.fabric.device}"
+        raise RecipeError(what=what, where=str(path), fix="free some, and the same command goes on") from error
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise RecipeError(what=what, where=str(path), fix="mend that, or start again with --fresh") from error

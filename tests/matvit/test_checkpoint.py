@@ -494,6 +494,12 @@ def test_nothing_is_saved_inside_a_checkpoint(tiny: MatViT, folder: Path) -> Non
     tiny.save_pretrained(folder)
 
 
+def test_an_unknown_storage_is_one_sentence(tiny: MatViT, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^storage: 'int4' is unknown; give float32 or int8$"):
+        tiny.save_pretrained(tmp_path / "tiny", storage="int4")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_is_not_replaced(tiny: MatViT, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="is a file"):

@@ -51,6 +51,14 @@ def test_an_encoder_with_fewer_than_asked_is_not_searched_for_ever() -> None:
     assert len(mixed_specs(shape, "mixed:999999").specs) == 12
 
 
+def test_an_encoder_of_hundreds_of_blocks_is_drawn_from_not_enumerated() -> None:
+    shape = EncoderShape(ffn_widths=(64,) * 300, num_heads=2, image_size=28)
+    mixed = mixed_specs(shape, "mixed:20")
+    assert (len(mixed.heuristic), len(mixed.random)) == (10, 10)
+    for spec in mixed.heuristic:
+        assert set(pairwise(spec.widths)) <= {(8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)}
+
+
 def test_other_axes_are_the_same_for_all() -> None:
     mixed = mixed_specs(SHAPE, "mixed-d10-r84:20")
     assert {(spec.depth, spec.image_size) for spec in (*mixed.specs, *mixed.uniform)} == {(10, 84)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,26 @@ def test_resolutions_that_cut_patches_in_two_are_refused(tiny: MatViT) -> None:
 def test_pictures_of_another_resolution_than_the_specs_are_refused(model: MatViT) -> None:
     with pytest.raises(SpecError, match="takes pictures of 16 px"):
         model(torch.zeros(1, 3, 32, 32), "S-r16")
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.zeros(3, 32, 32), r"a tensor of shape \(3, 32, 32\)"),
+        (torch.zeros(1, 1, 32, 32), r"a tensor of shape \(1, 1, 32, 32\)"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "one of torch.uint8"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "one of torch.float64"),
+        ("cat.jpg", "a str"),
+    ],
+)
+def test_what_is_no_batch_of_pictures_is_one_sentence(model: MatViT, images: Any, found: str) -> None:
+    with pytest.raises(SpecError, match=rf"\(B, 3, 32, 32\) of torch.float32, not {found}; make it with"):
+        model(images)
+
+
+def test_autocast_takes_pictures_of_another_precision(model: MatViT) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)).shape[0] == 1
 
 
 def test_opening_axes_keeps_the_embedding_space(tiny: MatViT, images: Tensor) -> None:

@@ -163,6 +163,11 @@ def test_the_command_line_says_it_in_one_sentence(data, make_fields, tmp_path, c
     assert "Traceback" not in err
 
 
+def test_a_name_that_no_file_can_have_is_one_sentence():
+    with pytest.raises(RecipeError, match=r"cannot be read \(embedded null byte\); give a recipe file"):
+        load_recipe("a\0b")
+
+
 def test_a_run_that_was_complete_is_told_with_its_checkpoint(data, make_fields, tmp_path, capsys):
     path, out = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(make_fields()))

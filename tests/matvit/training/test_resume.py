@@ -281,7 +281,7 @@ def test_a_device_without_memory_for_the_state_is_not_damage(interrupted, make_r
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RecipeError, match=r"state\.pt: does not fit into the memory of cpu; free some"):
         train(make_recipe(), out=interrupted)
 
 

@@ -205,6 +205,19 @@ def test_heads_without_a_teacher_have_classifiers_only(teacher):
     assert taught.teacher_classes.prototypes.shape == (7, 8)
 
 
+@pytest.mark.parametrize("on", ["host", "device"])
+def test_a_batch_without_room_in_memory_is_told_with_its_stage(data, make_recipe, monkeypatch, tmp_path, on):
+    def refuse(*_, **__):
+        if on == "device":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(loop, "draw_batch", refuse)
+    sentence = r"stage 'full': its batch of 8 pictures does not fit into the memory of cpu; lower its batches"
+    with pytest.raises(RecipeError, match=sentence):
+        train(make_recipe(), out=tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data, make_recipe, tmp_path):
     stage = {"name": "full", "steps": 40, "learning_rate": 1e30, "full": {"classification": 1}}
     with pytest.raises(RecipeError, match="lower its learning_rate"):
