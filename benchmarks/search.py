@@ -46,7 +46,7 @@ from retrieval.flat import FlatSearch
 
 DIM, K, BATCH = 384, 10, 32
 CLUSTERS, LATENT, NOISE = 1000, 32, 0.05
-RECALL_QUERIES = 256
+RECALL_QUERIES = 4000
 APART = 83  # queries between two peers of a round: what one has read must not lie in the cache for the next
 WAYS = (("single", 1), ("batch", BATCH))
 BLOCK = 8192  # vectors of one matrix product
@@ -107,7 +107,7 @@ def torch_product(gallery: torch.Tensor, queries: torch.Tensor) -> npt.NDArray[n
 def approximate_peers(kind: Kind, built: Built, gallery: FloatArray) -> dict[str, Search]:
     """Ours, and bare faiss on the same index with the same settings."""
     everything = np.arange(len(gallery), dtype=np.int64)
-    order, _ = build_order(len(gallery))
+    order = np.concatenate(build_order(len(gallery), built.held_out))
     ours = ApproximateSearch(
         everything,
         MappedRows([(gallery, everything)], dim=DIM),
@@ -152,9 +152,11 @@ def quartiles(ours: list[float], theirs: list[float]) -> list[float]:
     return np.percentile(np.divide(ours, theirs), [25, 50, 75]).tolist()  # type: ignore[no-any-return]
 
 
-def recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
-    """Recall@K."""
-    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), truth.tolist(), strict=True)]))
+def recall(search: Search, queries: FloatArray, truth: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """Recall@K, and twice its standard error."""
+    found = search(queries)
+    each = [len(set(a) & set(b)) / K for a, b in zip(found.tolist(), truth.tolist(), strict=True)]
+    return statistics.mean(each), 2 * statistics.stdev(each) / len(each) ** 0.5
 
 
 def written_bytes(index: Any) -> int:
@@ -181,7 +183,8 @@ def measure_kind(
         "effort": built.setting.effort,
         "depth": built.setting.depth,
         "recall_when_built": built.recall,
-        "recall": {peer: recall(search(queries), truth) for peer, search in searches.items()},
+        "held_out": built.held_out,
+        "recall": {peer: recall(search, queries, truth) for peer, search in searches.items()},
         **timed({**searches, "exact": exact}, queries, rounds),
     }
 
@@ -235,12 +238,18 @@ def show_exact(results: list[dict[str, Any]]) -> None:
 
 def show_approximate(results: list[dict[str, Any]]) -> None:
     """Print the table of the other kinds."""
-    print("\n| pictures | kind | built in s | MB | recall@10 | of bare faiss | queries at once | ms a query ", end="")
-    print("| of bare faiss | of exact |\n|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "\n| pictures | kind | built in s | MB | effort, depth | recall@10 when built | for others | of bare faiss ",
+        end="",
+    )
+    print("| queries at once | ms a query | of bare faiss | of exact |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for result in results:
         for kind in result["approximate"]:
             head = f"| {result['size']:,} | {kind['kind']} | {kind['seconds']:.0f} | {kind['bytes'] / 1e6:.0f} "
-            head += f"| {kind['recall']['ours']:.3f} | {kind['recall']['faiss']:.3f} "
+            head += f"| {kind['effort']}, {kind['depth']} | {kind['recall_when_built']:.4f} of {kind['held_out']:,} "
+            mean, error = kind["recall"]["ours"]
+            head += f"| {mean:.4f} ± {error:.4f} | {kind['recall']['faiss'][0]:.4f} "
             for way, count in WAYS:
                 print(f"{head}| {count} | {kind[way]['ms']:.3f} | {_ratios(kind[way], ('faiss', 'exact'))} |")
 

@@ -170,6 +170,8 @@ class Index:
             for left in writer.compact():
                 total = max(total, left)
                 progress(ProgressEvent(stage="compact", done=total - left, total=total, unit="segments"))
+            if total:
+                progress(ProgressEvent(stage="compact", done=total, total=total, unit="segments"))
             _refresh_search(writer, self._snapshot, progress=progress)
             writer.clean()
         return CompactReport(

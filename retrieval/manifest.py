@@ -111,6 +111,7 @@ class ApproximateEntry(_Model):
     effort: Annotated[int, Field(gt=0)]  # HNSW's efSearch, IVF's nprobe
     depth: Annotated[int, Field(gt=0)]  # candidates that exact scores decide on, for ten hits
     recall_at_10: Annotated[float, Field(ge=0, le=1)]  # against exact search, on held-out vectors
+    held_out: Annotated[int, Field(gt=0)] = 200  # so many, at most a tenth, the last in it; once it was always 200
 
     @property
     def rows(self) -> int:

@@ -28,6 +28,7 @@ from retrieval.files import check_file, exhausted, reading, sha256_bytes, writin
 from retrieval.items import OK, IntArray, Item, ItemStore
 from retrieval.lock import writer_lock
 from retrieval.manifest import (
+    CACHE,
     CURRENT,
     DELETIONS,
     GENERATIONS,
@@ -111,7 +112,7 @@ class _Repair:
             raise
         if (self._lost or unnamed) and not drop_lost:
             self._remove_segments(but=kept)
-            return self._report(unnamed, generation=self._base.generation, leftovers=0, whole=False)
+            return self._report(unnamed, generation=self._base.generation, removed=(), whole=False)
         if self._damage:
             writer.restore(
                 restored[::-1],
@@ -122,12 +123,12 @@ class _Repair:
             )
         self._rebuild_cache(writer)
         Snapshot.open(self._folder)  # nothing is removed before this succeeds
-        before = _count_files(self._folder)
+        before = _names(self._folder)
         writer.clean()
-        leftovers = before - _count_files(self._folder)
+        removed = tuple(sorted(before - _names(self._folder)))
         left = verify_index(self._folder).problems if self._damage else ()
         self._damage += [f"not mended: {problem}" for problem in left]
-        return self._report(unnamed, generation=writer.manifest.generation, leftovers=leftovers, whole=not left)
+        return self._report(unnamed, generation=writer.manifest.generation, removed=removed, whole=not left)
 
     def _rebuild_cache(self, writer: GenerationWriter) -> None:
         from retrieval.backends.cache import read_cache, refresh  # imports faiss
@@ -143,13 +144,13 @@ class _Repair:
             damaged = True
         refresh(writer, progress=self._progress, anew=damaged)
 
-    def _report(self, unnamed: int, *, generation: int, leftovers: int, whole: bool) -> RepairReport:
+    def _report(self, unnamed: int, *, generation: int, removed: tuple[str, ...], whole: bool) -> RepairReport:
         return RepairReport(
             damage=tuple(self._damage),
             embedded=self._embedded,
             lost=tuple(self._lost),
             lost_unnamed=unnamed,
-            leftovers=leftovers,
+            removed=removed,
             generation=generation,
             whole=whole,
         )
@@ -419,5 +420,7 @@ def _joined(ids: Iterable[IntArray]) -> IntArray:
     return np.concatenate([np.empty(0, dtype=np.int64), *ids])
 
 
-def _count_files(folder: Path) -> int:
-    return sum(1 for name in ("", GENERATIONS, SEGMENTS, DELETIONS) for _ in (folder / name).iterdir())
+def _names(folder: Path) -> set[str]:
+    """Paths in the index of all that a writer removes once no generation names it."""
+    homes = (folder, *(folder / name for name in (GENERATIONS, SEGMENTS, DELETIONS, CACHE)))
+    return {path.relative_to(folder).as_posix() for home in homes if home.is_dir() for path in home.iterdir()}

@@ -182,13 +182,7 @@ class Retriever:
                 what=f"a {type(queries).__name__} is no list", where="search_many", fix="give a list, or call search"
             )
         gallery = self._gallery  # a reload by another thread does not mix generations
-        limits = Limits(max_latency_ms=max_latency_ms, min_recall=min_recall)
-        if encoder is None:
-            encoder = AUTO if limits else "XL"
-        elif limits and encoder != AUTO:
-            raise SearchError(
-                what="an encoder and limits are both given", where="search", fix=f"leave out one, or give {AUTO!r}"
-            )
+        encoder, limits = _asked(encoder, max_latency_ms, min_recall)
         search = _Search(
             gallery=gallery,
             k=None if k is None else _positive(k, name="k"),
@@ -230,6 +224,16 @@ class Retriever:
         """The file of every picture that can be found, by id."""
         gallery = self._gallery
         return {number: gallery.path(position) for number, position in gallery.positions.items()}
+
+    def query_encoder(
+        self,
+        encoder: QueryEncoder | None = None,
+        *,
+        max_latency_ms: float | None = None,
+        min_recall: float | None = None,
+    ) -> ImageEncoder:
+        """What `search` encodes pictures with, given the same; its first call takes much longer than later ones."""
+        return self._query_encoder(*_asked(encoder, max_latency_ms, min_recall), self._gallery)
 
     def _query_encoder(self, encoder: QueryEncoder, limits: Limits, gallery: Gallery) -> ImageEncoder:
         if isinstance(encoder, str | SubmodelSpec):
@@ -341,6 +345,19 @@ class _Search:
             generation=manifest.generation,
             latency_ms=Latency(preprocess=preprocess, encode=encode, search=search, total=preprocess + encode + search),
         )
+
+
+def _asked(
+    encoder: QueryEncoder | None, max_latency_ms: float | None, min_recall: float | None
+) -> tuple[QueryEncoder, Limits]:
+    limits = Limits(max_latency_ms=max_latency_ms, min_recall=min_recall)
+    if encoder is None:
+        encoder = AUTO if limits else "XL"
+    elif limits and encoder != AUTO:
+        raise SearchError(
+            what="an encoder and limits are both given", where="search", fix=f"leave out one, or give {AUTO!r}"
+        )
+    return encoder, limits
 
 
 def _group(gallery: Gallery, positions: IntArray) -> DuplicateGroup:

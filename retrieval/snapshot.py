@@ -160,7 +160,10 @@ class Snapshot:
 
 def _parameters(manifest: Manifest) -> dict[str, int]:
     entry = manifest.approximate
-    return {} if entry is None else {**entry.parameters, "effort": entry.effort, "depth": entry.depth}
+    if entry is None:
+        return {}
+    held_out = min(entry.held_out, entry.rows // 10)
+    return {**entry.parameters, "effort": entry.effort, "depth": entry.depth, "held_out": held_out}
 
 
 def place_name(manifest: Manifest, place: Place) -> str:

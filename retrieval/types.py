@@ -59,7 +59,7 @@ class RepairReport:
     embedded: int  # pictures of damaged segments that were embedded once more
     lost: tuple[SkippedFile, ...]  # items that could not be brought back
     lost_unnamed: int  # items that could not be brought back, of which not even the name is known
-    leftovers: int  # files and folders of killed writers that were removed
+    removed: tuple[str, ...]  # what no generation needs: of killed writers, or mended; paths in the index
     generation: int  # that counts now
     whole: bool  # whether the index is whole now; False: it is as it was
 

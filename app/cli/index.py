@@ -109,8 +109,13 @@ def _bytes(size: str) -> int:
 def described(search: dict[str, Any]) -> str:
     """How an index is searched, in one line."""
     reason = f" ({search['index_reason']})" if search["index_reason"] else ""
-    recall = "" if search["recall_at_10"] is None else f", recall@10 {search['recall_at_10']:.3f} of exact search"
-    return f"{search['index_type']} search{reason}{recall}"
+    if search["recall_at_10"] is None:
+        return f"{search['index_type']} search{reason}"
+    used = search["index_parameters"]
+    return (
+        f"{search['index_type']} search{reason}, recall@10 {search['recall_at_10']:.3f} of exact search on "
+        f"{used['held_out']:,} held-out pictures with effort {used['effort']}, the least that keeps 0.99"
+    )
 
 
 def _show(report: IngestReport, path: Path) -> None:

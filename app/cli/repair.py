@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from matvit_app import services
 from matvit_app.cli.output import JsonFlag, say, write_json, write_line
 from matvit_app.cli.progress import progress_bar
 
-_SHOWN = 10  # lost items that are listed for people; --json lists all
+_SHOWN = 10  # lost items and removed files that are listed for people; --json lists all
 
 
 def repair(
@@ -45,7 +46,7 @@ def repair(
                 "embedded": report.embedded,
                 "lost": [{"path": os.fspath(file.path), "reason": file.reason} for file in report.lost],
                 "lost_unnamed": report.lost_unnamed,
-                "leftovers": report.leftovers,
+                "removed": list(report.removed),
                 "generation": report.generation,
                 "whole": report.whole,
             }
@@ -53,18 +54,24 @@ def repair(
     else:
         for sentence in report.damage:
             say(sentence)
-        for file in report.lost[:_SHOWN]:
-            say(f"lost {file.path}: {file.reason}")
-        if len(report.lost) > _SHOWN:
-            say(f"lost {len(report.lost) - _SHOWN} more: --json lists them")
+        fate = "dropped" if drop_lost else "lost"
+        _list(fate, [f"{file.path}: {file.reason}" for file in report.lost])
         if report.lost_unnamed:
-            say(f"lost {report.lost_unnamed} items whose names cannot be read: index the pictures' folders again")
+            say(f"{fate} {report.lost_unnamed} items whose names cannot be read: index the pictures' folders again")
+        _list("removed", report.removed)
         lost = (report.lost or report.lost_unnamed) and not drop_lost
         failing = "not changed: go on without what is lost by --drop-lost" if lost else "is not whole: index anew"
         state = "is whole" if report.whole else failing
         write_line(
             f"{path}: {state}; {len(report.damage)} problems, {report.embedded} pictures embedded again, "
-            f"{len(report.lost) + report.lost_unnamed} lost, left-over files removed: {report.leftovers}"
+            f"{len(report.lost) + report.lost_unnamed} {fate}, {len(report.removed)} left-over files removed"
         )
     if not report.whole:
         raise typer.Exit(code=1)
+
+
+def _list(fate: str, lines: Sequence[str]) -> None:
+    for line in lines[:_SHOWN]:
+        say(f"{fate} {line}")
+    if len(lines) > _SHOWN:
+        say(f"{fate} {len(lines) - _SHOWN} more: --json lists them")

@@ -112,9 +112,8 @@ def search(
     conditions = parse_conditions(where or ())
     retriever = services.open_retriever(path, checkpoint=checkpoint, pictures=[*like, *(unlike or ())])
     if images or unlike:  # the first picture of a process takes many times as long: not what a query takes
-        retriever.search(
-            Image.new("RGB", (256, 256)), encoder=encoder, max_latency_ms=max_latency_ms, min_recall=min_recall, k=1
-        )
+        ready = retriever.query_encoder(encoder, max_latency_ms=max_latency_ms, min_recall=min_recall)
+        ready.embed([Image.new("RGB", (256, 256))])
     answers = retriever.search_many(
         [Blend(like, unlike=unlike or (), fusion=fuse or "mean")] if fuse or unlike else like,
         encoder=encoder,

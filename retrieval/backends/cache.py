@@ -67,7 +67,7 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
         index=index,
         kind=KINDS[manifest.index_type],
         setting=Setting(effort=entry.effort, depth=entry.depth),
-        positions=_positions(snapshot, entry)[build_order(entry.rows)[0]],
+        positions=_positions(snapshot, entry)[np.concatenate(build_order(entry.rows, entry.held_out))],
     )
 
 
@@ -124,6 +124,7 @@ def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> Approxima
         effort=built.setting.effort,
         depth=built.setting.depth,
         recall_at_10=built.recall,
+        held_out=built.held_out,
     )
 
 

@@ -10,6 +10,7 @@ import faiss
 
 _LINKS = 32  # HNSW's M: neighbours of a vector in each layer, twice as many in the lowest
 _CONSTRUCTION = 200  # HNSW's efConstruction
+_EFFORTS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # HNSW's efSearch, of which building chooses one
 _ROTATION_STEPS = 4  # OPQ's iterations: of faiss's 50, the later ones change little and take minutes
 _PER_LIST = 39  # IVF: fewer vectors a list give faiss's k-means too little to learn from
 
@@ -58,7 +59,7 @@ class HNSW:
 
     def settings(self) -> tuple[Setting, ...]:
         """See `Kind`."""
-        return tuple(Setting(effort=effort, depth=16) for effort in (32, 64, 128, 256, 512, 1024))
+        return tuple(Setting(effort=effort, depth=16) for effort in _EFFORTS)
 
     def bytes(self, rows: int, dim: int) -> int:
         """See `Kind`."""

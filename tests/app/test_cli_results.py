@@ -389,8 +389,10 @@ def test_upgrade_moves_an_index_to_another_checkpoint(run, own_index, other_chec
 
 def test_repair_finds_a_lost_current_and_says_what_it_did(run, own_index, tmp_path):
     (own_index / "CURRENT").unlink()
+    (own_index / "segments" / ("0" * 16)).mkdir()
     shown = run("repair", own_index)
     assert shown.code == 0
+    assert "removed segments/0000000000000000\n" in shown.err
     assert "CURRENT: a file of the index is missing" in shown.err
     assert "is whole; 2 problems, 0 pictures embedded again, 0 lost" in shown.out
     [path] = own_index.glob("segments/*/embeddings.f32")
@@ -398,7 +400,9 @@ def test_repair_finds_a_lost_current_and_says_what_it_did(run, own_index, tmp_pa
     next((tmp_path / "photos").rglob("*.png")).unlink()
     shown = run("repair", own_index, "--json")
     assert (shown.code, len(shown.json["lost"]), shown.json["whole"]) == (1, 1, False)
-    assert run("repair", own_index, "--drop-lost", "--json").json["embedded"] == 7
+    shown = run("repair", own_index, "--drop-lost", "--json")
+    assert shown.json["embedded"] == 7
+    assert any(name.startswith("segments/") for name in shown.json["removed"])
     assert run("verify", own_index).code == 0
 
 

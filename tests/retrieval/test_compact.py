@@ -76,7 +76,9 @@ def test_compacting_drops_dead_rows_and_merges_segments_and_nothing_else(index, 
     index.delete([3, photos / "sub"])
     expected = found(index, elastic, picture)
     stale = Retriever.open(index.path, encoder=elastic)
-    report = index.compact()
+    events = []
+    report = index.compact(progress=events.append)
+    assert [(event.done, event.total) for event in events] == [(0, 6), (6, 6)]
     assert (report.segments, report.dropped) == (1, 4)
     assert report.segments_before >= 5
     assert report.bytes < report.bytes_before

@@ -10,6 +10,7 @@ import pytest
 
 import retrieval
 from retrieval import Index, Retriever
+from retrieval.backends.build import build_order
 from retrieval.items import Item
 from retrieval.manifest import (
     ApproximateEntry,
@@ -73,3 +74,9 @@ def test_the_public_names_are_the_documented_ones():
         "UpgradeReport",
     ]
     assert all(hasattr(retrieval, name) for name in retrieval.__all__)
+
+
+def test_an_approximate_index_that_does_not_tell_its_held_out_rows_has_the_200_of_before():
+    assert ApproximateEntry.model_fields["held_out"].default == 200
+    first, last = build_order(5000, 200)
+    assert (len(first), len(last), last[:3].tolist(), last[-1]) == (4800, 200, [0, 25, 50], 4999)

@@ -122,10 +122,10 @@ def test_a_repair_that_is_interrupted_while_it_embeds_leaves_nothing(index, elas
 def test_a_whole_index_is_left_as_it_is_but_for_leftovers(index):
     (index.path / "segments" / ".tmp-1-segment").mkdir()
     (index.path / "segments" / ("0" * 16)).mkdir()
-    Index.repair(index.path)
+    assert set(Index.repair(index.path).removed) > {"segments/.tmp-1-segment", f"segments/{'0' * 16}"}
     before = files_of(index), index.generation
     report = Index.repair(index.path)
-    assert (report.damage, report.leftovers, report.whole) == ((), 0, True)
+    assert (report.damage, report.removed, report.whole) == ((), (), True)
     assert (files_of(index), Index.open(index.path).generation) == before
     assert not list(index.path.rglob(".tmp-*"))
 
