@@ -145,3 +145,10 @@ def test_without_a_table_there_is_nothing_to_choose_by(retriever, photos, elasti
     elastic.pareto = ()
     with pytest.raises(SearchError, match="does not tell its submodels' recall; name an encoder, or measure them"):
         retriever.search(photos / "1.png", encoder="auto")
+
+
+def test_the_query_encoder_is_the_one_that_a_search_uses(retriever, picture):
+    for asked in ({}, {"encoder": "M"}, {"max_latency_ms": 6}, {"encoder": "auto"}):
+        assert str(retriever.query_encoder(**asked).spec) == retriever.search(picture(1), **asked).spec
+    with pytest.raises(SearchError, match="an encoder and limits are both given"):
+        retriever.query_encoder("M", max_latency_ms=6)
