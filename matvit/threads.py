@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 _MOST_AT_ONCE = 4  # batches encoded at one time: each holds its activations
@@ -45,20 +44,25 @@ def for_queries(count: int) -> AbstractContextManager[None]:
     return limited("faiss", 1) if count == 1 else nullcontext()
 
 
-@contextmanager
-def limited(library: Literal["torch", "faiss"], threads: int) -> Iterator[None]:
+class limited:  # noqa: N801 - a class, since a generator takes as long as a tenth of a small search
     """Within the block, each call of `library` by this thread, or one started within the block, takes so many threads.
 
     Nothing happens where it is not loaded: then nothing calls it either.
     """
-    module = sys.modules.get(library)
-    if module is None:
-        yield
-        return
-    get, put = (getattr(module, name) for name in _CALLS[library])
-    before = get()
-    put(threads)
-    try:
-        yield
-    finally:
-        put(before)
+
+    def __init__(self, library: Literal["torch", "faiss"], threads: int) -> None:
+        self._module, self._names, self._threads = sys.modules.get(library), _CALLS[library], threads
+        self._before = threads
+
+    def __enter__(self) -> None:
+        if self._module is not None:
+            self._before = getattr(self._module, self._names[0])()
+            self._put(self._threads)
+
+    def __exit__(self, *_: object) -> None:
+        if self._module is not None:
+            self._put(self._before)
+
+    def _put(self, threads: int) -> None:
+        if self._before != self._threads:
+            getattr(self._module, self._names[1])(threads)
