@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from matvit.encoder import ElasticEncoder, ImageEncoder
+from matvit.encoder import ElasticEncoder, ImageEncoder, lengths
 from matvit.errors import CheckpointError
 from matvit.preprocess import FloatArray
 from matvit.spec import SubmodelSpec
@@ -86,10 +87,13 @@ def check_shape(embeddings: FloatArray, *, rows: int, dim: int) -> None:
         )
 
 
-def normalised(embeddings: FloatArray) -> FloatArray:
-    """(N, D) of about unit length -> (N, D) float32 of unit length: scores are cosines whatever the runtime's width."""
-    lengths = np.linalg.norm(embeddings.astype(np.float64), axis=-1, keepdims=True)
-    unit: FloatArray = (embeddings / lengths).astype(np.float32)
+def normalised(embeddings: FloatArray, by: npt.NDArray[np.float64] | None = None) -> FloatArray:
+    """(N, D) of about unit length -> (N, D) float32 of unit length: scores are cosines whatever the runtime's width.
+
+    `by`: their lengths (N,), where they are known.
+    """
+    by = lengths(embeddings) if by is None else by
+    unit: FloatArray = (embeddings / by[..., np.newaxis]).astype(np.float32)
     return unit
 
 

@@ -109,7 +109,8 @@ class Gallery:
 
     def metadata(self, position: int) -> dict[str, Any]:
         """What is stored of one picture; without a label of its own, it has its folder for it (see `folder_of`)."""
-        stored: dict[str, Any] = json.loads(self._metadata[position])
+        text = self._metadata[position]
+        stored: dict[str, Any] = {} if text == "{}" else json.loads(text)  # most have none, and parsing takes a while
         if LABEL not in stored and (folder := folder_of(self.places[position][1].decode(errors="replace"))):
             stored[LABEL] = folder
         return stored

@@ -77,6 +77,8 @@ class Asked:
 
 def check(query: Query, gallery: Gallery) -> Asked:
     """Raises SearchError for what is no query, or an id that `gallery` does not hold."""
+    if isinstance(query, PICTURE):
+        return Asked(blend=Blend([query]), single=True)
     single = not isinstance(query, Blend)
     blend = Blend([query]) if not isinstance(query, Blend) else query
     for name, parts in (("like", blend.like), ("unlike", blend.unlike)):
@@ -136,7 +138,8 @@ def _own(part: ImageSource | int, gallery: Gallery) -> set[int]:
 
 def preprocess_all(pictures: Sequence[ImageSource], encoder: ImageEncoder) -> FloatArray:
     """(N, 3, H, W) float32, of N pictures at least. Raises ImageError, which names the picture."""
-    return np.concatenate([_preprocessed(picture, encoder) for picture in pictures])
+    pixels = [_preprocessed(picture, encoder) for picture in pictures]
+    return pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
 
 
 def _preprocessed(picture: ImageSource, encoder: ImageEncoder) -> FloatArray:
@@ -153,6 +156,8 @@ def _preprocessed(picture: ImageSource, encoder: ImageEncoder) -> FloatArray:
 
 def embeddings(asked: Asked, encoded: Iterator[FloatArray], gallery: Gallery) -> FloatArray:
     """(P, D) float32, one row for each part: items' are stored, pictures' are taken from `encoded`."""
+    if asked.single and asked.pictures:
+        return next(encoded)[np.newaxis]
     return np.stack(
         [
             gallery.vectors.vectors(np.array([gallery.positions[part]]))[0] if isinstance(part, int) else next(encoded)

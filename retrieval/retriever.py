@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from operator import index
 from pathlib import Path
 
 import numpy as np
 
-from matvit.encoder import ElasticEncoder, ImageEncoder, is_unit
+from matvit.encoder import ElasticEncoder, ImageEncoder, lengths, near_one
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, silent
 from matvit.spec import SubmodelSpec
@@ -46,6 +47,7 @@ from retrieval.queries import (
 from retrieval.types import Duplicate, DuplicateGroup, Hit, Hits, Latency
 
 QueryEncoder = str | SubmodelSpec | ImageEncoder
+_name = lru_cache(maxsize=256)(str)  # of a spec: naming one takes as long as looking up some hits
 _ROUNDING = 1e-6  # the inner product of two embeddings of unit length in float32 may be so much less than it is
 
 
@@ -340,7 +342,7 @@ class _Search:
         return Hits(
             hits=hits,
             query=name_of(asked, self.gallery),
-            spec=str(encoder.spec) if encoder else manifest.encoder.spec,
+            spec=_name(encoder.spec) if encoder else manifest.encoder.spec,
             runtime=encoder.runtime if encoder else "index",
             generation=manifest.generation,
             latency_ms=Latency(preprocess=preprocess, encode=encode, search=search, total=preprocess + encode + search),
@@ -394,10 +396,11 @@ def _positive(value: int, *, name: str) -> int:
 
 def _checked(queries: FloatArray, *, rows: int, dim: int) -> FloatArray:
     check_shape(queries, rows=rows, dim=dim)
-    if not is_unit(queries).all():
+    found = lengths(queries)
+    if not near_one(found).all():
         raise EmbeddingError(
             what="gave an embedding that is not finite or not of unit length",
             where="encoder",
             fix="search with another submodel, or check the checkpoint with: matvit verify",
         )
-    return normalised(queries)
+    return normalised(queries, found)
