@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -29,27 +30,36 @@ def load(monkeypatch):
 
 @pytest.fixture
 def controls(load, data, monkeypatch):
-    """Caltech's look-alike: the two classes are queries and gallery, seen and unseen, and one query is a copy."""
+    """Look-alikes of the public sets: two classes are queries and gallery, seen and unseen, and one query is a copy."""
     module = load("controls")
-    for part in ("test", "train"):
+    for place, numbers in {
+        "caltech-101/test": (0, 1, 2),
+        "caltech-101/train": (3, 4, 5),
+        "grocery-store/test": (0, 1),
+        "grocery-store/train": (2, 3),
+        "grocery-store/iconic": (5,),
+    }.items():
         for name in ("dark", "light"):
-            (data / "caltech-101" / part / name).mkdir(parents=True)
-            for number in range(3):
-                picture = data / "shapes" / name / f"{number + 3 * (part == 'train')}.png"
-                shutil.copy(picture, data / "caltech-101" / part / name / f"{number}.png")
-    shutil.copy(data / "caltech-101" / "train" / "dark" / "0.png", data / "caltech-101" / "test" / "dark" / "0.png")
+            (data / place / name).mkdir(parents=True)
+            for number in numbers:
+                shutil.copy(data / "shapes" / name / f"{number}.png", data / place / name / f"{number}.png")
+    shutil.copy(data / "caltech-101/train/dark/3.png", data / "caltech-101/test/dark/0.png")
+    (data / "grocery-store/test/odd").mkdir()
+    shutil.copy(data / "shapes/dark/4.png", data / "grocery-store/test/odd/0.png")
+    tasks = {name: (queries, gallery, None) for name, (queries, gallery, _) in module.TASKS.items()}
     for name, value in {
-        "UNSEEN": "0:2",
-        "SEEN": "0:2",
+        "TASKS": tasks,
+        "SEEN": ("caltech-101/train", "0:2"),
         "DIAL": ("XL", "XL-r16"),
         "DROPPED": ("XL-d1",),
+        "PREFIXES": (8, 32),
     }.items():
         monkeypatch.setattr(module, name, value)
     return module
 
 
 def test_controls_train_the_first_stage_once_and_ask_each_rival_in_the_gallery_it_was_made_for(
-    controls, make_recipe, tmp_path, monkeypatch
+    controls, make_recipe, tmp_path, monkeypatch, capsys
 ):
     trained: list[tuple[str, list[tuple[str, int]]]] = []
     galleries: list[tuple[str, MatViT]] = []
@@ -59,35 +69,62 @@ def test_controls_train_the_first_stage_once_and_ask_each_rival_in_the_gallery_i
         trained.append((out.name, [(stage.name, stage.steps) for stage in recipe.stages]))
         return train(recipe, out=out)
 
-    def look(small, spec, big):
+    def look(small, spec, big, tasks):
         galleries.append((spec, big))
-        return across(small, spec, big)
+        return across(small, spec, big, tasks)
 
     recipe = make_recipe()
     nested = train(recipe, out=tmp_path / "nested")
     monkeypatch.setattr(controls, "train", note)
     monkeypatch.setattr(controls, "across", look)
-    found = controls.measure(recipe, encoder=str(nested.source), out=tmp_path, steps=2, longer=5)
+    found = controls.measure(recipe, encoder=str(nested.source), out=tmp_path, steps=2, alone=3, longer=5)
     assert trained == [
         ("plain", [("full", 4)]),
         ("distilled", [("nested", 2)]),
-        ("independent", [("full", 4)]),
+        ("independent", [("full", 3)]),
         ("longer", [("full", 5)]),
     ]
-    assert [spec for spec, _ in galleries] == ["S", "XL", "S"]
+    assert sorted((spec, big.space_id == nested.space_id) for spec, big in galleries) == [
+        ("S", False),
+        ("S", True),
+        ("XL", True),
+    ]
     anchor = torch.load(tmp_path / "distilled" / "state.pt", weights_only=True)["anchor"]
-    assert all(torch.equal(tensor, anchor[name]) for name, tensor in galleries[0][1].vit.state_dict().items())
-    assert {galleries[1][1].space_id, galleries[2][1].space_id} == {nested.space_id}
-    assert found["nested"]["S"] == found["small encoders"]["nested"]["in the big gallery"]
-    assert list(found["never nested"]) == list(found["never nested, longer"]) == ["XL", "XL-r16", "XL-d1"]
-    assert all(0 <= value <= 100 for value in found["small encoders"]["distilled"].values())
+    (never,) = (big for _, big in galleries if big.space_id != nested.space_id)
+    assert all(torch.equal(tensor, anchor[name]) for name, tensor in never.vit.state_dict().items())
+    assert set(found["seconds"]) == {"plain", "distilled", "independent", "longer"}
+    tables = found["tables"]
+    assert tables["nested"]["S"] == tables["small encoders: nested"]["in the big gallery"]
+    assert list(tables["never nested"]) == list(tables["never nested, longer"]) == ["XL", "XL-r16", "XL-d1"]
+    # All of an embedding's numbers find what it finds.
+    assert tables["nested, by the first 32 numbers"]["S"]["groceries"]["nested finds more"] == [0, 0, 0]
+    controls.show(found)
+    printed = capsys.readouterr().out.splitlines()
+    assert f"| small encoders: distilled | {' | '.join(controls.TASKS)} |" in printed
 
 
-def test_controls_leave_out_the_queries_whose_copy_is_in_the_gallery(controls):
-    rows = controls.without_copies(
-        controls.caltech(controls.QUERIES, controls.UNSEEN), controls.caltech(controls.GALLERY, controls.UNSEEN)
-    )
-    assert rows.tolist() == [1, 2, 3, 4, 5]
+def test_controls_say_how_many_points_more_the_nested_encoder_finds_over_the_same_queries(controls):
+    ours, theirs = np.arange(1000) < 500, np.arange(1000) < 480
+    (cells,) = controls.rows({"S": {"Caltech": theirs}}, {"S": {"Caltech": ours}}).values()
+    more, low, high = cells["Caltech"]["nested finds more"]
+    assert (cells["Caltech"]["recall@1"], more) == (48.0, 2.0)
+    assert 1.0 < low < 1.5  # unpaired: below -2
+    assert 2.5 < high < 3.1
+
+
+def test_controls_ask_what_matvit_eval_asks(controls, tiny, data):
+    """A query whose copy is in the gallery is left out, and one without its class."""
+    tasks = controls.read_tasks()
+    assert tasks["Caltech"].rows.tolist() == [1, 2, 3, 4, 5]
+    assert tasks["groceries"].rows.tolist() == [0, 1, 2, 3]
+    found = controls.found_by(tiny, ["XL", "S"], tasks)
+    for name, (queries, gallery, _) in controls.TASKS.items():
+        sets = (controls.read_pictures(queries), controls.read_pictures(gallery))
+        result = cross_test(tiny, *sets, query_specs=["XL", "S"], gallery_specs=["XL"])
+        for spec in ("XL", "S"):
+            quality = result.matrix[spec]["XL"]
+            assert quality.n_queries == len(tasks[name].rows)
+            assert quality["recall@1"] == pytest.approx(found[spec][name].mean())
 
 
 def test_the_paper_at_small_scale_has_a_row_for_each_granularity(load, data, tmp_path, monkeypatch):
