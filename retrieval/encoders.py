@@ -20,13 +20,13 @@ from retrieval.manifest import EncoderEntry
 
 def describe(encoder: ElasticEncoder) -> EncoderEntry:
     """The manifest's entry for a gallery embedded by all of `encoder`."""
-    _check_is_encoder(encoder)
+    space_id = _space_of(encoder)
     spec = encoder.shape.spec()
     return EncoderEntry(
         name=encoder.name,
         source=encoder.source,
         revision=encoder.revision,
-        space_id=encoder.space_id,
+        space_id=space_id,
         weights_sha256=encoder.weights_sha256,
         spec=str(spec),
         resolution=spec.image_size,
@@ -58,23 +58,25 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
 
 def check_space(encoder: ElasticEncoder | ImageEncoder, entry: EncoderEntry, *, index: Path) -> None:
     """Raises EncoderMismatchError unless embeddings of `encoder` may be compared with the index's."""
-    _check_is_encoder(encoder)
-    if encoder.space_id != entry.space_id or encoder.embedding_dim != entry.embedding_dim:
+    space_id = _space_of(encoder)
+    if space_id != entry.space_id or encoder.embedding_dim != entry.embedding_dim:
         raise EncoderMismatchError(
-            what=f"the encoder's embedding space {encoder.space_id:.12} is not this index's {entry.space_id:.12}",
+            what=f"the encoder's embedding space {space_id:.12} is not this index's {entry.space_id:.12}",
             where=str(index),
             fix=f"use the encoder that built the index ({entry.source or entry.name}), "
             "or index the pictures again with this one",
         )
 
 
-def _check_is_encoder(encoder: object) -> None:
-    if not hasattr(encoder, "space_id"):
+def _space_of(encoder: object) -> str:
+    space_id: str | None = getattr(encoder, "space_id", None)  # asked for once: it may be a hash of all weights
+    if space_id is None:
         raise EncoderMismatchError(
             what=f"{encoder!r} is no encoder",
             where="encoder",
             fix='load one: MatViT.from_pretrained("matvit-small"); a search also takes a spec such as "S"',
         )
+    return space_id
 
 
 def check_shape(embeddings: FloatArray, *, rows: int, dim: int) -> None:
