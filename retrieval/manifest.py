@@ -27,7 +27,7 @@ T = TypeVar("T")
 IndexType = Literal["exact", "hnsw", "ivfpq", "sq"]
 FileName = Literal["embeddings.f32", "items.sqlite"]  # of a segment
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ATTEMPTS = 20  # to read a generation before a writer replaces it
 CURRENT = "CURRENT"
 GENERATIONS = "generations"
@@ -111,7 +111,7 @@ class ApproximateEntry(_Model):
     effort: Annotated[int, Field(gt=0)]  # HNSW's efSearch, IVF's nprobe
     depth: Annotated[int, Field(gt=0)]  # candidates that exact scores decide on, for ten hits
     recall_at_10: Annotated[float, Field(ge=0, le=1)]  # against exact search, on held-out vectors
-    held_out: Annotated[int, Field(gt=0)] = 200  # so many, at most a tenth, the last in it; once it was always 200
+    held_out: Annotated[int, Field(gt=0)]  # so many of the rows, evenly spread; the last in it
 
     @property
     def rows(self) -> int:
@@ -130,7 +130,7 @@ class AskedEntry(_Model):
 class Manifest(_Model):
     """One immutable published state of an index."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     generation: Annotated[int, Field(gt=0)]
     parent: int | None
     created: datetime  # UTC
@@ -314,13 +314,30 @@ def remove_unpublished(folder: Path, *, newest: int) -> None:
 
 
 Json = dict[str, Any]
-UPGRADES: dict[int, Callable[[Json], Json]] = {}  # from this version to the next, each a pure function
+
+
+def _v2_counts_held_out_rows(raw: Json) -> Json:
+    """Before, an approximate index held out 200 rows, or a tenth where that is fewer."""
+    upgraded, approximate = {**raw, "format_version": 2}, raw.get("approximate")
+    if approximate is not None:
+        held_out = max(1, min(200, sum(approximate["segments"].values()) // 10))
+        upgraded["approximate"] = {"held_out": held_out, **approximate}
+    return upgraded
+
+
+# From this version to the next, each a pure function, which may take it for granted that the manifest has its form.
+UPGRADES: dict[int, Callable[[Json], Json]] = {1: _v2_counts_held_out_rows}
 
 
 def upgrade(raw: Json, *, path: Path) -> Json:
     """Bring an older manifest to FORMAT_VERSION. Raises IndexFormatError for a newer or unknown one."""
     while (found := raw.get("format_version")) != FORMAT_VERSION or type(found) is not int:  # true is no version
-        raw = UPGRADES[found](raw) if type(found) is int and found in UPGRADES else _refuse_format(found, path)
+        if type(found) is not int or found not in UPGRADES:
+            _refuse_format(found, path)
+        try:
+            raw = UPGRADES[found](raw)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise damaged(path, f"does not have the form of format version {found}") from error
     return raw
 
 

@@ -162,8 +162,7 @@ def _parameters(manifest: Manifest) -> dict[str, int]:
     entry = manifest.approximate
     if entry is None:
         return {}
-    held_out = min(entry.held_out, entry.rows // 10)
-    return {**entry.parameters, "effort": entry.effort, "depth": entry.depth, "held_out": held_out}
+    return {**entry.parameters, "effort": entry.effort, "depth": entry.depth, "held_out": entry.held_out}
 
 
 def place_name(manifest: Manifest, place: Place) -> str:

@@ -114,7 +114,7 @@ def described(search: dict[str, Any]) -> str:
     used = search["index_parameters"]
     return (
         f"{search['index_type']} search{reason}, recall@10 {search['recall_at_10']:.3f} of exact search on "
-        f"{used['held_out']:,} held-out pictures with effort {used['effort']}, the least that keeps 0.99"
+        f"{used['held_out']:,} held-out pictures with effort {used['effort']} and depth {used['depth']}"
     )
 
 

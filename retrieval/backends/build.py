@@ -17,7 +17,7 @@ from retrieval.exact import Found, exact_search
 from retrieval.items import IntArray
 
 RECALL = 0.99  # of the ten nearest, at least so many are found
-_HELD_OUT = 1000  # queries that recall is measured with: their mean is then known to some 0.002
+_HELD_OUT = 1000  # queries that recall is measured with, or a tenth: their mean is then known to some 0.002
 _ERRORS = 2  # standard errors above RECALL: by chance alone, one choice in forty would be under it for other queries
 _TRAINING = 100_000  # vectors that quantisers learn from, at most
 _BLOCK = 8192  # vectors added together
@@ -36,11 +36,11 @@ class Built:
 
 
 def build_order(rows: int, held_out: int) -> tuple[IntArray, IntArray]:
-    """Which of R rows an index holds first, and the held-out ones, which come last: so many, but at most a tenth.
+    """Which of R rows an index holds first, and the held-out ones, which come last: so many, evenly spread.
 
     The same for equal arguments: an index that lies on the disk is read by this order.
     """
-    last = np.unique(np.linspace(0, rows - 1, max(1, min(held_out, rows // 10))).astype(np.int64))
+    last = np.unique(np.linspace(0, rows - 1, held_out).astype(np.int64))
     return np.setdiff1d(np.arange(rows), last), last
 
 
@@ -49,7 +49,7 @@ def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
 
     Recall is measured while the held-out vectors are not in it; then they are added.
     """
-    rest, held_out = build_order(len(raw), _HELD_OUT)
+    rest, held_out = build_order(len(raw), max(1, min(_HELD_OUT, len(raw) // 10)))
     queries = raw[held_out]
     index = kind.make(len(rest), queries.shape[1])
     if not index.is_trained:

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from matvit import CheckpointError, MatViT
 from matvit.extracted import read_extracted
 from matvit_app import services
+from matvit_app.cli.index import described
 from retrieval import Index, IndexWarning
 from retrieval.backends.cache import open_search
 
@@ -443,6 +444,13 @@ def test_index_type_and_memory_choose_how_an_index_is_searched(run, photos, chec
         assert (refused.code, refused.out) == (2, "")
         assert arguments[0] in refused.err
         assert arguments[1] in refused.err
+
+
+def test_how_an_approximate_index_is_searched_is_told_with_both_settings():
+    old = Path(__file__).parents[1] / "retrieval" / "formats" / "version-1-approximate"
+    assert described(services.search_json(Index.open(old).info())) == (
+        "sq search (as asked), recall@10 1.000 of exact search on 6 held-out pictures with effort 1 and depth 20"
+    )
 
 
 def test_what_an_index_warns_of_is_one_sentence_on_stderr(run, index, photos, monkeypatch):

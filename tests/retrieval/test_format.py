@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import retrieval
 from retrieval import Index, Retriever
-from retrieval.backends.build import build_order
+from retrieval.errors import DamagedFileError
 from retrieval.items import Item
 from retrieval.manifest import (
     ApproximateEntry,
@@ -20,6 +21,7 @@ from retrieval.manifest import (
     FileEntry,
     Manifest,
     SegmentEntry,
+    upgrade,
 )
 
 HERE = Path(__file__).parent
@@ -76,7 +78,33 @@ def test_the_public_names_are_the_documented_ones():
     assert all(hasattr(retrieval, name) for name in retrieval.__all__)
 
 
-def test_an_approximate_index_that_does_not_tell_its_held_out_rows_has_the_200_of_before():
-    assert ApproximateEntry.model_fields["held_out"].default == 200
-    first, last = build_order(5000, 200)
-    assert (len(first), len(last), last[:3].tolist(), last[-1]) == (4800, 200, [0, 25, 50], 4999)
+@pytest.fixture
+def approximate_1(tmp_path):
+    """Written by commit 9aa43c7: 0.png to 59.png below /photos, `--index-type sq`, LEAST_ROWS lowered to 60."""
+    return Path(shutil.copytree(HERE / "formats" / "version-1-approximate", tmp_path / "old.index"))
+
+
+def test_the_cache_of_format_1_is_used_and_kept_by_the_next_writer(approximate_1, elastic, picture):
+    index = Index.open(approximate_1)
+    assert index.verify() == []
+    for deleted in (59, None):
+        retriever = Retriever.open(approximate_1, encoder=elastic)  # would warn if it did not read the cache
+        found = [retriever.search(picture(number), encoder="XL", k=1)[0] for number in range(59)]
+        assert [(hit.path.name, round(hit.score, 5)) for hit in found] == [(f"{n}.png", 1.0) for n in range(59)]
+        assert index.info().index_parameters == {"bits": 8, "effort": 1, "depth": 20, "held_out": 6}
+        if deleted is not None:
+            index.delete(Path(f"/photos/{deleted}.png"))
+    published = json.loads((approximate_1 / "generations" / "000004.json").read_bytes())
+    assert (published["format_version"], published["approximate"]["held_out"]) == (2, 6)
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(1000, 100), (5000, 200)])
+def test_format_1_held_out_200_rows_or_a_tenth(rows, held_out):
+    raw = {"format_version": 1, "approximate": {"segments": {"a": 600, "b": rows - 600}}}
+    assert upgrade(raw, path=Path("m"))["approximate"]["held_out"] == held_out
+
+
+@pytest.mark.parametrize("approximate", ["text", {}, {"segments": 3}, {"segments": {"a": "b"}}])
+def test_a_manifest_that_has_not_the_form_of_its_version_is_damaged(approximate):
+    with pytest.raises(DamagedFileError, match="does not have the form of format version 1"):
+        upgrade({"format_version": 1, "approximate": approximate}, path=Path("m"))

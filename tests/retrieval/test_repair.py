@@ -249,7 +249,7 @@ def test_a_newer_index_is_refused_not_rolled_back(index):
     from retrieval.files import sha256_bytes
 
     path = manifest_of(index)
-    data = path.read_bytes().replace(b'"format_version": 1', b'"format_version": 9')
+    data = path.read_bytes().replace(b'"format_version": 2', b'"format_version": 9')
     path.write_bytes(data)
     (index.path / "CURRENT").write_bytes(f"{path.name} {sha256_bytes(data)}\n".encode())
     with pytest.raises(IndexFormatError, match="format version 9, newer than"):
