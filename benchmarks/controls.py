@@ -104,7 +104,7 @@ def rows_to_ask(queries: LabelledImages, gallery: LabelledImages) -> IntArray:
 def plain(recipe: Recipe, out: Path, *, steps: int | None = None) -> MatViT:
     """The recipe's first stage alone, with so many steps (None: its own)."""
     first = recipe.stages[0]
-    return _trained(recipe, out, stages=(first.model_copy(update={"steps": steps or first.steps}),))
+    return trained(recipe, out, stages=(first.model_copy(update={"steps": steps or first.steps}),))
 
 
 def distilled(recipe: Recipe, out: Path, *, big: Path, steps: int) -> MatViT:
@@ -120,7 +120,7 @@ def distilled(recipe: Recipe, out: Path, *, big: Path, steps: int) -> MatViT:
         "resolutions": (56,),  # of its own XL, which nobody asks
     }
     encoder = EncoderRecipe(checkpoint=str(big))
-    return _trained(recipe, out, stages=(nested.model_copy(update=free),), encoder=encoder)
+    return trained(recipe, out, stages=(nested.model_copy(update=free),), encoder=encoder)
 
 
 def independent(recipe: Recipe, out: Path, *, steps: int | None = None) -> MatViT:
@@ -144,7 +144,8 @@ def slice_of_start(recipe: Recipe, path: Path) -> float:
     return model.shape.spec("S").widths[0] / model.embedding_dim
 
 
-def _trained(recipe: Recipe, out: Path, **changes: Any) -> MatViT:
+def trained(recipe: Recipe, out: Path, **changes: Any) -> MatViT:
+    """What the recipe with these changes gives, in float32; a run that is complete is not done again."""
     model = train(recipe.model_copy(update={"validation": None, "storage": "float32", **changes}), out=out)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -45,9 +45,15 @@ def teacher_features(mapped: Tensor, centred: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(mapped.float(), centred.float(), dim=-1).mean()
 
 
-def cosine(embeddings: Tensor, anchors: Tensor) -> Tensor:
-    """1 - cosine to the frozen encoder's embedding of the same picture: (B, D), (B, D)."""
-    return 1 - (embeddings * anchors).sum(dim=-1).mean()
+def cosine(embeddings: Tensor, anchors: Tensor, *, centred: bool = False) -> Tensor:
+    """1 - cosine to the frozen encoder's embedding of the same picture: (B, D), (B, D).
+
+    `centred` takes the mean of the batch's anchors from both sides first: what all pictures share counts for nothing.
+    """
+    if not centred:
+        return 1 - (embeddings * anchors).sum(dim=-1).mean()
+    mean = anchors.mean(dim=0)
+    return 1 - F.cosine_similarity(embeddings - mean, anchors - mean, dim=-1).mean()
 
 
 def similarity(embeddings: Tensor, anchors: Tensor) -> Tensor:

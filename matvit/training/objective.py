@@ -38,7 +38,7 @@ def _terms(heads: Heads, weights: Losses, embeddings: Tensor, batch: Batch, anch
         terms.append(weights.teacher_classes * losses.teacher_classes(logits_t, batch.probabilities))
     if anchors is not None:
         if weights.cosine:
-            terms.append(weights.cosine * losses.cosine(embeddings, anchors))
+            terms.append(weights.cosine * losses.cosine(embeddings, anchors, centred=weights.centred))
         if weights.similarity:
             terms.append(weights.similarity * losses.similarity(embeddings, anchors))
         if weights.contrast:

@@ -108,6 +108,7 @@ class Losses(_Strict):
     teacher_classes: float = Field(default=0.0, ge=0)  # towards the teacher's probabilities
     teacher_features: float = Field(default=0.0, ge=0)  # towards the teacher's pooled features
     cosine: float = Field(default=0.0, ge=0)  # towards the frozen full encoder's embedding
+    centred: bool = False  # what `cosine` compares: embeddings without the mean of the batch's frozen ones
     similarity: float = Field(default=0.0, ge=0)  # towards its similarities over the batch
     contrast: float = Field(default=0.0, ge=0)  # InfoNCE: its embedding of the same picture among the batch's
     prefix: float = Field(default=0.0, ge=0)  # these again, but teacher_features, on the embedding's first numbers
@@ -115,7 +116,7 @@ class Losses(_Strict):
     @property
     def train_something(self) -> bool:
         """Whether any loss has a weight."""
-        return any(self.model_dump(exclude={"prefix"}).values())
+        return any(self.model_dump(exclude={"prefix", "centred"}).values())
 
     @property
     def need_teacher(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matvit import MatViT
 from matvit.evaluation import cross_test
 from matvit.training.loop import train
 from matvit.training.recipe import TeacherRecipe
+from matvit.training.stages import check_specs
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -125,6 +127,38 @@ def test_controls_ask_what_matvit_eval_asks(controls, tiny, data):
             quality = result.matrix[spec]["XL"]
             assert quality.n_queries == len(tasks[name].rows)
             assert quality["recall@1"] == pytest.approx(found[spec][name].mean())
+
+
+def test_every_variant_that_was_compared_is_a_recipe_for_the_encoder_that_it_starts_from(load, tmp_path):
+    compared = load("compared")
+    bundled = MatViT.from_pretrained("matvit-small")
+    bundled.private = None
+    for name, variant in compared.VARIANTS.items():
+        recipe = compared.recipe_of(variant, out=tmp_path)
+        check_specs(bundled, recipe)
+        assert [stage.name for stage in recipe.stages] == [
+            compared.load_recipe(variant.recipe).stages[index].name for index in variant.stages
+        ]
+        assert variant.after is None or recipe.encoder.checkpoint == str(tmp_path / "plain-ordered"), name
+
+
+def test_a_variant_goes_on_from_the_plain_run_and_has_its_row(load, controls, make_recipe, tmp_path, monkeypatch):
+    compared = load("compared")
+    change = {"steps": 2, "learning_rate": 1e-3}
+    variants = {"plain": compared.Variant(stages=(0,)), "nested": compared.VARIANTS["centred"]}
+    variants["nested"] = replace(variants["nested"], change=variants["nested"].change | change)
+    monkeypatch.setattr(compared, "VARIANTS", variants)
+    monkeypatch.setattr(compared, "DIAL", ("XL", "XL-r16"))
+    monkeypatch.setattr(compared, "load_recipe", lambda _: make_recipe())
+    found = compared.row("nested", out=tmp_path, tasks=controls.read_tasks())
+    assert len(found) == 2 + 2 + 3
+    assert found[0] == "nested"
+    assert all(0 <= float(figure) <= 100 for cell in found[2:] for figure in cell.split(" / "))
+    record = MatViT.from_pretrained(tmp_path / "nested" / "encoder").record
+    (stage,) = record["recipe"]["stages"]
+    assert (stage["name"], stage["steps"], stage["submodels"]["centred"]) == ("nested", 2, True)
+    assert record["before"]["recipe"]["stages"][0]["name"] == "full"
+    assert compared.row("plain", out=tmp_path, tasks=controls.read_tasks())[-3:] == ["", "", ""]
 
 
 def test_the_paper_at_small_scale_has_a_row_for_each_granularity(load, data, tmp_path, monkeypatch):

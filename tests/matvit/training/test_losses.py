@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from matvit import MatViT
 from matvit.training import losses
+from matvit.training.batches import Batch
+from matvit.training.heads import Heads
+from matvit.training.objective import objective
+from matvit.training.recipe import Losses
 
 
 def unit(rows: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
@@ -49,7 +54,29 @@ def test_contrast_is_chance_for_equal_anchors_and_low_for_found_ones():
     assert losses.contrast(torch.eye(8), torch.eye(8)).item() < 1e-6
 
 
-@pytest.mark.parametrize("loss", [losses.cosine, losses.similarity, losses.contrast])
+def test_the_centred_cosine_sees_through_a_direction_that_all_embeddings_share():
+    shared, own = 10 * unit(1), unit(8, seed=1)
+    own = own - own.mean(dim=0)
+    anchors, opposite = F.normalize(shared + own, dim=-1), F.normalize(shared - own, dim=-1)
+    assert losses.cosine(opposite, anchors).item() < 0.05
+    assert losses.cosine(opposite, anchors, centred=True).item() > 1.9
+    assert losses.cosine(anchors, anchors, centred=True).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_recipe_asks_for_the_centred_cosine():
+    embeddings, anchors = unit(8), unit(8, seed=1)
+    nothing = Batch(images=torch.empty(8, 3, 1, 1), targets=[], probabilities=None, features=None)
+    for centred in (False, True):
+        weights = Losses(cosine=2, centred=centred)
+        found = objective(Heads(16, [2], None), weights, embeddings, nothing, anchors, prefix=8)
+        assert found.item() == pytest.approx(2 * losses.cosine(embeddings, anchors, centred=centred).item())
+    assert not Losses(centred=True).train_something
+
+
+CENTRED = partial(losses.cosine, centred=True)
+
+
+@pytest.mark.parametrize("loss", [losses.cosine, CENTRED, losses.similarity, losses.contrast])
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_values_and_gradients_are_finite_for_alike_and_opposite_embeddings(loss, rows):
     anchors = unit(rows)
