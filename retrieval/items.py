@@ -95,6 +95,7 @@ _NAMES = tuple(field.name for field in fields(Item))
 COLUMNS = ", ".join(_NAMES)
 # What says nothing about the file: no memory, no more open files, no room to sort.
 _NOT_NOW = {sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_FULL}
+_DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}  # no such table: cut to nothing
 _values = attrgetter(*_NAMES)  # astuple would copy each value, slowly
 
 
@@ -170,20 +171,40 @@ class ItemStore:
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """Raises IndexFormatError for what SQLite complains about while the block runs."""
-        # ro: a file that a writer has just removed is not made anew. immutable: no locks and no journal look-up, so
-        # that read-only disks and many readers are fine.
-        with reading(self.path):
-            check_regular(self.path)
-        uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+        uri = self.uri()
         try:
             with closing(sqlite3.connect(uri, uri=True)) as connection:
                 yield connection
         except sqlite3.Error as error:
-            what = f"the items cannot be read ({error})"
             if getattr(error, "sqlite_errorcode", None) in _NOT_NOW:
                 fix = "close what else is running, make room in the temporary folder, and run the same again"
-                raise IndexFormatError(what=what, where=str(self.path), fix=fix) from error
-            raise DamagedFileError(what=what, where=str(self.path), fix=RESTORE) from error
+                raise IndexFormatError(what=_unread(error), where=str(self.path), fix=fix) from error
+            raise DamagedFileError(what=_unread(error), where=str(self.path), fix=RESTORE) from error
+
+    def uri(self) -> str:
+        """What SQLite opens the file by. Raises IndexFormatError unless it is there."""
+        # ro: a file that a writer has just removed is not made anew. immutable: no locks and no journal look-up, so
+        # that read-only disks and many readers are fine.
+        with reading(self.path):
+            check_regular(self.path)
+        return f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Raises DamagedFileError for what SQLite says of this file while it is read through another database.
+
+        All else that it complains about may be the other's: it is left as it is.
+        """
+        try:
+            yield
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) in _DAMAGE:
+                raise DamagedFileError(what=_unread(error), where=str(self.path), fix=RESTORE) from error
+            raise
+
+
+def _unread(error: sqlite3.Error) -> str:
+    return f"the items cannot be read ({error})"
 
 
 def item_of(values: Iterable[object]) -> Item:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from retrieval.items import COLUMNS, OK, Item, item_of
-from retrieval.manifest import ITEMS
 from retrieval.snapshot import OpenSegment, Snapshot
 
 
@@ -44,7 +43,8 @@ class KnownItems:
     def __init__(self, snapshot: Snapshot, places: Iterable[str]) -> None:
         """`places`: absolute; only what lies at them, in them or below them is found `at` a place, or `at_or_below`.
 
-        Raises sqlite3.Error when the disk refuses; the segments were checked when the snapshot was opened.
+        Raises sqlite3.Error when the disk refuses, IndexFormatError for a segment that was whole when the snapshot
+        was opened, and is no more.
         """
         self._roots: dict[str, list[str]] = {}  # names by folder, with a separator at its end
         for name, folder in snapshot.manifest.roots.items():
@@ -110,15 +110,16 @@ class KnownItems:
         """Run `insert` for each segment, attached as `one`, whose name is its parameter, but for what is deleted."""
         run = self._connection.execute
         for name, segment in self._segments.items():
-            run("ATTACH ? AS one", (f"{(segment.folder / ITEMS).absolute().as_uri()}?immutable=1",))
-            run("BEGIN")
-            run("DELETE FROM gone")
-            self._connection.executemany(
-                "INSERT INTO gone VALUES (?)", ((number,) for number in segment.deleted.tolist())
-            )
-            run(f"{insert} AND id NOT IN gone", (name,))
-            run("COMMIT")
-            run("DETACH one")
+            with segment.items.attached():
+                run("ATTACH ? AS one", (segment.items.uri(),))
+                run("BEGIN")
+                run("DELETE FROM gone")
+                self._connection.executemany(
+                    "INSERT INTO gone VALUES (?)", ((number,) for number in segment.deleted.tolist())
+                )
+                run(f"{insert} AND id NOT IN gone", (name,))
+                run("COMMIT")
+                run("DETACH one")
 
     def _rows(self, condition: str, *values: object) -> list[tuple[str, int, str, bytes]]:
         with self._lock:

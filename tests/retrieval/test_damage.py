@@ -28,6 +28,7 @@ from retrieval import (
     IngestError,
     Retriever,
 )
+from retrieval.errors import DamagedFileError
 from retrieval.files import sha256_bytes
 from retrieval.lock import writer_lock
 from retrieval.manifest import UPGRADES, publish_manifest, read_manifest, read_pointer
@@ -78,6 +79,18 @@ def test_a_single_flipped_bit_in_any_file_is_found_before_it_can_be_searched(ind
             assert len(index.verify()) == 1, path
         path.write_bytes(whole)
     assert Index.open(index.path).verify() == []
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"x")])
+def test_items_that_are_lost_while_an_index_is_open_are_named_and_not_made_anew(index, photos, harm):
+    store = index.path / "segments" / read_manifest(index.path, read_pointer(index.path)).segments[0].name
+    harm(store / "items.sqlite")
+    before = {path: path.read_bytes() for path in store.iterdir()}
+    for work in (lambda: index.ingest(photos), lambda: index.delete([photos / "4.png"])):
+        with pytest.raises(DamagedFileError) as told:
+            work()
+        assert told.value.where == str(store / "items.sqlite")
+    assert {path: path.read_bytes() for path in store.iterdir()} == before
 
 
 def test_damaged_embeddings_are_never_copied_into_a_new_segment(index, photos, elastic):

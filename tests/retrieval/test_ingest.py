@@ -17,7 +17,7 @@ import retrieval.ingest
 import retrieval.snapshot
 from retrieval import EmbeddingError, EncoderMismatchError, Index, IngestError, Retriever
 from retrieval.encoders import check_space, describe
-from retrieval.items import Item, write_items
+from retrieval.items import Item, ItemStore, write_items
 from retrieval.known import KnownItems
 from retrieval.loading import Loader
 from retrieval.sources import is_below
@@ -97,7 +97,8 @@ def test_what_lies_at_or_below_places_is_found_under_every_root_and_nothing_else
         for n, (root, path) in enumerate(sorted(places))
     ]  # fmt: skip
     write_items(folder / "items.sqlite", items)
-    segment = SimpleNamespace(entry=SimpleNamespace(name="one"), folder=folder, deleted=np.empty(0, dtype=np.int64))
+    store = ItemStore(folder / "items.sqlite")
+    segment = SimpleNamespace(entry=SimpleNamespace(name="one"), items=store, deleted=np.empty(0, dtype=np.int64))
     known = KnownItems(SimpleNamespace(segments=[segment], manifest=SimpleNamespace(roots=roots)), asked)
     files = {item.id: os.path.join(roots[item.root], os.fsdecode(item.path)) for item in items}  # noqa: PTH118
     for place in asked:
