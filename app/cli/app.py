@@ -34,14 +34,14 @@ NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Do not open a bro
 def app(
     index: Annotated[
         Path | None,
-        typer.Argument(help="The index. [default: photos.index in this folder, or else the demo]", show_default=False),
+        typer.Argument(help="The index.", show_default="photos.index in this folder, or else the demo"),
     ] = None,
     *,
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="What the encoders are cut from, such as an adapted checkpoint. [default: what built the index]",
-            show_default=False,
+            help="What the encoders are cut from, such as an adapted checkpoint.",
+            show_default="what built the index",
         ),
     ] = None,
     host: Host = HOST,

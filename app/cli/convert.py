@@ -27,13 +27,13 @@ def convert(
     images: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A folder of pictures to order and measure on; repeatable. [default: the bundled photographs]",
-            show_default=False,
+            help="A folder of pictures to order and measure on; repeatable.",
+            show_default="the bundled photographs",
         ),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="The native resolution in pixels. [default: the model's own]", show_default=False),
+        typer.Option(min=1, help="The native resolution in pixels.", show_default="the model's own"),
     ] = None,
     json: JsonFlag = False,
 ) -> None:

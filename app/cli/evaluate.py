@@ -29,7 +29,7 @@ def evaluate(
     *,
     gallery: Annotated[
         str | None,
-        typer.Option(metavar="DATASET", help="What is searched. [default: DATASET without the query, or its own]"),
+        typer.Option(metavar="DATASET", help="What is searched.", show_default="DATASET without the query, or its own"),
     ] = None,
     encoder: Annotated[
         str, typer.Option(metavar="CHECKPOINT", help="Bundled name, checkpoint folder or hub id.")
@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     protocol: Annotated[
         Literal["easy", "medium", "hard"] | None,
-        typer.Option(help="Of revisited Oxford and Paris. [default: medium]"),
+        typer.Option(help="Of revisited Oxford and Paris.", show_default="medium"),
     ] = None,
     keep_near_copies: Annotated[
         bool,
@@ -53,7 +53,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many queries, evenly spread; the gallery stays whole.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: cuda where there is one]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="cuda where there is one")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Draw FLOPs against recall@1 in the first gallery.")
     ] = None,

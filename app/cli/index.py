@@ -35,9 +35,8 @@ def index(
         str | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="Bundled name, checkpoint folder or hub id. "
-            f"[default: the index's own, for a new index {services.DEFAULT_CHECKPOINT}]",
-            show_default=False,
+            help="Bundled name, checkpoint folder or hub id.",
+            show_default=f"the index's own, for a new index {services.DEFAULT_CHECKPOINT}",
         ),
     ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Forget pictures whose files are gone.")] = False,
@@ -45,8 +44,8 @@ def index(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="How it is searched: exact, hnsw, ivfpq, sq, or auto by size and --max-ram. [default: as it is]",
-            show_default=False,
+            help="How it is searched: exact, hnsw, ivfpq, sq, or auto by size and --max-ram.",
+            show_default="as it is; exact for a new index",
         ),
     ] = None,
     max_ram: Annotated[

@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What Pillow remarks on damaged files: one can draw thousands of lines; what is skipped is listed by us.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    # Each try of the hub's client to reach it, with its URL: what failed in the end is one sentence of ours.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with _warnings_as_sentences():

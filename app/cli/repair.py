@@ -21,9 +21,7 @@ def repair(
     *,
     encoder: Annotated[
         str | None,
-        typer.Option(
-            metavar="CHECKPOINT", help="What embeds pictures again. [default: the index's own]", show_default=False
-        ),
+        typer.Option(metavar="CHECKPOINT", help="What embeds pictures again.", show_default="the index's own"),
     ] = None,
     drop_lost: Annotated[bool, typer.Option("--drop-lost", help="Go on without what cannot be brought back.")] = False,
     json: JsonFlag = False,

@@ -33,8 +33,8 @@ def search(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="The submodel that searches: S, M, L, XL, a spec such as 6S.6XL, or auto. [default: XL]",
-            show_default=False,
+            help="The submodel that searches: S, M, L, XL, a spec such as 6S.6XL, or auto.",
+            show_default="XL",
         ),
     ] = None,
     max_latency_ms: Annotated[
@@ -55,12 +55,13 @@ def search(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="What SPEC is cut from, such as an adapted checkpoint. [default: the one that built the index]",
-            show_default=False,
+            help="What SPEC is cut from, such as an adapted checkpoint.",
+            show_default="the one that built the index",
         ),
     ] = None,
     k: Annotated[
-        int | None, typer.Option("-k", "--k", min=1, help="Hits for each query. [default: 10; with --min-score: all]")
+        int | None,
+        typer.Option("-k", "--k", min=1, help="Hits for each query.", show_default="10; with --min-score: all"),
     ] = None,
     min_score: Annotated[
         float | None, typer.Option(min=-1, max=1, help="Only hits that score at least this.", show_default=False)

@@ -25,7 +25,7 @@ from matvit_app.pareto import bargain, encoder_choices
 from matvit_app.ui.comparison import DEPTH, Comparison, compare
 from matvit_app.ui.examples import Example, examples
 from matvit_app.ui.latency import STEPS, latency_chart
-from matvit_app.ui.pictures import STYLE, Tile, figure, plain, readable, telling_names, thumbnail
+from matvit_app.ui.pictures import STYLE, Tile, figure, labelled, plain, readable, telling_names, thumbnail
 from matvit_data import DemoPhoto, demo_photos
 from retrieval import Retriever
 from retrieval.locations import location, read_picture, split_member, status_of
@@ -43,9 +43,8 @@ _STYLE = """<style>
 @media (max-width: 640px) { .st-key-examples { grid-template-columns: repeat(4, 1fr); gap: 10px; } }
 [class*="st-key-example-"] button { padding: 0.1rem 0.2rem; min-height: 2rem; }
 [class*="st-key-example-"] button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-[class*="st-key-example-"] img { border-radius: 8px; }
-.st-key-query img { border-radius: 10px; }
-[class*="st-key-example-"] [data-testid="stElementToolbar"] { display: none; }
+[class*="st-key-example-"] img { border-radius: 8px; width: 100%; }
+.st-key-query img { border-radius: 10px; width: 240px; max-width: 100%; }
 .st-key-hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); gap: 14px; }
 [class*="st-key-hit-"] button { padding: 0.1rem 0.2rem; min-height: 1.9rem; }
 [class*="st-key-hit-"] button p { font-size: 0.8rem; }
@@ -109,14 +108,15 @@ def _choose_picture(offered: list[Example]) -> Query | None:
     st.subheader("1 · Choose a picture")
     # Files may have gone since they were indexed.
     shown = [(example, image) for example in offered if (image := _thumbnail_of(example.path))]
-    upload = st.session_state.get("upload")
+    uploader = f"upload-{st.session_state.get('put_aside', 0)}"  # another one is empty
+    upload = st.session_state.get(uploader)
     chosen: Path | None = st.session_state.get("picture")
     if chosen is None and upload is None and shown:
         chosen = shown[0][0].path
     strip = st.container(key="examples")
     for number, (example, image) in enumerate(shown):
         with strip.container(key=f"example-{number}", gap="xsmall"):
-            st.image(image, width="stretch")
+            st.html(labelled(image, example.name))
             st.button(
                 plain(example.label),
                 key=f"pick-{number}",
@@ -127,7 +127,7 @@ def _choose_picture(offered: list[Example]) -> Query | None:
             )
     if not shown:
         st.info("The pictures of this index are not where they were indexed. Search with a picture of your own.")
-    st.file_uploader("Or search with your own picture", type=UPLOADS, key="upload", on_change=_pick, args=(None,))
+    st.file_uploader("Or search with your own picture", type=UPLOADS, key=uploader, on_change=_take_upload)
     if chosen is not None:
         return Query(image=_readable(chosen), name=_name(chosen), file=chosen)
     return None if upload is None else _read_upload(upload.name, upload.getvalue())
@@ -141,9 +141,15 @@ def _readable(path: Path) -> ImageSource:
         return path
 
 
-def _pick(path: Path | None) -> None:
-    """Search with a picture of the index; None: with the uploaded one, or the first when that was taken away."""
+def _pick(path: Path) -> None:
+    """Search with a picture of the index, and put an uploaded one aside."""
     st.session_state["picture"] = path
+    st.session_state["put_aside"] = st.session_state.get("put_aside", 0) + 1
+
+
+def _take_upload() -> None:
+    """Search with the uploaded picture, or the first one when that was taken away."""
+    st.session_state["picture"] = None
 
 
 def _name(path: Path) -> str:
@@ -208,7 +214,7 @@ def _show(comparison: Comparison, query: Query, *, share: float) -> None:
     picture, found = st.columns([1, 3.6], gap="medium")
     with picture, st.container(key="query"):
         st.subheader("Query")
-        st.image(thumbnail(query.image), width=240)
+        st.html(labelled(thumbnail(query.image), query.name))
         st.text(readable(query.name))
     with found:
         st.subheader("Found")

@@ -57,17 +57,20 @@ def thumbnail(source: ImageSource) -> bytes:
 def figure(tile: Tile) -> str:
     """The tile as HTML, every text escaped; it needs STYLE."""
     name, title = escape(shortened(readable(tile.name))), escape(readable(tile.title))
-    if tile.image is None:
-        picture = '<div class="matvit-gone">picture<br>not there</div>'
-    else:
-        encoded = base64.b64encode(tile.image).decode("ascii")
-        picture = f'<img alt="{name}" src="data:image/webp;base64,{encoded}">'
+    gone = '<div class="matvit-gone">picture<br>not there</div>'
+    picture = gone if tile.image is None else labelled(tile.image, tile.name, title=tile.title)
     badge = '<span class="matvit-badge">not in XL</span>' if tile.strange else ""
     return (
         f'<figure class="matvit-hit{" matvit-strange" if tile.strange else ""}" title="{title}">{picture}{badge}'
         f'<figcaption><div class="matvit-facts"><b>{tile.rank}</b><span>{tile.score:.3f}</span></div>'
         f'<div class="matvit-name">{name}</div></figcaption></figure>'
     )
+
+
+def labelled(image: bytes, name: str, *, title: str | None = None) -> str:
+    """A WebP picture as HTML, with its whole name for who cannot see it, and for who rests the pointer on it."""
+    name, title = escape(readable(name)), escape(readable(title or name))
+    return f'<img alt="{name}" title="{title}" src="data:image/webp;base64,{base64.b64encode(image).decode("ascii")}">'
 
 
 def telling_names(paths: Sequence[Path]) -> list[str]:

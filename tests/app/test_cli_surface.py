@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -81,6 +82,23 @@ def test_help_of_every_command_explains_every_option_and_shows_an_example(run, n
     assert f"matvit {name}" in shown.out.partition("Example")[2]
     for parameter in COMMANDS[name].params:
         assert parameter.help, parameter.name
+        assert "[default" not in parameter.help  # rich would take it for markup
+        if isinstance(parameter.show_default, str):
+            assert f"[default: ({parameter.show_default})]" in " ".join(shown.out.replace("│", " ").split())
+
+
+def test_the_hubs_tries_without_a_network_are_not_shown(tmp_path):
+    script = """
+import sys, time
+from matvit_app.cli.main import main
+time.sleep = lambda seconds: None  # between two tries
+sys.exit(main(["convert", "vit_tiny_patch16_224", "--pretrained", "--out", "elastic"]))
+"""
+    offline = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=offline, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "the hub could not be reached" in done.stderr
 
 
 def test_without_arguments_the_commands_are_listed(run):

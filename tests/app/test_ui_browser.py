@@ -93,6 +93,23 @@ def test_a_person_picks_a_picture_and_an_encoder_and_goes_on_from_a_hit(page):
     assert page.evaluate("document.querySelector('.stMain').scrollWidth <= window.innerWidth")
 
 
+def test_every_picture_has_its_name_and_an_uploads_goes_with_it(page, photos, tmp_path):
+    from playwright.sync_api import expect
+
+    uploader, query = page.get_by_test_id("stFileUploader"), page.locator(".st-key-query")
+    shutil.copy(photos / "dogs" / "2.png", tmp_path / "my dog.png")
+    uploader.locator("input").set_input_files(tmp_path / "my dog.png")
+    expect(uploader).to_contain_text("my dog.png")
+    expect(query.get_by_role("img", name="my dog.png")).to_be_visible(timeout=20_000)
+    page.wait_for_selector("[data-test-script-state=notRunning]")
+    named = page.locator(".stMain img").evaluate_all("all => all.map(one => one.alt)")
+    offered = [f"{kind}/{number}" for kind in ("cats", "dogs") for number in range(4)]
+    assert sorted(named) == sorted([*offered, *(f"{name}.png" for name in offered), "my dog.png"])
+    page.get_by_role("button", name="cats/3", exact=True).click()
+    expect(query).to_contain_text("cats/3.png", timeout=20_000)
+    expect(uploader).not_to_contain_text("my dog.png")
+
+
 def test_the_page_asks_nothing_of_the_internet(page, url, asked):
     page.locator("[data-testid=stVegaLiteChart] :is(canvas, svg)").first.wait_for(timeout=40_000)
     page.wait_for_timeout(1000)  # fonts and icons come last

@@ -19,7 +19,7 @@ from matvit import MatViT
 from matvit.model import AxesConfig
 from matvit_app import services
 from matvit_app.ui.examples import Example, evenly
-from matvit_app.ui.pictures import plain, shortened, telling_names
+from matvit_app.ui.pictures import Tile, figure, plain, shortened, telling_names
 from matvit_data import demo_folder
 
 pytest.importorskip("streamlit")
@@ -116,10 +116,11 @@ def test_a_hit_can_be_the_next_query(open_page, index):
 
 def test_picking_a_picture_puts_an_upload_aside(open_page, index):
     page = open_page(index)
-    page.file_uploader(key="upload").set_value([("mine.png", picture(), "image/png")])
+    page.file_uploader(key="upload-0").set_value([("mine.png", picture(), "image/png")])
     run(page)
     page.button(key="pick-2").click()
     assert names_of(run(page)) == ["cats/2.png"]
+    assert page.file_uploader[0].value in (None, [])  # nor is its name shown any longer
 
 
 def test_the_demo_offers_its_own_choice(open_page, checkpoint, tmp_path):
@@ -188,7 +189,7 @@ def test_a_wrong_spec_is_one_sentence(open_page, index, typed):
 
 def test_an_uploaded_picture_is_searched_with(open_page, index):
     page = open_page(index)
-    page.file_uploader(key="upload").set_value([("mine.png", picture(), "image/png")])
+    page.file_uploader(key="upload-0").set_value([("mine.png", picture(), "image/png")])
     run(page)
     assert names_of(page) == ["mine.png"]
     assert grid_of(page)
@@ -196,10 +197,17 @@ def test_an_uploaded_picture_is_searched_with(open_page, index):
 
 def test_a_bad_upload_is_one_sentence(open_page, index):
     page = open_page(index)
-    page.file_uploader(key="upload").set_value([("notes.png", b"no picture", "image/png")])
+    page.file_uploader(key="upload-0").set_value([("notes.png", b"no picture", "image/png")])
     run(page)
     assert [error.value.startswith("notes.png: not a picture") for error in page.error] == [True]
     assert not grid_of(page)
+
+
+def test_a_name_too_long_for_its_tile_is_whole_beside_the_picture():
+    name = "holidays/2019/the long way along the coast, number 17.jpg"
+    shown = figure(Tile(rank=1, score=0.5, name=name, title=name, image=b"RIFF", strange=False))
+    assert f'<img alt="{name}"' in shown
+    assert f">{shortened(name)}<" in shown
 
 
 def test_a_missing_index_is_one_sentence(open_page, tmp_path):
