@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,17 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import (  # noqa: F401 - plugins register themselves
+    AvifImagePlugin,
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+    features,
+)
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -97,8 +108,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
             _check_work(image, file)
             if draft_size:
                 image.draft("RGB", (draft_size, draft_size))
-            large = image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
-            with _unwarned() if large else nullcontext():  # TIFF's decoder warns once more
+            with _unwarned() if _would_warn(image) else nullcontext():
                 image.load()
             return _to_rgb(_upright(_with_pixels(image)))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
@@ -146,9 +156,26 @@ class _SpecialFileError(Exception):
 
 
 def _opened(file: BinaryIO) -> Image.Image:
-    """The file with its header read, without Pillow's warning of large pictures: the caller has its own limit."""
-    with _unwarned():
-        return Image.open(cast(BinaryIO, _Guarded(file)), formats=FORMATS)
+    """The file with its header read, as Image.open does, but for its warning of large pictures.
+
+    The caller has its own limit. To suppress the warning, threads would wait for each other's files.
+    """
+    guarded = cast(BinaryIO, _Guarded(file))
+    beginning = guarded.read(16)
+    for name in FORMATS:
+        make, accepts = Image.OPEN[name]
+        accepted = accepts is None or accepts(beginning)
+        if accepted and not isinstance(accepted, str):  # a text says that this Pillow lacks the format
+            guarded.seek(0)
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # to Image.open, too, it is another format
+                return make(guarded, "")
+    raise UnidentifiedImageError
+
+
+def _would_warn(image: Image.Image) -> bool:
+    """Whether decoding warns of large pictures once more."""
+    limit = Image.MAX_IMAGE_PIXELS
+    return isinstance(image, TiffImageFile) and limit is not None and image.width * image.height > limit
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from PIL import Image
 
 from matvit import preprocess
 from matvit.errors import ImageError
-from matvit.preprocess import MAX_PIXELS, Preprocessing, open_image
+from matvit.preprocess import MAX_PIXELS, Header, Preprocessing, open_image, read_header
 
 PLAIN = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # pixels from 0 to 1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -364,6 +365,23 @@ def test_a_large_picture_below_the_limit_is_read_without_a_warning(
     with ThreadPoolExecutor(4) as pool:  # a warning is an error in these tests
         assert {image.size for image in pool.map(open_image, [source] * 200)} == {(10, 6)}
     assert list(warnings.filters) == filters
+
+
+def test_a_file_that_comes_slowly_keeps_no_other_picture_waiting(tmp_path: Path) -> None:
+    arrives = threading.Event()
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            arrives.wait()
+            return super().read(size)
+
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(read_header, Slow(encode(scene(9, 8), "WEBP")), path="slow.webp")
+        try:
+            assert pool.submit(open_image, encode(scene(7, 6), "JPEG")).result(timeout=30).size == (7, 6)
+        finally:
+            arrives.set()
+        assert slow.result() == Header(9, 8, 16 * 9 * 8)
 
 
 def test_the_limit_holds_where_a_program_has_lifted_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
