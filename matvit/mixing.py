@@ -119,6 +119,11 @@ class MixedPoint:
         """Whether it finds more than the line."""
         return self.recall > self.line
 
+    @property
+    def distance(self) -> float:
+        """How much more it finds than the line, points."""
+        return 100 * (self.recall - self.line)
+
 
 def against_line(mixed: MixedSpecs, *, recall: Mapping[str, float], flops: Mapping[str, int]) -> list[MixedPoint]:
     """Every mixed spec beside the line through S, M, L and XL; `recall` and `flops` are by spec string."""
@@ -144,10 +149,13 @@ def _interpolated(known: Sequence[tuple[int, float]], at: int) -> float:
 
 
 def summary(points: Sequence[MixedPoint], *, asked: int) -> dict[str, Any]:
-    """How many lie above the line, by kind, and each point: what `matvit eval --json` prints as "mixed"."""
+    """How they lie to the line, by kind, and each point: what `matvit eval --json` prints as "mixed"."""
 
-    def counted(chosen: Sequence[MixedPoint]) -> dict[str, int]:
-        return {"specs": len(chosen), "above_line": sum(point.above for point in chosen)}
+    def counted(chosen: Sequence[MixedPoint]) -> dict[str, Any]:
+        counts = {"specs": len(chosen), "above_line": sum(point.above for point in chosen)}
+        far = [point.distance for point in chosen]
+        distances = {"mean": sum(far) / len(far), "worst": min(far), "best": max(far)} if far else None
+        return counts | {"distance": distances}
 
     return {
         "asked": asked,

@@ -10,7 +10,7 @@ import typer
 
 from matvit.errors import SpecError
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_line, write_table
+from matvit_app.cli.output import JsonFlag, say, write_json, write_table
 from matvit_app.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -177,11 +177,17 @@ def _show_mixed(found: Evaluation) -> None:
     if found.mixed is None:
         return
     points = found.points
-    advised = [point for point in points if point.heuristic]
-    write_line(
-        f"{len(points)} mixed submodels: {sum(point.above for point in points)} above the line between the uniform "
-        f"ones ({sum(point.above for point in advised)} of the {len(advised)} that follow the paper's advice); "
-        "the table shows those on the Pareto front"
+    told = found.to_json()["mixed"]
+    rows = [
+        [name, f"{kind['above_line']} of {kind['specs']}", *(f"{far:+.1f}" for far in kind["distance"].values())]
+        for name, kind in (("as the paper advises", told["heuristic"]), ("at random", told["random"]))
+        if kind["specs"]
+    ]
+    write_table(
+        ["mixed submodels", "above the line", "mean distance to it", "worst", "best"],
+        rows,
+        title=f"{len(points)} mixed submodels and the line between the uniform ones",
+        caption="distance: recall@1 in points. The table above shows those on the Pareto front.",
     )
     if len(points) < found.mixed.asked:
         say(f"{found.mixed.asked} mixed submodels were asked for, {len(points)} different ones were found")

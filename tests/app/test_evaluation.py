@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def test_the_table_shows_named_submodels_and_the_front_and_says_when_there_are_f
 ):
     shown = run("eval", photos, "--encoder", checkpoint, "--queries", "mixed:100")
     assert "12 mixed submodels" in shown.out  # 4 x 4 granularities of two blocks, without the uniform ones
+    for kind, most in (("as the paper advises", 3), ("at random", 9)):
+        (row,) = (line for line in shown.out.splitlines() if kind in line)
+        assert re.search(rf"of {most} +[+-]\d+\.\d +[+-]\d+\.\d +[+-]\d+\.\d", row)
     assert "100 mixed submodels were asked for, 12 different ones" in shown.err
 
 

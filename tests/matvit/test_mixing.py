@@ -97,6 +97,8 @@ def test_points_are_told_above_or_below_the_line_between_their_neighbours() -> N
     assert (told["asked"], told["specs"]) == (12, 12)
     assert told["above_line"] == told["heuristic"]["above_line"] + told["random"]["above_line"]
     assert told["points"]["1S.1M"]["above_line"]
+    assert told["heuristic"]["distance"] == pytest.approx({"mean": 0, "worst": -20, "best": 20}, abs=1e-9)
+    assert summary([], asked=1)["random"] == {"specs": 0, "above_line": 0, "distance": None}
 
 
 def test_shared_weights_compute_what_copies_compute(model: MatViT, images: Tensor) -> None:
