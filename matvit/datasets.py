@@ -341,7 +341,7 @@ def _read_parquet(files: Sequence[Path], location: str) -> _Rows:
     for file in files:
         table = _read_table(file)
         file_labels = _label_column(table, file)
-        file_classes = _schema_names(table)
+        file_classes = schema_names(table.schema)
         known.update(file_classes)
         names += _names_of(file_labels, file_classes, file)
         columns += table.column("image.bytes").cast(pa.large_binary()).chunks
@@ -385,9 +385,9 @@ def _label_column(table: Any, file: Path) -> list[int | str]:
     return labels
 
 
-def _schema_names(table: Any) -> list[str]:
-    """Class names from the schema's Hugging Face metadata; empty when it has none."""
-    metadata = table.schema.metadata or {}
+def schema_names(schema: Any) -> list[str]:
+    """Names of a Parquet table's classes, from the Hugging Face metadata of its schema; empty when it has none."""
+    metadata = schema.metadata or {}
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from itertools import accumulate
 from typing import Any, BinaryIO
 
 from matvit import tars
-from matvit.datasets import PICTURE_SUFFIXES
+from matvit.datasets import PICTURE_SUFFIXES, schema_names
 from matvit.errors import MissingExtraError
 from retrieval.locations import NO_TIME, Status, one_line, open_file, status_of, window
 from retrieval.metadata import MAX_METADATA, to_json
@@ -184,7 +183,7 @@ class Table:
 
     def members(self, group: int, first: int) -> Iterator[Member]:
         """The pictures of one row group, whose first row is `first`."""
-        column, classes = self.image_column, self._class_names()
+        column, classes = self.image_column, schema_names(self.file.schema_arrow)
         assert column is not None
         for number, row in enumerate(self.rows([group]), start=first):
             image = row.pop(column)
@@ -195,14 +194,6 @@ class Table:
             metadata, problem = to_json(row)
             problem = problem or (None if data else "the row holds no bytes of a picture")
             yield Member(name=str(number), metadata=metadata, data=data or b"", problem=problem)
-
-    def _class_names(self) -> list[str]:
-        metadata = self.file.schema_arrow.metadata or {}
-        try:
-            names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-        except (KeyError, TypeError, ValueError):
-            return []
-        return [str(name) for name in names] if isinstance(names, list) else []
 
     def close(self) -> None:
         """Close the file."""

@@ -259,6 +259,15 @@ def test_a_parquet_table_of_pictures_gives_rows_and_class_names(tmp_path, pictur
     assert retriever.read_picture(hit.id) == picture(3)
 
 
+def test_a_table_whose_metadata_are_nested_too_deep_is_one_without_class_names(tmp_path, picture, build):
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"image": [picture(0)], "label": [1]})
+    import pyarrow.parquet as pq
+
+    pq.write_table(table.replace_schema_metadata({b"huggingface": b"[" * 100_000}), tmp_path / "train.parquet")
+    assert metadata(build(tmp_path / "train.parquet"))["train.parquet#0"] == {"label": 1}
+
+
 def test_embedding_a_table_again_decodes_each_of_its_batches_once(tmp_path, picture, build, elastic, monkeypatch):
     path = write_table(tmp_path / "rows.parquet", {"image": [picture(n) for n in range(150)]}, row_group_size=100)
     index = build(path)
