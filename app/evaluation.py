@@ -77,6 +77,7 @@ def evaluate(
     queries: Sequence[str],
     galleries: Sequence[str],
     keep_near_copies: bool = False,
+    recall_at: Sequence[int] = (1, 10),
     limit: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -102,6 +103,7 @@ def evaluate(
         query_specs=specs,
         gallery_specs=searched,
         drop_near_copies=not keep_near_copies,
+        recall_at=recall_at,
         limit=limit,
         batch_size=_BATCH.get(model.device.type, 64),
         flops={str(spec): model.flops(spec) for spec in (model.shape.spec(), *specs, *searched)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -123,6 +123,7 @@ def cross_test(
     gallery_specs: Sequence[str | SubmodelSpec],
     truth: GroundTruth | None = None,
     drop_near_copies: bool = True,
+    recall_at: Sequence[int] = (1, 10),
     limit: int | None = None,
     batch_size: int = 64,
     flops: Mapping[str, int] | None = None,
@@ -130,12 +131,12 @@ def cross_test(
 ) -> CrossTest:
     """Embeds both data sets with every spec and measures each (query spec, gallery spec) pair.
 
-    Right is what `truth` lists; without it, both data sets are `LabelledImages` and right is every picture
-    of the query's class (matched by name). Without a `gallery`, each query searches all other queries
-    (leave-one-out). `limit` keeps that many queries, evenly spread over the data set. Queries are left out,
-    and counted, when the gallery holds a near-copy of them (`drop_near_copies`; not in leave-one-out and not
-    where `truth` decides) or nothing that is right. `flops` maps spec strings to the cost that the result
-    repeats.
+    Right is what `truth` lists; without it, both data sets are `LabelledImages` and right is every picture of the
+    query's class (matched by name). Without a `gallery`, each query searches all other queries (leave-one-out).
+    recall@k is measured at 1 and at every k of `recall_at`. `limit` keeps that many queries, evenly spread over the
+    data set. Queries are left out, and counted, when the gallery holds a near-copy of them (`drop_near_copies`; not
+    in leave-one-out and not where `truth` decides) or nothing that is right. `flops` maps spec strings to the cost
+    that the result repeats.
 
     Every picture is decoded once per resolution and streamed through the encoders, so that only
     embeddings are kept. Raises SpecError for a spec that the encoder lacks, and DatasetError when no
@@ -177,7 +178,7 @@ def cross_test(
             found.vectors,
             asked=asked,
             indexed=indexed,
-            whole_ranking=truth is not None,
+            search=partial(_search, recall_at=tuple(dict.fromkeys((1, *recall_at))), whole_ranking=truth is not None),
         ),
         reference=(str(full), str(indexed[0])),
         flops={str(spec): flops[str(spec)] for spec in encoders if flops and str(spec) in flops},
@@ -245,28 +246,26 @@ def _matrix(
     *,
     asked: Sequence[SubmodelSpec],
     indexed: Sequence[SubmodelSpec],
-    whole_ranking: bool,
+    search: Callable[[Relevance, FloatArray, FloatArray], _Found],
 ) -> dict[str, dict[str, Quality]]:
     full = next(iter(queries)).shape.spec()
     matrix: dict[str, dict[str, Quality]] = {str(query): {} for query in asked}
     reference: _Found | None = None
     for index in indexed:
-        best = _search(relevance, queries[full], gallery[index], whole_ranking=whole_ranking)
+        best = search(relevance, queries[full], gallery[index])
         reference = reference or best
         for query in asked:
-            found = (
-                best
-                if query == full
-                else _search(relevance, queries[query], gallery[index], whole_ranking=whole_ranking)
-            )
+            found = best if query == full else search(relevance, queries[query], gallery[index])
             matrix[str(query)][str(index)] = _quality(found, best, reference)
     return matrix
 
 
-def _search(relevance: Relevance, queries: FloatArray, gallery: FloatArray, *, whole_ranking: bool) -> _Found:
+def _search(
+    relevance: Relevance, queries: FloatArray, gallery: FloatArray, *, recall_at: Sequence[int], whole_ranking: bool
+) -> _Found:
     """(Q, D), (M, D) -> what is found, measured block by block: whole rankings of all queries would fill the memory."""
     relevant, excluded = relevance.relevant, relevance.excluded
-    depth = len(gallery) if whole_ranking else max(_DEPTH, int(relevant.max()))
+    depth = len(gallery) if whole_ranking else max(_DEPTH, *recall_at, int(relevant.max()))
     first_ten: list[IntArray] = []
     values: list[dict[str, Values]] = []
     step = max(1, _BLOCK_HITS // depth)
@@ -275,8 +274,7 @@ def _search(relevance: Relevance, queries: FloatArray, gallery: FloatArray, *, w
         hits = top_k(queries[block], gallery, depth, exclude=excluded[block])[1]
         right, there = relevance.right(hits, first=start), relevant[block]
         measured = {
-            RECALL: recall_at_k(right, 1).astype(np.float64),
-            "recall@10": recall_at_k(right, 10).astype(np.float64),
+            **{f"recall@{k}": recall_at_k(right, k).astype(np.float64) for k in recall_at},
             "map@100": average_precision(right, there, k=_DEPTH),
             "map@r": average_precision(right, there, k=None),
         }

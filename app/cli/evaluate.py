@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,6 +51,9 @@ def evaluate(
         bool,
         typer.Option("--keep-near-copies", help="Keep queries of which the gallery holds nearly the same picture."),
     ] = False,
+    recall_at: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="Hits that recall is measured at, comma-separated.")
+    ] = "1,10",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many queries, evenly spread; the gallery stays whole.")
     ] = None,
@@ -85,6 +89,7 @@ def evaluate(
 
     folder = table_folder(encoder) if write_checkpoint_table else None
     asked, indexed = _split(queries, "--queries"), _split(galleries, "--galleries")
+    hits = _numbers(recall_at)
     if plot is not None:
         _check_plot(plot)
     model = services.load_encoder(encoder).to(_device(device))
@@ -98,6 +103,7 @@ def evaluate(
             queries=asked,
             galleries=indexed,
             keep_near_copies=keep_near_copies,
+            recall_at=hits,
             limit=limit,
             progress=progress,
         )
@@ -130,6 +136,12 @@ def _split(specs: str, option: str) -> list[str]:
     if not found:
         raise SpecError(what="names no submodel spec", where=option, fix=f"give some, for example {option} S,XL")
     return found
+
+
+def _numbers(text: str) -> list[int]:
+    if re.fullmatch(r"\s*[1-9]\d{0,5}\s*(,\s*[1-9]\d{0,5}\s*)*", text, re.ASCII) is None:
+        raise typer.BadParameter(f"'{text}' are no numbers of hits, such as 1,10,100", param_hint="--recall-at")
+    return [int(number) for number in text.split(",")]
 
 
 def _device(name: str | None) -> Any:

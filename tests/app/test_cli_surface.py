@@ -49,6 +49,7 @@ OPTIONS = {
         "--classes",
         "--protocol",
         "--keep-near-copies",
+        "--recall-at",
         "--limit",
         "--device",
         "--plot",

@@ -42,6 +42,21 @@ def test_the_table_shows_named_submodels_and_the_front_and_says_when_there_are_f
     assert "100 mixed submodels were asked for, 12 different ones" in shown.err
 
 
+def test_recall_is_measured_at_the_numbers_of_hits_that_are_asked_for(run, photos, checkpoint):
+    done = run("eval", photos, "--encoder", checkpoint, "--queries", "S", "--recall-at", "1, 3,1000", "--json")
+    quality = done.json["matrix"]["S"]["XL"]
+    assert [name for name in quality if name.startswith("recall")] == ["recall@1", "recall@3", "recall@1000"]
+    assert quality["recall@1"] <= quality["recall@3"] <= quality["recall@1000"] == 1
+    assert set(quality["difference"]) == {"recall@1", "recall@3", "recall@1000", "map@100", "map@r"}
+
+
+@pytest.mark.parametrize("numbers", ["0", "1,", "-1", "1.5", "ten", "9999999", "٣"])
+def test_recall_at_no_number_of_hits_is_refused(run, photos, checkpoint, numbers):
+    done = run("eval", photos, "--encoder", checkpoint, "--recall-at", numbers)
+    assert (done.code, done.out) == (2, "")
+    assert "are no numbers of hits" in done.err
+
+
 def test_mixed_twice_is_refused(run, photos, checkpoint):
     done = run("eval", photos, "--encoder", checkpoint, "--queries", "mixed:3,mixed:4")
     assert (done.code, done.out) == (2, "")
