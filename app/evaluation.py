@@ -177,7 +177,7 @@ def _row(model: MatViT, spec: str, found: Evaluation, earlier: Mapping[str, Any]
         "flops": model.flops(spec),
         "params": model.num_params(spec),
         "relative_flops": model.flops(spec) / model.flops(),
-        "quality": {name: round(mean.value, 4) for name, mean in quality.measures.items()},
+        "quality": {name: round(mean.value, 5) for name, mean in quality.measures.items()},
         "measured": {
             "queries": _portable(found.result.queries),
             "gallery": _portable(found.result.gallery),

@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import uuid
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -350,7 +351,7 @@ def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:
     return {
         CONFIG: _json(config.model_dump(mode="json", exclude=absent)),
         WEIGHTS: weights,
-        PARETO: _json(list(model.pareto)),
+        PARETO: _table(model.pareto),
         TRAINING: _json(model.record),
         CARD: model_card(model).encode(errors="backslashreplace"),
     }
@@ -486,6 +487,13 @@ def _refuse_non_finite(tensors: dict[str, quantization.FloatArray]) -> None:
 def _json(value: object) -> bytes:
     # Names of files that are not UTF-8 hold surrogates: as \udcXX, a JSON escape, they come back as they were.
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """JSON with a line for each row."""
+    return ("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n").encode(
+        errors="backslashreplace"
+    )
 
 
 def _read_json(path: Path, *, missing: Any = None) -> Any:

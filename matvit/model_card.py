@@ -61,7 +61,16 @@ def _pareto_table(model: MatViT) -> list[str]:
         for row in model.pareto
     ]
     table = [header, ["---"] * len(header), *rows]
-    return ["## Submodels", "", *("| " + " | ".join(cells) + " |" for cells in table), ""]
+    return ["## Submodels", "", *_measured(model), *("| " + " | ".join(cells) + " |" for cells in table), ""]
+
+
+def _measured(model: MatViT) -> list[str]:
+    """What the table's percents are of, where all its rows say the same."""
+    measured, *others = (row.get("measured") for row in model.pareto)
+    if not measured or any(other != measured for other in others):
+        return []
+    said = "Percent; {n_queries} queries of {queries} in {gallery}, embedded once by {gallery_spec}."
+    return [said.format(**measured), ""]
 
 
 def _provenance(model: MatViT) -> list[str]:

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from matvit import CheckpointError, MatViT, checkpoint
 from matvit.checkpoint import Storage
 from matvit.model import AxesConfig
+from matvit.model_card import model_card
 from matvit.preprocess import Preprocessing
 
 FILES = {"config.json", "model.safetensors", "pareto.json", "training.json", "README.md"}
@@ -169,6 +170,17 @@ def test_a_record_keeps_names_that_are_not_utf8(tiny: MatViT, tmp_path: Path) ->
     tiny.record = {"data": [{"class_names": [os.fsdecode(b"caf\xe9")]}], "notes": [os.fsdecode(b"\xe9")]}
     tiny.save_pretrained(tmp_path / "x")
     assert MatViT.from_pretrained(tmp_path / "x").record == tiny.record
+
+
+@pytest.mark.parametrize(("elsewhere", "said"), [({}, True), ({"queries": "others"}, False)])
+def test_the_card_says_what_its_percents_are_of_where_it_is_the_same_for_all(
+    tiny: MatViT, elsewhere: dict[str, str], said: bool
+) -> None:
+    measured = {"queries": "asked", "gallery": "searched", "gallery_spec": "XL", "n_queries": 7}
+    rows = [checkpoint.pareto_row(tiny, size, {"recall@1": 0.9}) for size in ("S", "XL")]
+    tiny.pareto = ({**rows[0], "measured": measured}, {**rows[1], "measured": measured | elsewhere})
+    card = model_card(tiny)
+    assert ("Percent; 7 queries of asked in searched, embedded once by XL." in card) is said
 
 
 def test_the_cards_example_runs_beside_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
