@@ -230,7 +230,7 @@ def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch
         with torch.no_grad(), run.fabric.autocast():
             anchors = anchor(run.normalise(batch.at(shape.image_size))).float()
     plan: list[tuple[SubmodelSpec, Losses]] = []
-    if not stage.freeze:
+    if stage.full.train_something:
         full = SubmodelSpec.of(shape, shape.ffn_widths, image_size=_full_resolution(run, stage))
         plan.append((full, stage.full))
     if stage.submodels is not None:

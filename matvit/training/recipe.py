@@ -130,7 +130,7 @@ class Losses(_Strict):
 
 
 class Stage(_Strict):
-    """One optimisation run. `submodels` None: only the full encoder is trained.
+    """One optimisation run. `submodels` None: only the full encoder is trained; no `full` beside them: only they are.
 
     What is frozen for alignment is the full encoder as it was before submodels were first trained; with
     `freeze`, as it is. `ladder` lists specs, and "mixed" for random per-block widths, which may be cut further
@@ -211,9 +211,11 @@ class Recipe(_Strict):
                 raise ValueError(f"a batch of {batch} from '{one.path}' cannot be shared by {self.devices} devices")
 
     def _check_losses(self, stage: Stage, *, first: bool) -> None:
-        losses = [one for one in (None if stage.freeze else stage.full, stage.submodels) if one]
-        if not all(loss.train_something for loss in losses):
+        losses = [one for one in (stage.full, stage.submodels) if one]
+        if not losses[-1].train_something:
             raise ValueError(f"stage '{stage.name}' has an encoder without a loss")
+        if stage.submodels and not (stage.full.train_something or stage.fixed or stage.sampled):
+            raise ValueError(f"stage '{stage.name}' has no encoder to train: give it fixed or sampled")
         if any(loss.need_teacher for loss in losses):
             if self.teacher is None:
                 raise ValueError(f"stage '{stage.name}' distils a teacher, but the recipe names none")

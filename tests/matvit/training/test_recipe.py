@@ -96,6 +96,11 @@ def test_a_wrong_field_is_named(make_fields, tmp_path, change, sentence):
         ({"full": {"teacher_classes": 1}}, "stage 'full' distils a teacher, but the recipe names none"),
         ({"full": {"cosine": 1}}, "stage 'full' aligns to the stage before it, but is the first"),
         ({"full": {}}, "stage 'full' has an encoder without a loss"),
+        ({"submodels": {}}, "stage 'full' has an encoder without a loss"),
+        (
+            {"full": {}, "submodels": {"classification": 1}, "fixed": [], "sampled": 0},
+            "stage 'full' has no encoder to train: give it fixed or sampled",
+        ),
         ({"augmentation": {"scale": [0, 0]}}, "scale must be two rising shares"),
         ({"augmentation": {"ratio": [2, 1]}}, "ratio must be two rising numbers"),
         ({"name": "nested"}, "two stages have the same name"),

@@ -32,6 +32,26 @@ def flat(model: MatViT) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in model.vit.state_dict().values()]).cpu()
 
 
+def test_a_step_trains_one_drawn_encoder_alone_where_the_full_one_has_no_losses(
+    data, make_recipe, tmp_path, monkeypatch
+):
+    drawn: list[str] = []
+    forward = MatViT.forward
+
+    def note(self, images, spec=None):
+        if torch.is_grad_enabled():
+            drawn.append(str(spec))
+        return forward(self, images, spec)
+
+    monkeypatch.setattr(MatViT, "forward", note)
+    stage = {"name": "drawn", "steps": 24, "learning_rate": 1e-3, "submodels": {"classification": 1}}
+    stage |= {"fixed": [], "sampled": 1, "ladder": ["S", "M", "L", "XL", "XL"]}
+    train(make_recipe(stages=[stage]), out=tmp_path / "run")
+    assert len(drawn) == 24
+    assert set(drawn) == {"S", "M", "L", "XL"}
+    assert drawn.count("XL") > max(drawn.count(size) for size in "SML")
+
+
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_a_frozen_stage_trains_what_each_granularity_owns_and_nothing_else(
     data, make_recipe, tmp_path, monkeypatch, storage
