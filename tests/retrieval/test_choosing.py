@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +106,36 @@ def test_a_time_is_measured_once_on_a_machine(retriever, photos, elastic, measur
     kept.write_text("{")  # damaged: measured again
     Retriever.open(retriever.path, encoder=elastic).search(photos / "1.png", max_latency_ms=100)
     assert measured == ["XL", "L", "M", "XL"]
+
+
+def test_searches_that_begin_together_do_not_measure_against_each_other(elastic, tmp_path, monkeypatch):
+    monkeypatch.setenv("MATVIT_CACHE", str(tmp_path / "cache"))
+    measured = []
+
+    def slowly(encoder):
+        measured.append(str(encoder.spec))
+        time.sleep(0.05)
+        return 1.0
+
+    monkeypatch.setattr(retrieval.latency, "_measured", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: latency_ms(elastic.encoder(), elastic=elastic), range(4))) == [1.0] * 4
+    assert measured == ["XL"]
+
+
+def test_a_time_counts_for_the_threads_and_the_processor_that_it_was_measured_on(
+    elastic, tmp_path, monkeypatch, measured
+):
+    monkeypatch.setenv("MATVIT_CACHE", str(tmp_path / "cache"))
+    for name, value in (
+        ("computing_threads", lambda: 2),
+        ("computing_threads", lambda: 3),
+        ("_processor", lambda: "another"),
+    ):
+        monkeypatch.setattr(retrieval.latency, name, value)
+        for _ in range(2):
+            latency_ms(elastic.encoder(), elastic=elastic)
+    assert measured == ["XL"] * 3
 
 
 def test_a_busy_moment_does_not_count_and_deleting_the_file_measures_again(elastic, tmp_path, monkeypatch):
