@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from matvit.durable import cache_folder
 from matvit.errors import CheckpointError, DatasetError, ImageError
-from matvit.progress import Progress, ProgressEvent, silent
+from matvit.progress import Progress, silent
 from matvit.spec import Granularity
 
 if TYPE_CHECKING:
@@ -348,24 +348,18 @@ def train(
     from matvit.training.recipe import load_recipe
 
     loaded = load_recipe(recipe)  # before torch is imported: a misspelt recipe is told at once
-    from matvit.training.loop import train as run
-
-    trained = False
-
-    def watched(event: ProgressEvent) -> None:
-        nonlocal trained
-        trained |= event.unit == "steps"
-        progress(event)
+    from matvit.training.loop import carry_out
 
     started = time.monotonic()
-    model = run(loaded, out=out, resume=resume, tensorboard=tensorboard, progress=watched)
+    trained = carry_out(loaded, out=out, resume=resume, tensorboard=tensorboard, progress=progress)
+    model = trained.encoder
     return {
         "encoder": model.name,
         "checkpoint": model.source,
         "space_id": model.space_id,
         "weights_sha256": model.weights_sha256,
         "seconds": time.monotonic() - started,
-        "already_complete": not trained,
+        "already_complete": trained.already_complete,
         "metrics": model.record.get("metrics", {}),
     }
 

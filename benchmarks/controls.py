@@ -33,6 +33,7 @@ import torch
 
 from matvit import MatViT
 from matvit.datasets import LabelledImages, data_folder, read_dataset
+from matvit.errors import DatasetError
 from matvit.importance import find_keep_order, order_by_importance
 from matvit.metrics import BoolArray, IntArray, bootstrap_intervals, top_k
 from matvit.model import AxesConfig
@@ -159,7 +160,7 @@ def _pictures(model: MatViT) -> torch.Tensor:
 
 
 def embed(model: MatViT, spec: str, pictures: LabelledImages, rows: IntArray | None = None) -> FloatArray:
-    """(N, D) of unit length: all pictures, or those at `rows`."""
+    """(N, D) of unit length: all pictures, or those at `rows`. Raises DatasetError where one cannot be read."""
     return embed_by(model, [spec], pictures, rows)[spec]
 
 
@@ -177,6 +178,12 @@ def embed_by(
         stage="embed",
         progress=silent,
     )
+    if found.skipped:  # or rows would no longer be the labels'
+        raise DatasetError(
+            what=f"{len(found.skipped)} pictures cannot be read ({found.skipped[0].path}: {found.skipped[0].reason})",
+            where=pictures.name,
+            fix="mend them, or fetch the data set again",
+        )
     return {spec: found.vectors[encoder.spec] for spec, encoder in encoders.items()}
 
 

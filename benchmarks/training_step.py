@@ -13,6 +13,7 @@ import io
 import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,10 @@ def measure(recipe: Recipe, name: str, *, steps: int) -> dict[str, Any]:
     recipe = without_teacher(recipe, steps)
     number = next(index for index, stage in enumerate(recipe.stages) if stage.name == name)
     labelled = [generated(one.path, pixels=one.resolution) for one in recipe.data]
-    with tempfile.TemporaryDirectory() as folder:
-        run = loop._prepare(recipe, start_fabric(recipe), labelled, Path(folder), silent)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        fabric = start_fabric(recipe)
+        opened.enter_context(loop._many_graphs(recipe, fabric))
+        run = loop._prepare(recipe, fabric, labelled, Path(folder), silent)
         stage: Stage = recipe.stages[number]
         run.stage = number
         optimiser, schedule = loop._enter(run, stage)

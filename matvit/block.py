@@ -21,10 +21,8 @@ def run_block(block: TimmBlock, tokens: Tensor, width: int, heads: int, rope: Te
 
     `rope`: rotary positions of the patches, for the family that has them.
     """
-    seen = _scaled(block, 1, nested_attention(block.attn, block.norm1(tokens), heads, rope))
-    tokens = tokens + block.drop_path1(seen)
-    output: Tensor = tokens + block.drop_path2(_scaled(block, 2, nested_ffn(block.mlp, block.norm2(tokens), width)))
-    return output
+    tokens = tokens + _scaled(block, 1, nested_attention(block.attn, block.norm1(tokens), heads, rope))
+    return tokens + _scaled(block, 2, nested_ffn(block.mlp, block.norm2(tokens), width))
 
 
 def layer_scale(block: TimmBlock, branch: Literal[1, 2]) -> Tensor | None:

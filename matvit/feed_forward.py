@@ -43,10 +43,7 @@ def nested_ffn(mlp: FeedForward, tokens: Tensor, width: int) -> Tensor:
 
     Source: MatFormer, arXiv 2310.07707, section 3.1.
     """
-    output: Tensor = mlp.drop2(
-        F.linear(mlp.drop1(hidden_units(mlp, tokens, width)), mlp.fc2.weight[:, :width], mlp.fc2.bias)
-    )
-    return output
+    return F.linear(hidden_units(mlp, tokens, width), mlp.fc2.weight[:, :width], mlp.fc2.bias)
 
 
 def hidden_units(mlp: FeedForward, tokens: Tensor, width: int) -> Tensor:

@@ -64,7 +64,7 @@ def find_keep_order(model: MatViT, images: torch.Tensor, *, batch_size: int = 25
     Starting from all blocks, the one goes whose absence moves the embeddings least (by their cosine to
     the full encoder's, both centred by the full encoder's mean), until one is left.
     """
-    wanted = model(images)
+    wanted = torch.cat([model(part) for part in torch.split(images, batch_size)])
     mean = wanted.mean(dim=0)
     kept, dropped = list(range(model.shape.num_blocks)), list[int]()
 

@@ -123,6 +123,10 @@ class MatViT(nn.Module):
         `preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))`, from `matvit.preprocess`.
         """
         name = model.rpartition("/")[2] if isinstance(model, str) else "matvit"
+        if pretrained and not isinstance(model, str):
+            raise BackboneError(
+                what="goes with a timm name: a module has its weights", where="pretrained", fix="leave it out"
+            )
         vit = _create(model) if isinstance(model, str) else model
         config = backbone.describe(vit)
         if image_size is not None:

@@ -7,10 +7,9 @@ crops are drawn in the picture's own geometry and nothing at its sides is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,9 +21,9 @@ from matvit.datasets import LabelledImages
 from matvit.errors import DatasetError, ImageError
 from matvit.preprocess import open_image
 from matvit.progress import Progress, ProgressEvent
+from matvit.threads import usable_cores
+from matvit.training.memory import room_for
 from matvit.training.recipe import Augmentation
-
-_DECODE_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +48,26 @@ class Skipped:
 
 
 def to_device(
-    images: LabelledImages, *, resolution: int, device: torch.device, progress: Progress
+    images: LabelledImages, *, resolution: int, device: torch.device, processes: int = 1, progress: Progress
 ) -> tuple[DeviceImages, LabelledImages, list[Skipped]]:
     """Decode all pictures to `resolution` pixels a side: the readable ones, decoded and as given, and the others.
 
-    Raises DatasetError when none can be read.
+    `processes` share the cores, each decoding on its own. Raises DatasetError when none can be read.
     """
-    with _room_for(images, resolution):
+    room = partial(
+        room_for,
+        f"its {len(images)} pictures of {resolution} pixels a side do not fit into memory",
+        where=images.name,
+        fix="lower its resolution in the recipe",
+        error=DatasetError,
+    )
+    with room():
         pixels = np.empty((len(images), 3, resolution, resolution), dtype=np.uint8)  # as on the device: copied once
     aspect = np.empty(len(images), dtype=np.float32)
 
     def decode(index: int) -> str | None:
         try:
-            image = open_image(images.images[index])
+            image = open_image(images.images[index], draft_size=2 * resolution)
         except ImageError as error:
             return error.what
         aspect[index] = image.width / image.height
@@ -70,7 +76,7 @@ def to_device(
         return None
 
     skipped: dict[int, str] = {}
-    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+    with ThreadPoolExecutor(max(1, usable_cores() // processes)) as pool:
         for index, reason in enumerate(pool.map(decode, range(len(images)))):
             if reason is not None:
                 skipped[index] = reason
@@ -88,7 +94,7 @@ def to_device(
         pixels, aspect, kept = pixels[: len(readable)], aspect[readable], _only(images, readable)
     else:
         kept = images
-    with _room_for(images, resolution):
+    with room():
         on_device = torch.from_numpy(pixels).to(device)
     decoded = DeviceImages(
         pixels=on_device,
@@ -97,20 +103,6 @@ def to_device(
         num_classes=len(images.class_names),
     )
     return decoded, kept, [Skipped(origin=images.origins[index], reason=why) for index, why in skipped.items()]
-
-
-@contextmanager
-def _room_for(images: LabelledImages, resolution: int) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        what = f"its {len(images)} pictures of {resolution} pixels a side do not fit into memory"
-        raise DatasetError(what=what, where=images.name, fix="lower its resolution in the recipe") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was asked for in vain, on a device or on the host, where torch has no error of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _only(images: LabelledImages, rows: list[int]) -> LabelledImages:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from matvit.training.losses import CosineClassifier
 from matvit.training.recipe import TeacherRecipe
-from matvit.training.start import load_teacher
+from matvit.training.start import plain_teacher
 
 
 class Heads(nn.Module):
@@ -21,8 +21,8 @@ class Heads(nn.Module):
         super().__init__()
         self.classes = nn.ModuleList(CosineClassifier(dim, count) for count in classes)
         if teacher is not None:
-            # Whole for two widths: timm draws its start weights before ours, and other draws would be another run.
-            model = load_teacher(teacher)
+            # Made for two widths: timm draws its start weights before ours, and other draws would be another run.
+            model = plain_teacher(teacher)
             self.teacher_classes = CosineClassifier(dim, model.num_classes)
             width = model.head_hidden_size  # of the pooled features; `num_features` is before the head's own layers
             self.teacher_features = nn.Linear(dim, width)

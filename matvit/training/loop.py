@@ -6,8 +6,9 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from matvit.progress import Progress, ProgressEvent, silent
 from matvit.spec import SubmodelSpec
 from matvit.training.batches import Batch, TrainingSet, draw_batch
 from matvit.training.board import Board, summary_writer
-from matvit.training.data import is_out_of_memory, to_device
+from matvit.training.data import to_device
 from matvit.training.heads import Heads
+from matvit.training.memory import room_for
 from matvit.training.objective import objective
-from matvit.training.processes import average_gradients, check_equal, mean_of, start_fabric
+from matvit.training.processes import average_gradients, check_equal, ending_together, mean_of, start_fabric
 from matvit.training.recipe import Losses, Recipe, Stage
-from matvit.training.record import check_validation, finish
+from matvit.training.record import finish, provenance, read_validation
 from matvit.training.sampling import prefix_of_step, resolution_of_step, specs_of_step
 from matvit.training.stages import (
     ask_teacher,
@@ -42,7 +44,7 @@ from matvit.training.stages import (
     make_optimiser,
     wants,
 )
-from matvit.training.start import start_encoder, start_hashes
+from matvit.training.start import load_teacher, start_encoder, start_hashes
 from matvit.training.state import LOG, STATE, Run, only_run, restore, save, tidy, writing
 from matvit.training.throughput import Throughput
 
@@ -67,16 +69,53 @@ def train(
     and CheckpointError when the disk refuses; what was saved before is then kept. MissingExtraError without TensorBoard
     where it is asked for.
     """
+    return carry_out(recipe, out=out, resume=resume, tensorboard=tensorboard, progress=progress).encoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What `carry_out` gives."""
+
+    encoder: MatViT
+    already_complete: bool  # no step was left to take: it was measured and saved again
+
+
+def carry_out(
+    recipe: Recipe, *, out: Path, resume: bool = True, tensorboard: bool = False, progress: Progress = silent
+) -> Trained:
+    """As `train`, and tells whether there was anything to train."""
     if tensorboard:
         summary_writer()  # a missing package is told at once
     fabric = start_fabric(recipe)
     if not fabric.is_global_zero:
         progress = silent
+    with ending_together(fabric), _many_graphs(recipe, fabric):
+        return _carry_out(recipe, fabric, out, resume=resume, tensorboard=tensorboard, progress=progress)
+
+
+def _many_graphs(recipe: Recipe, fabric: Fabric) -> AbstractContextManager[None]:
+    """Within, torch compiles as many graphs of a block as there are.
+
+    What submodels own comes as tensors of fixed sizes, one graph for each and for frozen blocks before it: more than
+    the 8 that are allowed.
+    """
+    if not _compiles(recipe, fabric):
+        return nullcontext()
+    found: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=32)
+    return found
+
+
+def _compiles(recipe: Recipe, fabric: Fabric) -> bool:
+    return recipe.compile and fabric.device.type == "cuda"
+
+
+def _carry_out(
+    recipe: Recipe, fabric: Fabric, out: Path, *, resume: bool, tensorboard: bool, progress: Progress
+) -> Trained:
     torch.manual_seed(recipe.seed)  # start values of the heads; every step seeds itself
     labelled = [read_dataset(find_dataset(one.path), classes=one.classes, exclude=one.exclude) for one in recipe.data]
     check_labels(recipe, labelled)
-    if recipe.validation is not None:
-        check_validation(recipe.validation)
+    validation = None if recipe.validation is None else read_validation(recipe.validation)
     refuse_to_replace(out / "encoder")  # now, not hours later
     with ExitStack() as opened:
         if fabric.is_global_zero:
@@ -87,33 +126,33 @@ def train(
         optimiser_state = restore(run)
         if tensorboard and fabric.is_global_zero:
             run.board = opened.enter_context(closing(Board(out / "tensorboard", step=run.steps_done)))
+        left = recipe.stages[run.stage :]
+        if left and (made_by := provenance(fabric.device)) not in run.made_by[-1:]:
+            run.made_by.append(made_by)
+        if recipe.teacher is not None and any(wants(stage, "need_teacher") for stage in left):
+            run.teacher = load_teacher(recipe.teacher)  # now: weights that do not fit are told before other stages
         while run.stage < len(recipe.stages):
             _run_stage(run, recipe.stages[run.stage], optimiser_state)
             optimiser_state = None
         if not fabric.is_global_zero:
             raise SystemExit(0)
-        return finish(
-            run.model,
-            recipe,
-            run.labelled,
-            skipped=run.skipped,
-            folder=out / "encoder",
-            seconds=run.seconds,
-            progress=progress,
-        )
+        return Trained(encoder=finish(run, validation), already_complete=not left)
 
 
 def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> Run:
     model = start_encoder(recipe).to(fabric.device)
     start = start_hashes(recipe, model)
     check_specs(model, recipe)
-    if recipe.compile and fabric.device.type == "cuda":
-        # Dynamic: one graph serves all widths and resolutions of slices. What submodels own comes as tensors of
-        # fixed sizes, one graph for each and for frozen blocks before it: more than the 8 that are allowed.
-        torch._dynamo.config.recompile_limit = 32
-        model.block_forward = torch.compile(run_block, dynamic=True)
+    if _compiles(recipe, fabric):
+        model.block_forward = torch.compile(run_block, dynamic=True)  # one graph serves all sizes of slices
     decoded = [
-        to_device(images, resolution=one.resolution, device=fabric.device, progress=progress)
+        to_device(
+            images,
+            resolution=one.resolution,
+            device=fabric.device,
+            processes=recipe.devices,
+            progress=progress,
+        )
         for images, one in zip(labelled, recipe.data, strict=True)
     ]
     sets = [
@@ -132,6 +171,7 @@ def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages],
         heads=heads.to(fabric.device),
         sets=sets,
         labelled=[kept for _, kept, _ in decoded],
+        data=[kept.sha256 for _, kept, _ in decoded],  # reads every file again: now, not in mid-training
         skipped=[bad for _, _, bad in decoded],
         folder=out,
         progress=progress,
@@ -142,20 +182,15 @@ def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages],
 
 
 def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -> None:
-    try:
+    with room_for(
+        f"what it begins with (order, averages, optimiser) does not fit into the memory of {run.fabric.device}",
+        where=f"stage '{stage.name}'",
+        fix="free some, and the same command goes on, or train a smaller encoder",
+    ):
         optimiser, schedule = _enter(run, stage)
         if optimiser_state is not None:
             optimiser.load_state_dict(optimiser_state)
-        _optimise(run, stage, optimiser, schedule)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        batch = sum(run.recipe.batches_of(stage)) // run.recipe.devices
-        raise RecipeError(
-            what=f"its batch of {batch} pictures does not fit into the memory of {run.fabric.device}",
-            where=f"stage '{stage.name}'",
-            fix="lower its batches, or data's batch, and start again with --fresh",
-        ) from error
+    _optimise(run, stage, optimiser, schedule)
     end_stage(run, stage)
     check_equal(run.fabric, run.model)
     run.stage, run.step = run.stage + 1, 0
@@ -184,16 +219,24 @@ def _optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule
     unlogged: list[Tensor] = []  # losses
     one_encoder = stage.submodels is None and not wants(stage, "need_anchor")
     largest = largest_input(run.model, stage)
+    room_for_batch = partial(
+        room_for,
+        f"its batch of {sum(run.recipe.batches_of(stage)) // run.recipe.devices} pictures does not fit into the memory "
+        f"of {run.fabric.device}",
+        where=f"stage '{stage.name}'",
+        fix="lower its batches, or data's batch, and start again with --fresh",
+    )
     while run.step < stage.steps:
         schedule.step_update(run.step)
-        batch = draw_batch(
-            run.sets,
-            augmentation=stage.augmentation,
-            image_size=_full_resolution(run, stage) if one_encoder else largest,
-            with_teacher=wants(stage, "need_teacher"),
-            key=(run.recipe.seed, run.stage, run.step, *_own_share(run.fabric)),
-        )
-        unlogged.append(_step(run, stage, optimiser, batch, throughput))
+        with room_for_batch():
+            batch = draw_batch(
+                run.sets,
+                augmentation=stage.augmentation,
+                image_size=_full_resolution(run, stage) if one_encoder else largest,
+                with_teacher=wants(stage, "need_teacher"),
+                key=(run.recipe.seed, run.stage, run.step, *_own_share(run.fabric)),
+            )
+            unlogged.append(_step(run, stage, optimiser, batch, throughput))
         run.step += 1
         if run.ema is not None:
             run.ema.update(run.model, step=run.step)
@@ -205,9 +248,9 @@ def _optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule
             _log(run, stage, losses=means, learning_rate=rate, throughput=throughput)
         if now - saved > _SAVE_SECONDS and run.fabric.is_global_zero:
             _refuse_non_finite(run, stage, optimiser)
-            run.seconds, began = run.seconds + now - began, now
+            run.seconds += time.monotonic() - began
             save(run, optimiser)
-            saved = time.monotonic()
+            saved = began = time.monotonic()
     _refuse_non_finite(run, stage, optimiser)
     run.seconds += time.monotonic() - began
 

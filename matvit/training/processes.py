@@ -6,7 +6,9 @@ submodel, each through other slices of the parameters, and one exchange at its e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from subprocess import Popen
 
 import torch
 from lightning_fabric import Fabric
@@ -29,6 +31,23 @@ def start_fabric(recipe: Recipe) -> Fabric:
         ) from error
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def ending_together(fabric: Fabric) -> Iterator[None]:
+    """Where the first process fails within, those that it started end, too: they would wait for it in an exchange.
+
+    The other way round Fabric sees to it: it ends the first process, and all others, where one of these fails.
+    """
+    try:
+        yield
+    except BaseException:
+        others: list[Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
+        killed = list(others)
+        others.clear()  # or Fabric would end this process, too, before it says why
+        for process in killed:
+            process.kill()
+        raise
 
 
 def average_gradients(fabric: Fabric, parameters: Sequence[nn.Parameter]) -> None:

@@ -49,6 +49,8 @@ class EncoderRecipe(_Strict):
         others = self.model_dump(exclude={"checkpoint"}, exclude_defaults=True)
         if self.checkpoint is not None and others:
             raise ValueError(f"a checkpoint brings its own {min(others)}: leave that out")
+        if dropping := [name for name, value in self.model_args.items() if "drop" in name and value]:
+            raise ValueError(f"nested blocks drop nothing: leave {dropping[0]} out of model_args")
         return self
 
 
@@ -176,7 +178,7 @@ class Recipe(_Strict):
     """A training run, from start weights to a saved checkpoint."""
 
     name: str = Field(pattern=r"^[\w.-]+$", max_length=200)
-    seed: int = Field(default=0, ge=-(2**62), lt=2**62)  # stages add their number
+    seed: int = Field(default=0, ge=-(2**62), lt=2**62)  # the teacher's crops of each data set add its number
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     devices: PositiveInt = 1  # GPUs, or processes on a CPU; each takes its share of every batch
     compile: bool = False  # torch.compile the blocks (CUDA)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,39 +17,33 @@ from matvit.datasets import LabelledImages, find_dataset, read_dataset
 from matvit.evaluation import cross_test
 from matvit.model import MatViT
 from matvit.progress import Progress
-from matvit.training.data import Skipped
 from matvit.training.recipe import Recipe, ValidationRecipe
 from matvit.training.sampling import MIXED
+from matvit.training.state import Run
 
+Validation = tuple[LabelledImages, LabelledImages | None]  # queries and gallery; None: leave-one-out
 _INHERITED = ("license", "credits", "notes")
 
 
-def finish(
-    model: MatViT,
-    recipe: Recipe,
-    labelled: Sequence[LabelledImages],
-    *,
-    skipped: Sequence[Sequence[Skipped]],
-    folder: Path,
-    seconds: float,
-    progress: Progress,
-) -> MatViT:
-    """Save `model` in `folder` with its record and Pareto table; returns it as loaded again from there.
+def finish(run: Run, validation: Validation | None) -> MatViT:
+    """Save the encoder beside the run with its record and Pareto table; returns it as loaded again from there.
 
     Measured is what was saved: with int8 storage, the de-quantised weights.
     """
+    model, recipe, folder = run.model, run.recipe, run.folder / "encoder"
     model.block_forward, model.pareto = run_block, ()  # its table is that of the encoder that it went on from
     storage = _storage(recipe)
     before = None if recipe.encoder.checkpoint is None else _parent(model)
-    model.record = _record(recipe, labelled, skipped, before=before, device=model.device, seconds=seconds)
+    model.record = _record(run, before=before)
     model.save_pretrained(folder, storage=storage)
     saved = MatViT.from_pretrained(folder).to(model.device)
     names = _names(saved, recipe)
     quality: dict[str, dict[str, float]] = {}
-    if recipe.validation is not None:
-        trained = _validate(model, names, recipe.validation, progress)
-        quality = _validate(saved, names, recipe.validation, progress)
-        saved.record["metrics"] = {"validation": quality, "before_storage": trained}
+    if validation is not None:
+        quality = _validate(saved, names, validation, run.progress)
+        saved.record["metrics"] = {"validation": quality}
+        if storage == "int8":  # else these are the weights that were trained
+            saved.record["metrics"]["before_storage"] = _validate(model, names, validation, run.progress)
     saved.pareto = tuple(pareto_row(saved, name, quality.get(name, {})) for name in names)
     saved.save_pretrained(folder, storage=storage)
     return saved
@@ -64,11 +57,14 @@ def _storage(recipe: Recipe) -> Storage:
     return "int8" if start is None else read_config(locate(start)).weights.storage
 
 
-def check_validation(recipe: ValidationRecipe) -> None:
-    """Raises DatasetError when what a run will be measured on, hours later, is not there."""
-    for location in (recipe.queries, recipe.gallery):
-        if location is not None:
-            read_dataset(find_dataset(location), classes=recipe.classes)
+def read_validation(recipe: ValidationRecipe) -> Validation:
+    """What a run will be measured on, hours later. Raises DatasetError when it is not there."""
+    queries, gallery = (
+        None if location is None else read_dataset(find_dataset(location), classes=recipe.classes)
+        for location in (recipe.queries, recipe.gallery)
+    )
+    assert queries is not None
+    return queries, gallery
 
 
 def _names(model: MatViT, recipe: Recipe) -> list[str]:
@@ -82,31 +78,26 @@ def _names(model: MatViT, recipe: Recipe) -> list[str]:
 
 
 def _validate(
-    model: MatViT, names: Sequence[str], recipe: ValidationRecipe, progress: Progress
+    model: MatViT, names: Sequence[str], validation: Validation, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    result = cross_test(
-        model,
-        read_dataset(find_dataset(recipe.queries), classes=recipe.classes),
-        None if recipe.gallery is None else read_dataset(find_dataset(recipe.gallery), classes=recipe.classes),
-        query_specs=names,
-        gallery_specs=["XL"],
-        progress=progress,
-    )
+    result = cross_test(model, *validation, query_specs=names, gallery_specs=["XL"], progress=progress)
     kept = ("recall@1", "recall@10", "map@100", "agreement@10")
     matrix = result.to_json()["matrix"]
     return {name: {key: round(matrix[name]["XL"][key], 4) for key in kept} for name in names}
 
 
-def _record(
-    recipe: Recipe,
-    labelled: Sequence[LabelledImages],
-    skipped: Sequence[Sequence[Skipped]],
-    *,
-    before: dict[str, Any] | None,
-    device: torch.device,
-    seconds: float,
-) -> dict[str, Any]:
-    inherited = before or {}
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What may change from one process of a run to the next that continues it."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {name: _version(name) for name in ("matvit-retrieval", "torch", "timm", "lightning-fabric")},
+        "commit": _commit(),
+    }
+
+
+def _record(run: Run, *, before: dict[str, Any] | None) -> dict[str, Any]:
+    recipe, inherited = run.recipe, before or {}
+    *earlier, last = run.made_by
     return {
         "recipe": _portable(recipe.model_dump(mode="json")),
         "seed": recipe.seed,
@@ -116,17 +107,16 @@ def _record(
                 "classes": one.classes,
                 "pictures": len(images),
                 "class_names": list(images.class_names),
-                "sha256": images.sha256,
+                "sha256": sha256,
                 "skipped": [{"picture": _below_data(bad.origin, one.path), "reason": bad.reason} for bad in unreadable],
             }
-            for images, unreadable, one in zip(labelled, skipped, recipe.data, strict=True)
+            for images, sha256, unreadable, one in zip(run.labelled, run.data, run.skipped, recipe.data, strict=True)
         ],
         "pictures_seen": sum(stage.steps * sum(recipe.batches_of(stage)) for stage in recipe.stages),
-        "seconds": round(seconds, 1),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {name: _version(name) for name in ("matvit-retrieval", "torch", "timm", "lightning-fabric")},
-        "commit": _commit(),
+        "seconds": round(run.seconds, 1),
+        "finished": run.finished,
+        **last,
+        **({"earlier": earlier} if earlier else {}),
         # `_INHERITED`, where the recipe names none
         "license": recipe.license or inherited.get("license"),
         "credits": list(recipe.credits) or inherited.get("credits", []),

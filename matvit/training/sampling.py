@@ -1,4 +1,4 @@
-"""Which submodels a step trains: a function of seed and step alone."""
+"""Which submodels a step trains: a function of seed and step alone, the same in every stage."""
 
 from __future__ import annotations
 

@@ -21,10 +21,11 @@ from matvit.model import MatViT
 from matvit.private import PrivateConfig, owns_something
 from matvit.spec import SubmodelSpec
 from matvit.training.batches import draw_batch
+from matvit.training.memory import room_for
 from matvit.training.processes import send_to_all
 from matvit.training.recipe import Recipe, Stage
 from matvit.training.sampling import ladder_spec
-from matvit.training.start import load_teacher, open_axes
+from matvit.training.start import open_axes
 from matvit.training.state import Run, follow
 from matvit.training.teacher import teach
 
@@ -137,11 +138,20 @@ def end_stage(run: Run, stage: Stage) -> None:
 
 def ask_teacher(run: Run) -> None:
     """Crops are drawn as the first stage that asks says: a resumed later stage sees the same ones."""
+    with room_for(
+        f"what it says of all pictures does not fit into the memory of {run.fabric.device} beside them",
+        where="teacher",
+        fix="free some, and the same command goes on, or lower views and start again with --fresh",
+    ):
+        _ask_teacher(run)
+
+
+def _ask_teacher(run: Run) -> None:
     recipe = run.recipe.teacher
     augmentation = next(one.augmentation for one in run.recipe.stages if wants(one, "need_teacher"))
-    if recipe is None:
-        raise RecipeError(what="distils no teacher", where="teacher", fix="name one in the recipe")
-    teacher = load_teacher(recipe).to(run.fabric.device)
+    assert recipe is not None
+    assert run.teacher is not None
+    teacher, run.teacher = run.teacher.to(run.fabric.device), None
     run.sets = [
         replace(
             one,

@@ -72,10 +72,15 @@ def open_axes(model: MatViT, recipe: Recipe, *, keep_order: tuple[int, ...]) -> 
 
 def load_teacher(recipe: TeacherRecipe) -> Any:
     """The recipe's timm teacher, frozen, in eval mode. Raises RecipeError when it cannot be made."""
-    teacher = _create("teacher", recipe.timm_model, pretrained=recipe.weights is None, arguments=recipe.model_args)
+    teacher = plain_teacher(recipe, pretrained=recipe.weights is None)
     if recipe.weights is not None:
         _fill(teacher, recipe.weights)
     return teacher.eval().requires_grad_(False)
+
+
+def plain_teacher(recipe: TeacherRecipe, *, pretrained: bool = False) -> Any:
+    """The recipe's timm teacher with random weights, or timm's own. Raises RecipeError when it cannot be made."""
+    return _create("teacher", recipe.timm_model, pretrained=pretrained, arguments=recipe.model_args)
 
 
 def _create(role: str, name: str, *, pretrained: bool, arguments: Mapping[str, int | float | str]) -> Any:

@@ -9,12 +9,14 @@ import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from pydantic import ValidationError
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -30,8 +32,10 @@ from matvit.training.batches import TrainingSet
 from matvit.training.board import Board
 from matvit.training.data import Skipped
 from matvit.training.heads import Heads
+from matvit.training.memory import room_for
 from matvit.training.recipe import Recipe, Stage
 
+VERSION = 2  # of what `save` keeps: raised by every change of it; another one's is refused
 STATE, LOG, LOCK = "state.pt", "log.jsonl", "lock"
 _SAID = {"validation", "license", "credits", "notes"}  # of a recipe: no weight depends on these
 
@@ -46,12 +50,14 @@ class Run:
     heads: Heads
     sets: list[TrainingSet]
     labelled: list[LabelledImages]  # the readable pictures, for the record
+    data: list[str]  # the sha256 of each
     skipped: list[list[Skipped]]
     folder: Path
     progress: Progress
     start: list[str | None]  # see `start_hashes`
     mean: Tensor  # (3, 1, 1) on the device, as `std`
     std: Tensor
+    teacher: Any = None  # while it has still to be asked
     anchor: MatViT | None = None  # the frozen full encoder of an earlier stage
     ema: ModelEmaV3 | None = None
     stage_start: dict[str, Tensor] | None = None  # the weights, where the stage's result is averaged with them
@@ -60,6 +66,8 @@ class Run:
     board: Board | None = None  # TensorBoard's
     saved: str | None = None  # the last save, in words
     seconds: float = 0.0  # spent in optimisation, over all starts
+    made_by: list[dict[str, Any]] = field(default_factory=list)  # device, versions and commit of those that took steps
+    finished: str | None = None  # when it was last saved
 
     @property
     def steps_done(self) -> int:
@@ -117,13 +125,17 @@ def tidy(out: Path, *, resume: bool) -> None:
 
 def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
     """Keep the run, atomically. `optimiser` None: between stages."""
+    run.finished = datetime.now(UTC).isoformat(timespec="seconds")
     state = {
+        "version": VERSION,
         "recipe": json.dumps(run.recipe.model_dump(mode="json")),
         "start": run.start,
-        "data": [images.sha256 for images in run.labelled],
+        "data": run.data,
         "stage": run.stage,
         "step": run.step,
         "seconds": run.seconds,
+        "made_by": run.made_by,
+        "finished": run.finished,
         "axes": run.model.axes.model_dump(),
         "model": run.model.vit.state_dict(),
         "private": None if run.model.private is None else run.model.private.state_dict(),
@@ -134,11 +146,13 @@ def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
         "anchor": None if run.anchor is None else run.anchor.vit.state_dict(),
         "optimiser": None if optimiser is None else optimiser.state_dict(),
     }
-    content = io.BytesIO()  # torch.save hides the errors of a file
-    torch.save(state, content)
     path = run.folder / STATE
-    with writing(path):
-        write_atomic(path, content.getvalue())
+    content = io.BytesIO()  # torch.save hides the errors of a file
+    what, fix = "the host's memory has no room to make it", "free some, and the same command goes on from the last save"
+    with room_for(what, where=str(path), fix=fix):
+        torch.save(state, content)
+        with writing(path):
+            write_atomic(path, content.getvalue())
     run.saved = _in_words(run)
 
 
@@ -166,39 +180,45 @@ def restore(run: Run) -> dict[str, Any] | None:
     path = run.folder / STATE
     if not path.exists():
         return None
-    try:
-        _check_sums(path)
-        state = torch.load(path, map_location=run.fabric.device, weights_only=True)
-        other = _other(run, state)
-        optimiser_state = None if other else _take(run, state)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        what = f"does not fit into the memory of {run.fabric.device}"
-        raise RecipeError(what=what, where=str(path), fix="free some, and the same command goes on") from error
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise RecipeError(what=what, where=str(path), fix="mend that, or start again with --fresh") from error
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
-    if other:
-        raise RecipeError(
-            what=f"belongs to {other}",
-            where=str(path),
-            fix="choose another --out, or start again with --fresh",
-        )
+    what, fix = f"does not fit into the memory of {run.fabric.device}", "free some, and the same command goes on"
+    with room_for(what, where=str(path), fix=fix):
+        state = _read(path, run.fabric.device)
+        if other := _other(run, state):
+            raise RecipeError(what=other, where=str(path), fix="choose another --out, or start again with --fresh")
+        optimiser_state = _take(run, state)
     run.saved = _in_words(run)
     if run.fabric.is_global_zero:
         _forget_later_rows(run)
     return optimiser_state
 
 
-def _other(run: Run, state: dict[str, Any]) -> str | None:
-    """What the state was made from that `run` does not go on from."""
-    if not _same_weights(Recipe.model_validate(json.loads(state["recipe"])), run.recipe):
-        return "another recipe"
-    if state["data"] != [images.sha256 for images in run.labelled]:
-        return "other pictures"
-    if state.get("start", run.start) != run.start:  # states of older programs do not tell
-        return "other start weights or another teacher at the same place"
+def _read(path: Path, device: torch.device) -> Any:
+    try:
+        _check_sums(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise RecipeError(what=what, where=str(path), fix="mend that, or start again with --fresh") from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
+
+
+def _other(run: Run, state: Any) -> str | None:
+    """What keeps `run` from going on from the state, if anything does."""
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        return "was written by another version"
+    try:
+        recipe = Recipe.model_validate(json.loads(state["recipe"]))
+    except ValidationError:  # what a recipe may say was narrowed
+        return "was written by another version"
+    if not _same_weights(recipe, run.recipe):
+        return "belongs to another recipe"
+    if state["data"] != run.data:
+        return "belongs to other pictures"
+    if state["start"] != run.start:
+        return "belongs to other start weights or another teacher at the same place"
     return None
 
 
@@ -216,17 +236,19 @@ def _check_sums(path: Path) -> None:
 
 def _take(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
     run.stage, run.step, run.seconds = state["stage"], state["step"], state["seconds"]
+    run.made_by, run.finished = state["made_by"], state["finished"]
     run.model.open_axes(AxesConfig.model_validate(state["axes"]))
     if state["anchor"] is not None:
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
         run.anchor.vit.load_state_dict(state["anchor"])
     run.model.vit.load_state_dict(state["model"])
-    if (private := state.get("private")) is not None:  # states of older programs have none of these
-        run.model.add_private(PrivateConfig.model_validate(state["private_config"])).load_state_dict(private)
-    if (ema := state.get("ema")) is not None:
+    if state["private"] is not None:
+        private = run.model.add_private(PrivateConfig.model_validate(state["private_config"]))
+        private.load_state_dict(state["private"])
+    if state["ema"] is not None:
         run.ema = follow(run.model, run.recipe.stages[run.stage])
-        run.ema.module.load_state_dict(ema)
-    run.stage_start = state.get("stage_start")
+        run.ema.module.load_state_dict(state["ema"])
+    run.stage_start = state["stage_start"]
     run.heads.load_state_dict(state["heads"])
     optimiser: dict[str, Any] | None = state["optimiser"]
     return optimiser

@@ -238,6 +238,11 @@ def test_pretrained_weights_given_through_timms_overlay(tmp_path: Path) -> None:
         assert torch.equal(tensor, vit.state_dict()[name])
 
 
+def test_pretrained_weights_of_a_module_are_refused() -> None:
+    with pytest.raises(BackboneError, match="pretrained: goes with a timm name"):
+        MatViT.from_timm(timm.create_model("test_vit"), pretrained=True)
+
+
 def test_pretrained_weights_that_cannot_be_had_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="timm cannot create it") as caught:
         MatViT.from_timm(f"local-dir:{tmp_path / 'missing'}", pretrained=True)

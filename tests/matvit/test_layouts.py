@@ -105,14 +105,25 @@ def test_cub_is_read_whole_by_class_and_by_split(cub: Path) -> None:
     assert len(read_dataset(cub / "test")) == 4
 
 
-@pytest.mark.parametrize("location", ["CUB_200_2011", "CUB_200_2011/test", "food/train", "food/train-*.tar", "food"])
+@pytest.mark.parametrize(
+    ("location", "is_below"),
+    [
+        ("CUB_200_2011", True),
+        ("CUB_200_2011/test", True),
+        ("CUB_200_2011/gone", True),  # `read_dataset` tells its splits
+        ("CUB_200_2011/test/gone", False),
+        ("food/train", True),
+        ("food/train-*.tar", True),
+        ("food", True),
+        ("food/gone", False),
+    ],
+)
 def test_what_is_not_there_as_given_is_found_below_the_data_folder(
-    cub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+    cub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, is_below: bool
 ) -> None:
     write(tmp_path / "food" / "train-00000-of-00001.tar", ["no tar"])
     monkeypatch.setenv("MATVIT_DATA", str(tmp_path))
-    assert find_dataset(location) == str(tmp_path / location)
-    assert find_dataset(f"{location}/gone") == f"{location}/gone" or location == "CUB_200_2011"  # it tells its splits
+    assert find_dataset(location) == (str(tmp_path / location) if is_below else location)
     monkeypatch.chdir(tmp_path)
     assert find_dataset(location) == location
 

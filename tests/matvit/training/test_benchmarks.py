@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from matvit import MatViT
+from matvit.datasets import read_dataset
+from matvit.errors import DatasetError
 from matvit.evaluation import cross_test
 from matvit.training.loop import train
 from matvit.training.recipe import TeacherRecipe
@@ -159,6 +161,12 @@ def test_a_variant_goes_on_from_the_plain_run_and_has_its_row(load, controls, ma
     assert (stage["name"], stage["steps"], stage["submodels"]["centred"]) == ("nested", 2, True)
     assert record["before"]["recipe"]["stages"][0]["name"] == "full"
     assert compared.row("plain", out=tmp_path, tasks=controls.read_tasks())[-3:] == ["", "", ""]
+
+
+def test_a_picture_that_cannot_be_read_does_not_shift_the_labels_of_the_others(controls, data, tiny):
+    (data / "shapes" / "dark" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(DatasetError, match=r"shapes: 1 pictures cannot be read .*0\.png: not a picture"):
+        controls.embed(tiny, "S", read_dataset(data / "shapes"))
 
 
 def test_the_paper_at_small_scale_has_a_row_for_each_granularity(load, data, tmp_path, monkeypatch):

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matvit.datasets import read_dataset
 from matvit.errors import DatasetError
+from matvit.training import data as training_data
 from matvit.training.batches import TrainingSet, _mosaic, draw_batch
 from matvit.training.data import colour_jitter, cut, random_crops, to_device
 from matvit.training.recipe import Augmentation
@@ -104,7 +106,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_decoded_pictures_are_held_once(data, monkeypatch):
-    monkeypatch.setattr("matvit.training.data._DECODE_THREADS", 1)  # one picture in work
+    monkeypatch.setattr("matvit.training.data.usable_cores", lambda: 1)  # one picture in work
     (data / "shapes" / "dark" / "2.png").write_bytes(b"no picture")
     images = read_dataset(data / "shapes")
     tracemalloc.start()
@@ -170,6 +172,25 @@ def test_a_mosaic_shows_other_pictures_of_the_batch_smaller(size):
             assert torch.equal(shown, target > 0)
             assert int(shown.sum()) in (4, 9)
             torch.testing.assert_close(target.sum(), torch.tensor(1.0))
+
+
+def test_large_photographs_are_decoded_smaller_by_each_process_on_its_share_of_the_cores(data, monkeypatch):
+    Image.new("RGB", (1600, 1200)).save(data / "shapes" / "dark" / "0.jpg")
+    decoded: list[int] = []
+    pools: list[int] = []
+    opened, pool = training_data.open_image, training_data.ThreadPoolExecutor
+
+    def look(source, **how):
+        image = opened(source, **how)
+        decoded.append(max(image.size))
+        return image
+
+    monkeypatch.setattr(training_data, "open_image", look)
+    monkeypatch.setattr(training_data, "usable_cores", lambda: 8)
+    monkeypatch.setattr(training_data, "ThreadPoolExecutor", lambda size: pools.append(size) or pool(size))
+    shapes, cpu = read_dataset(data / "shapes"), torch.device("cpu")
+    to_device(shapes, resolution=100, device=cpu, processes=3, progress=lambda _: None)
+    assert (max(decoded), pools) == (400, [2])
 
 
 def test_pictures_without_room_in_memory_are_one_sentence(data):

@@ -18,6 +18,7 @@ from matvit.errors import RecipeError
 from matvit.training import loop
 from matvit.training.loop import train
 from matvit.training.processes import average_gradients
+from matvit.training.state import only_run
 
 OWN = {
     "name": "own",
@@ -88,6 +89,14 @@ def test_two_processes_train_submodels_log_once_and_record_it(data, tmp_path, ma
     assert [(row["stage"], row["step"]) for row in rows] == [("full", 4), ("nested", 4), ("own", 2)]
     record = json.loads((tmp_path / "run" / "encoder" / "training.json").read_text())
     assert record["recipe"]["devices"] == 2
+
+
+def test_where_the_first_process_is_refused_the_others_end_with_it(data, tmp_path, make_recipe):
+    with only_run(tmp_path / "run"):
+        done = train_in_processes(make_recipe(devices=2), tmp_path)
+    assert done.returncode == 1  # its own, not of a kill
+    assert "is training in this folder" in done.stderr.splitlines()[-1]
+    assert "rank1" not in done.stderr
 
 
 def test_a_step_that_leaves_no_gradient_has_nothing_to_average():

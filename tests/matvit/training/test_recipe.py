@@ -112,6 +112,12 @@ def test_a_wrong_stage_is_named(make_fields, tmp_path, change, sentence):
     refused_field(tmp_path, fields, sentence)
 
 
+def test_regularisation_that_nested_blocks_lack_is_refused(make_fields, tmp_path):
+    fields = make_fields()
+    fields["encoder"]["model_args"] |= {"drop_rate": 0, "drop_path_rate": 0.1}
+    refused_field(tmp_path, fields, "encoder: nested blocks drop nothing: leave drop_path_rate out of model_args")
+
+
 def test_a_key_that_is_given_twice_is_refused(make_fields, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(make_fields()) + "seed: 9\n")

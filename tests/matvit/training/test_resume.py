@@ -10,12 +10,15 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from matvit.errors import RecipeError
-from matvit.training import loop, state
+from matvit.training import loop, record, state
 from matvit.training.loop import train
 
 AUGMENTED_TWICE = [
@@ -320,22 +323,82 @@ def mark_a_tensor_as_a_folder(path: Path) -> None:
     path.write_bytes(content)
 
 
-def save_something_else(path: Path) -> None:
-    torch.save({"recipe": 1}, path)
-
-
 def save_a_pickled_object(path: Path) -> None:
     torch.save({"recipe": Path("x")}, path)
 
 
 @pytest.mark.parametrize(
     "damage",
-    [cut_short, flip_one_bit_of_the_weights, mark_a_tensor_as_a_folder, save_something_else, save_a_pickled_object],
+    [cut_short, flip_one_bit_of_the_weights, mark_a_tensor_as_a_folder, save_a_pickled_object],
 )
 def test_a_damaged_state_is_refused_and_never_unpickled(interrupted, make_recipe, damage):
     damage(interrupted / "state.pt")
     with pytest.raises(RecipeError, match=r"state\.pt: is damaged; start again with --fresh"):
         train(make_recipe(), out=interrupted)
+
+
+@pytest.mark.parametrize("change", [{"version": 1}, {"recipe": "{}"}])
+def test_a_state_of_another_version_is_told_as_such(interrupted, make_recipe, change):
+    """Of an older program, or with a recipe that this one refuses."""
+    saved = torch.load(interrupted / "state.pt", weights_only=True)
+    for other in (saved | change, [1]):
+        torch.save(other, interrupted / "state.pt")
+        with pytest.raises(RecipeError, match=r"state\.pt: was written by another version; choose another --out"):
+            train(make_recipe(), out=interrupted)
+
+
+def test_an_error_of_our_own_while_a_state_is_taken_is_not_called_damage(interrupted, make_recipe, monkeypatch):
+    def fail(*_):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(state, "_take", fail)
+    with pytest.raises(KeyError, match="ours"):
+        train(make_recipe(), out=interrupted)
+
+
+def test_a_record_names_the_processes_that_took_steps_and_no_later_one(data, make_recipe, tmp_path, monkeypatch):
+    def run_as(commit: str, **how) -> dict[str, object]:
+        monkeypatch.setattr(record, "_commit", lambda: commit)
+        return train(make_recipe(), out=tmp_path, **how).record
+
+    with pytest.raises(Interrupted):
+        run_as("first", progress=interrupt_at("full", 3))
+    found = run_as("second")
+    assert (found["commit"], [one["commit"] for one in found["earlier"]]) == ("second", ["first"])
+    monkeypatch.setattr(record, "_version", lambda _: "0")
+    assert run_as("third") == found
+
+
+def test_a_complete_run_needs_its_teacher_no_more_and_is_told_as_such(data, make_recipe, tmp_path, monkeypatch):
+    teacher = {"timm_model": "test_resnet", "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "views": 1}
+    torch.manual_seed(5)
+    weights = tmp_path / "teacher.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+    stage = {"name": "one", "steps": 1, "learning_rate": 1e-3, "full": {"teacher_features": 1}}
+    recipe = make_recipe(teacher=teacher | {"weights": str(weights)}, stages=[stage])
+    first = loop.carry_out(recipe, out=tmp_path / "run")
+    monkeypatch.setattr(loop, "load_teacher", None)
+    again = loop.carry_out(recipe, out=tmp_path / "run")
+    assert (first.already_complete, again.already_complete) == (False, True)
+    assert again.encoder.weights_sha256 == first.encoder.weights_sha256
+
+
+def test_the_time_that_saves_take_is_not_counted_as_optimisation(data, make_recipe, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    save, step = loop.save, loop._step
+
+    def save_slowly(*given):
+        save(*given)
+        clock.now += 1000
+
+    def step_in_a_second(*given):
+        clock.now += 1
+        return step(*given)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    monkeypatch.setattr(loop, "save", save_slowly)
+    monkeypatch.setattr(loop, "_step", step_in_a_second)
+    assert train(make_recipe(), out=tmp_path).record["seconds"] == 8
 
 
 def test_a_state_that_names_no_pictures_is_refused(interrupted, make_recipe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from matvit.errors import DatasetError, RecipeError
-from matvit.training import loop, sampling
+from matvit.training import loop, record, sampling, stages
 from matvit.training.heads import Heads
 from matvit.training.loop import train
 from matvit.training.recipe import TeacherRecipe
@@ -216,6 +217,53 @@ def test_a_batch_without_room_in_memory_is_told_with_its_stage(data, make_recipe
     sentence = r"stage 'full': its batch of 8 pictures does not fit into the memory of cpu; lower its batches"
     with pytest.raises(RecipeError, match=sentence):
         train(make_recipe(), out=tmp_path / "run")
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "sentence"),
+    [
+        (torch, "save", r"state\.pt: the host's memory has no room to make it; free some, and the same command"),
+        (loop, "begin_stage", r"stage 'full': what it begins with \(order, averages, optimiser\) does not fit"),
+        (stages, "teach", "teacher: what it says of all pictures does not fit into the memory of cpu beside them"),
+    ],
+)
+def test_what_has_no_room_in_memory_is_not_blamed_on_the_batch(
+    data, make_recipe, teacher, monkeypatch, tmp_path, module, name, sentence
+):
+    recipe = make_recipe(teacher=teacher, stages=label_free())
+    monkeypatch.setattr(module, name, out_of_memory)
+    with pytest.raises(RecipeError, match=sentence):
+        train(recipe, out=tmp_path / "run")
+
+
+def test_graphs_are_counted_for_the_run_alone(make_recipe):
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    before = torch._dynamo.config.recompile_limit
+    with loop._many_graphs(make_recipe(compile=True), on_cuda):
+        assert torch._dynamo.config.recompile_limit == 32
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def test_validation_pictures_are_read_once_and_a_float32_encoder_measured_once(
+    data, make_recipe, monkeypatch, tmp_path
+):
+    calls: list[str] = []
+
+    def note(name: str) -> None:
+        call = getattr(record, name)
+        monkeypatch.setattr(record, name, lambda *given, **how: calls.append(name) or call(*given, **how))
+
+    note("read_dataset")
+    note("cross_test")
+    validation = {"queries": "shapes"}
+    exact = train(make_recipe(validation=validation), out=tmp_path / "float32")
+    assert (calls, list(exact.record["metrics"])) == (["read_dataset", "cross_test"], ["validation"])
+    rounded = train(make_recipe(validation=validation, storage="int8"), out=tmp_path / "int8")
+    assert list(rounded.record["metrics"]) == ["validation", "before_storage"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, make_recipe, tmp_path):
