@@ -193,7 +193,6 @@ def _choose_encoder(encoder: MatViT) -> tuple[SubmodelSpec | None, int]:
         )
         try:
             spec = encoder.shape.spec(typed.strip() or named)
-            encoder.extract(spec)  # a spec may be well formed and still be beyond this encoder
         except SpecError as error:
             st.error(str(error))
             return None, k

@@ -178,6 +178,15 @@ def test_any_spec_may_be_typed(open_page, index):
     assert any("1S.1XL" in metric.label for metric in page.metric)
 
 
+def test_a_submodel_is_cut_for_its_first_search_and_not_at_every_click(open_page, index, monkeypatch):
+    page = open_page(index)
+    monkeypatch.setattr(MatViT, "extract", None)
+    page.slider(key="k").set_value(5)
+    run(page)
+    assert not page.error
+    assert not page.exception
+
+
 @pytest.mark.parametrize("typed", ["Q", "5S", "<b>", "S-h1"])
 def test_a_wrong_spec_is_one_sentence(open_page, index, typed):
     page = open_page(index)
