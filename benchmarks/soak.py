@@ -71,7 +71,7 @@ def parts() -> list[Part]:
         Part(
             "refused writes",
             "test_crashes.py::test_a_refused_write_is_one_clear_error_and_loses_nothing",
-            "ENOSPC, EIO, EMFILE at every write of 4 operations",
+            "ENOSPC, EIO, EMFILE at every write of 6 operations",
             None,
         ),
         Part(
@@ -83,7 +83,7 @@ def parts() -> list[Part]:
         Part(
             "kills",
             "test_crashes.py::test_a_kill_at_any_moment_leaves_a_whole_index_that_can_go_on",
-            "{MATVIT_SOAK_KILLS:,} runs with SIGKILL at a random step or time",
+            "{MATVIT_SOAK_KILLS:,} runs ended by SIGKILL, at a step or a time of 6 operations",
             "MATVIT_SOAK_KILLS",
         ),
         Part(
@@ -106,8 +106,8 @@ def parts() -> list[Part]:
         ),
         Part(
             "flipped bits",
-            "test_damage.py::test_a_single_flipped_bit_in_any_file_is_found_before_it_can_be_searched",
-            "{MATVIT_SOAK_FLIPS:,} in each file of an index",
+            "test_damage.py -k single_flipped_bit",
+            "{MATVIT_SOAK_FLIPS:,} in each file of an index, an approximate index, a staged upgrade, the lock",
             "MATVIT_SOAK_FLIPS",
         ),
     ]

@@ -14,7 +14,7 @@ from typing import Any, cast
 import faiss
 import numpy as np
 
-from matvit.durable import sync_file, sync_folder, temporary_name
+from matvit.durable import sync_folder, temporary_name
 from matvit.progress import Progress
 from retrieval.backends import EXACT, KINDS
 from retrieval.backends.approximate import ApproximateSearch
@@ -131,17 +131,17 @@ def _build(snapshot: Snapshot, index_type: str, progress: Progress) -> Approxima
 def _write(index: Any, home: Path, names: list[str]) -> tuple[Path, str]:
     """Write the index over the segments `names` into the folder `home`: its file, and that file's sha256.
 
-    Raises OSError. faiss writes straight to the disk: the index may be as large as the vectors.
+    Raises OSError. It goes to the disk in pieces: the index may be as large as the vectors.
     """
     home.mkdir(exist_ok=True)
     sync_folder(home.parent)
     building = temporary_name(home / "building.faiss")
     try:
-        try:
-            faiss.write_index(index, str(building))
-        except RuntimeError as error:
-            raise OSError(f"faiss could not write {building}") from error
-        sync_file(building)
+        with building.open("wb") as file:
+            # Given a name, faiss hides what closing the file was refused: the end of it would be missing.
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+            file.flush()
+            os.fsync(file.fileno())
         sha256 = sha256_file(building)
         path = home / f"{sha256_bytes(' '.join((*names, sha256)).encode('ascii'))[:16]}.faiss"
         os.replace(building, path)  # noqa: PTH105 - tests inject failures into os

@@ -315,6 +315,18 @@ def exif_spoilt(chance):
     return _encode(_scene("RGB", (16, 12)), chance.choice(["JPEG", "PNG", "WEBP"]), exif=exif)
 
 
+def exif_of_megabytes(chance):
+    """A valid orientation, and some MB of what a camera's maker wrote."""
+    size = chance.randrange(2**20, 8 * 2**20)
+    exif = _tiff([(0x0112, 3, 1, 6), (0x927C, 7, size, 38)]) + bytes(size)
+    kind = chance.choice(["JPEG", "PNG", "WEBP"])
+    if kind != "JPEG":
+        return _encode(_scene("RGB", (16, 12)), kind, exif=exif)
+    data = _encode(_scene("RGB", (16, 12)), kind)  # each of a JPEG's segments has less than 64 KB
+    parts = (b"Exif\0\0" + exif[start : start + 65000] for start in range(0, len(exif), 65000))
+    return data[:2] + b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts) + data[2:]
+
+
 def directories_in_a_circle(chance):
     picture = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 0)]
     more = [(278, 3, 1, 2), (279, 4, chance.choice([1, 2**20, 2**32 - 1]), 4), (330, 4, 1, 8)]
@@ -362,6 +374,7 @@ MADE = (
     beginning,
     claimed_size,
     exif_spoilt,
+    exif_of_megabytes,
     directories_in_a_circle,
     many_texts,
     unpacking_text,

@@ -430,10 +430,11 @@ def test_building_does_not_copy_the_vectors(monkeypatch):
 
 
 def test_a_cache_that_the_disk_refuses_is_one_sentence_and_leaves_nothing(index, monkeypatch):
-    real = faiss.write_index
-    monkeypatch.setattr(cache.faiss, "write_index", lambda made, name: real(made, "/dev/full"))
-    with pytest.raises(IngestError, match="faiss could not write") as caught:
-        index.set_search("sq")
+    real = faiss.PyCallbackIOWriter
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(cache.faiss, "PyCallbackIOWriter", lambda write: real(full.write))
+        with pytest.raises(IngestError, match="No space left on device") as caught:
+            index.set_search("sq")
     assert "\n" not in str(caught.value)
     assert list((index.path / "cache").iterdir()) == []
     assert (index.info().index_type, index.verify()) == ("exact", [])

@@ -14,6 +14,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -119,28 +120,53 @@ def check_between(now, before, after):
         assert path in now, path
 
 
+class Crashes:
+    """Operations in processes of their own, to be killed: see crashes.py."""
+
+    def __init__(self, base, photos):
+        self.base, self.photos = base, photos
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("crashes.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, op, **moment):
+        """The folder that it leaves, and how far it came."""
+        folder = Path(shutil.copytree(self.base, self.base.with_name("victim.index")))
+        if op == "repair":
+            (folder / "CURRENT").unlink()
+        job = {"op": op, "folder": str(folder), "photos": str(self.photos), **moment}
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        answer = json.loads(self.server.stdout.readline())
+        assert answer["killed"] or answer["code"] == 0, (op, moment)
+        return folder, answer
+
+    def whole(self, op):
+        """An operation that nobody kills."""
+        folder, answer = self.run(op)
+        shutil.rmtree(folder)
+        return answer
+
+
 def test_a_kill_at_any_moment_leaves_a_whole_index_that_can_go_on(base, photos, elastic):
     before, after = expected(base, photos, elastic)
     chance = random.Random(f"kills {SHARD}")
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("crashes.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    killed = 0
-    with server:
-        for number in range(KILLS):
+    crashes = Crashes(base, photos)
+    killed = Counter()
+    with crashes.server as server:
+        whole = {op: crashes.whole(op) for op in OPERATIONS}
+        for number in range(4 * KILLS):
             op = OPERATIONS[number % len(OPERATIONS)]
-            folder = Path(shutil.copytree(base, base.with_name("victim.index")))
-            if op == "repair":
-                (folder / "CURRENT").unlink()
-            moment = {"step": chance.randrange(60)} if number % 3 else {"ms": chance.uniform(0, 60)}
-            server.stdin.write(json.dumps({"op": op, "folder": str(folder), "photos": str(photos), **moment}) + "\n")
-            server.stdin.flush()
-            answer = json.loads(server.stdout.readline())
-            assert answer["killed"] or answer["code"] == 0, (op, moment)
-            killed += answer["killed"]
+            by = ("step", "time")[number // len(OPERATIONS) % 2]  # so each operation is killed both ways
+            if by == "step":
+                moment = {"step": chance.randrange(whole[op]["steps"]), "after": chance.random() < 0.5}
+            else:  # after it has ended, now and then
+                moment = {"seconds": chance.uniform(0, whole[op]["seconds"])}
+            folder, answer = crashes.run(op, **moment)
+            killed[op, by] += answer["killed"]
             if op == "repair" and not (folder / "CURRENT").exists():
                 operate(op, folder, photos, elastic)
             check_between(state(folder, elastic), before, after[op])
@@ -148,8 +174,11 @@ def test_a_kill_at_any_moment_leaves_a_whole_index_that_can_go_on(base, photos, 
             assert state(folder, elastic) == after[op], (op, moment)
             assert not [path for path in folder.rglob(".tmp-*") if op not in {"delete"}], (op, moment)
             shutil.rmtree(folder)
+            if killed.total() == KILLS:
+                break
         server.stdin.close()
-    assert killed >= KILLS // 4
+    assert killed.total() == KILLS
+    assert all(killed[op, "step"] for op in OPERATIONS)
 
 
 class PowerLoss:
@@ -334,7 +363,7 @@ class _Written:
 
 
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("op", ["ingest", "delete", "compact", "search", "upgrade"])
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_a_refused_write_is_one_clear_error_and_loses_nothing(base, photos, elastic, monkeypatch, op, number):
     before, after = expected(base, photos, elastic)
     # Together the three reach every write; each of them does in a soak.
@@ -342,6 +371,8 @@ def test_a_refused_write_is_one_clear_error_and_loses_nothing(base, photos, elas
     for at in range(first, 300, stride):
         folder = base.with_name("victim.index")
         shutil.copytree(base, folder)
+        if op == "repair":
+            (folder / "CURRENT").unlink()
         with monkeypatch.context() as patch:
             refusals = Refusals(patch, number, at)
             try:
@@ -349,6 +380,8 @@ def test_a_refused_write_is_one_clear_error_and_loses_nothing(base, photos, elas
             except MatVitError as error:
                 assert os.strerror(number) in str(error)  # noqa: PT017 - the last attempt must succeed
                 assert "\n" not in str(error)  # noqa: PT017
+        if op == "repair" and not (folder / "CURRENT").exists():
+            operate(op, folder, photos, elastic)
         check_between(state(folder, elastic), before, after[op])
         shutil.rmtree(folder)
         if refusals.calls <= at:

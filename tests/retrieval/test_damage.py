@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sqlite3
@@ -25,15 +26,18 @@ from retrieval import (
     IndexExistsError,
     IndexFormatError,
     IndexLockedError,
+    IndexWarning,
     IngestError,
     Retriever,
 )
+from retrieval.backends import choice
 from retrieval.errors import DamagedFileError
 from retrieval.files import sha256_bytes
 from retrieval.lock import writer_lock
 from retrieval.manifest import UPGRADES, publish_manifest, read_manifest, read_pointer
 from retrieval.writer import GenerationWriter
 
+QUERIES = [runpy.run_path(str(Path(__file__).with_name("conftest.py")))["picture_bytes"](seed) for seed in (1, 2)]
 FLIPS = int(os.environ.get("MATVIT_SOAK_FLIPS", "20"))  # in each kind of file
 
 
@@ -47,38 +51,96 @@ def index(tmp_path, photos, elastic):
     return index
 
 
-def files_of(index):
-    manifest = read_manifest(index.path, read_pointer(index.path))
-    yield index.path / "CURRENT"
-    yield index.path / "generations" / f"{manifest.generation:06d}.json"
+def files_of(folder):
+    manifest = read_manifest(folder, read_pointer(folder))
+    yield folder / "CURRENT"
+    yield folder / "generations" / f"{manifest.generation:06d}.json"
     for segment in manifest.segments:
-        yield from (index.path / "segments" / segment.name / name for name in segment.files)
-    yield from (index.path / "deletions" / entry.file for entry in manifest.deletions.values())
+        yield from (folder / "segments" / segment.name / name for name in segment.files)
+    yield from (folder / "deletions" / entry.file for entry in manifest.deletions.values())
 
 
-def test_every_kind_of_file_is_there(index):
-    assert {path.suffix for path in files_of(index)} == {"", ".json", ".f32", ".sqlite", ".i64"}
+def leave_an_upgrade(index, photos, elastic):
+    """What is embedded for another encoder waits in the index, since a picture was away."""
+    (photos / "4.png").rename(photos.with_name("away"))
+    assert not index.upgrade(elastic.in_another_space()).published
+    photos.with_name("away").rename(photos / "4.png")
+
+
+def test_every_file_of_an_index_is_one_whose_bits_are_flipped(index, photos, elastic, monkeypatch):
+    monkeypatch.setattr(choice, "LEAST_ROWS", 1)
+    index.set_search("sq")
+    leave_an_upgrade(index, photos, elastic)
+    flipped = [*files_of(index.path), *files_of(index.path / "upgrade"), *index.path.glob("cache/*.faiss")]
+    there = {path for path in index.path.rglob("*") if path.is_file()}
+    assert there - set(flipped) == {index.path / "writer.lock", index.path / "upgrade" / "generations" / "000001.json"}
+
+
+def flips(path):
+    """The file with one bit flipped, each time another one; whole again afterwards."""
+    random = np.random.default_rng(int(os.environ.get("MATVIT_SOAK_SHARD", "0")))
+    whole = path.read_bytes()
+    for position in random.integers(0, 8 * len(whole), size=FLIPS) if whole else ():  # a segment without pictures
+        spoilt = bytearray(whole)
+        spoilt[position // 8] ^= 1 << (position % 8)
+        path.write_bytes(spoilt)
+        yield
+    path.write_bytes(whole)
 
 
 def test_a_single_flipped_bit_in_any_file_is_found_before_it_can_be_searched(index, elastic):
     """Embeddings, which take long to hash, when they are read; everything else, and a wrong size, by any opening."""
-    random = np.random.default_rng(int(os.environ.get("MATVIT_SOAK_SHARD", "0")))
-    for path in files_of(index):
-        whole = path.read_bytes()
-        if not whole:  # of a segment without pictures
-            continue
-        for position in random.integers(0, 8 * len(whole), size=FLIPS):
-            spoilt = bytearray(whole)
-            spoilt[position // 8] ^= 1 << (position % 8)
-            path.write_bytes(spoilt)
+    for path in files_of(index.path):
+        for _ in flips(path):
             with pytest.raises(IndexFormatError):
                 Retriever.open(index.path, encoder=elastic)
             if path.suffix != ".f32":
                 with pytest.raises(IndexFormatError):
                     Index.open(index.path)
             assert len(index.verify()) == 1, path
-        path.write_bytes(whole)
     assert Index.open(index.path).verify() == []
+
+
+def answers(path, encoder):
+    """What a search for two of its pictures finds, all there is."""
+    retriever = Retriever.open(path, encoder=encoder)
+    found = retriever.search_many(QUERIES, k=99)
+    return [[(hit.id, hit.path, round(hit.score, 6)) for hit in hits] for hits in found]
+
+
+def test_a_single_flipped_bit_in_an_approximate_index_is_told_and_every_vector_compared(index, elastic, monkeypatch):
+    right = answers(index.path, elastic)
+    monkeypatch.setattr(choice, "LEAST_ROWS", 1)
+    index.set_search("sq")
+    [path] = index.path.glob("cache/*.faiss")
+    for _ in flips(path):
+        with pytest.warns(IndexWarning, match="every vector is compared"):
+            assert answers(index.path, elastic) == right
+        assert len(index.verify()) == 1
+    assert Index.open(index.path).verify() == []
+
+
+def test_a_single_flipped_bit_in_a_staged_upgrade_is_told_or_its_pictures_are_embedded_again(index, photos, elastic):
+    other = elastic.in_another_space()
+    leave_an_upgrade(index, photos, elastic)
+    right, victim = answers(index.path, elastic), index.path.with_name("victim.index")
+    for path in files_of(index.path / "upgrade"):
+        for _ in flips(path):
+            shutil.copytree(index.path, victim)
+            assert Index.open(victim).verify() == []
+            try:
+                Index.open(victim).upgrade(other)
+            except DamagedFileError as error:
+                assert str(victim / "upgrade") in error.where  # noqa: PT017 - or it is adopted
+                assert answers(victim, elastic) == right
+            else:
+                assert answers(victim, other) == right
+            shutil.rmtree(victim)
+
+
+def test_a_single_flipped_bit_in_the_lock_is_harmless(index, photos, elastic):
+    for _ in flips(index.path / "writer.lock"):
+        assert Index.open(index.path).ingest(photos, encoder=elastic).unchanged == 9
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"x")])
@@ -110,7 +172,7 @@ def test_damaged_embeddings_are_never_copied_into_a_new_segment(index, photos, e
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 1)])
 def test_a_lost_or_cut_file_is_named_in_one_sentence(index, harm):
-    for path in files_of(index):
+    for path in files_of(index.path):
         whole = path.read_bytes()
         if not whole:
             continue
@@ -296,6 +358,30 @@ def test_a_file_that_cannot_grow_leaves_the_generation_before(index, photos, ela
     before = Index.open(index.path)
     assert (before.generation, before.info().items, before.verify()) == (index.generation, 9, [])
     assert before.ingest(photos, encoder=elastic).indexed == 30
+
+
+def test_an_approximate_index_that_cannot_grow_leaves_the_generation_before(index, elastic, monkeypatch):
+    """The disk is full at any byte: those that are written when a file is closed, too."""
+    right = answers(index.path, elastic)
+    monkeypatch.setattr(choice, "LEAST_ROWS", 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    refused = []
+    for limit in range(1, 20_000, 400):
+        folder = Path(shutil.copytree(index.path, index.path.with_name(f"{limit}.index")))
+        opened = Index.open(folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            opened.set_search("hnsw")
+        except IngestError as error:
+            assert "cannot be written" in str(error)  # noqa: PT017 - with room enough it is built
+            refused.append(limit)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        after = Index.open(folder)
+        assert (after.info().index_type, after.verify()) == ("exact" if limit in refused else "hnsw", [])
+        assert answers(folder, elastic) == right
+        assert opened.set_search("hnsw").index_type == "hnsw"
+    assert 4 <= len(refused) == refused.index(max(refused)) + 1 < 50
 
 
 SLOW_INGEST = """
