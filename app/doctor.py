@@ -7,11 +7,12 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from matvit.bundled import bundled_folders
 from matvit.errors import MatVitError, MissingExtraError
 from matvit.threads import usable_cores
 
@@ -140,12 +141,8 @@ def _threads(has_torch: bool) -> dict[str, int]:
 
 
 def _checkpoints(has_torch: bool) -> tuple[CheckpointState, ...]:
-    folders = [
-        entry for entry in resources.files("matvit.bundled").iterdir() if entry.joinpath("config.json").is_file()
-    ]
     return tuple(
-        CheckpointState(name=folder.name, problem=_problem(Path(str(folder)), has_torch))
-        for folder in sorted(folders, key=lambda folder: folder.name)
+        CheckpointState(name=name, problem=_problem(folder, has_torch)) for name, folder in bundled_folders().items()
     )
 
 

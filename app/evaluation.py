@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matvit import mixing
+from matvit.datasets import portable
 from matvit.errors import CheckpointError, SpecError
 from matvit.evaluation import CrossTest, cross_test
 from matvit.metrics import RECALL
@@ -169,24 +170,18 @@ def write_table(model: MatViT, found: Evaluation, *, folder: Path) -> int:
 
 
 def _row(model: MatViT, spec: str, found: Evaluation, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    from matvit.checkpoint import pareto_row
+
     quality = found.result.matrix[spec][found.gallery]
+    row = pareto_row(model, spec, {name: round(mean.value, 5) for name, mean in quality.measures.items()})
     return {
-        "name": spec,
         **earlier,
-        "spec": spec,
-        "flops": model.flops(spec),
-        "params": model.num_params(spec),
-        "relative_flops": model.flops(spec) / model.flops(),
-        "quality": {name: round(mean.value, 5) for name, mean in quality.measures.items()},
+        **row,
+        "name": earlier.get("name", spec),
         "measured": {
-            "queries": _portable(found.result.queries),
-            "gallery": _portable(found.result.gallery),
+            "queries": portable(found.result.queries),
+            "gallery": portable(found.result.gallery),
             "gallery_spec": found.gallery,
             "n_queries": quality.n_queries,
         },
     }
-
-
-def _portable(name: str) -> str:
-    """The last two parts of a data set's location: a checkpoint tells nothing of the machine's folders."""
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name

@@ -269,6 +269,8 @@ def _checkpoint_at(target: str) -> Path:
 
 
 def _encoder_info(model: MatViT) -> dict[str, Any]:
+    from matvit.checkpoint import pareto_row
+
     quality = {row["spec"]: row.get("quality", {}) for row in model.pareto}
     named = [str(spec) for spec in model.shape.granularities()]
     specs = [*named, *(spec for spec in quality if spec not in named)]
@@ -277,17 +279,7 @@ def _encoder_info(model: MatViT) -> dict[str, Any]:
         "embedding_dim": model.embedding_dim,
         "space_id": model.space_id,
         "weights_sha256": model.weights_sha256,
-        "submodels": [
-            {
-                "name": spec,
-                "spec": spec,
-                "flops": model.flops(spec),
-                "params": model.num_params(spec),
-                "relative_flops": model.flops(spec) / model.flops(),
-                "quality": quality.get(spec, {}),
-            }
-            for spec in specs
-        ],
+        "submodels": [pareto_row(model, spec, quality.get(spec, {})) for spec in specs],
         "axes": _axes(model),
     }
 

@@ -6,6 +6,7 @@ N pictures, R pixels a side.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from matvit.errors import DatasetError, ImageError
 from matvit.metrics import agreement, top_k
 from matvit.model import MatViT
 from matvit.preprocess import FloatArray, ImageSource
+from matvit.threads import usable_cores
 
 HELD_BACK = 5  # every fifth picture is only measured on
 _BATCH = 32
@@ -39,12 +41,20 @@ def read_pictures(
 
     Raises DatasetError when fewer than `fewest` can be read.
     """
-    ready, skipped = [], []
-    for image in images:
+
+    def read(image: ImageSource) -> FloatArray | ImageError:
         try:
-            ready.append(model.preprocessing(image, size=model.shape.image_size))
+            return model.preprocessing(image, size=model.shape.image_size)
         except ImageError as error:
-            skipped.append((str(image), error.what))
+            return error
+
+    ready, skipped = [], []
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for image, pixels in zip(images, pool.map(read, images), strict=True):
+            if isinstance(pixels, ImageError):
+                skipped.append((str(image), pixels.what))
+            else:
+                ready.append(pixels)
     if len(ready) < fewest:
         raise DatasetError(
             what=f"{len(ready)} of {len(images)} pictures can be read, and {fewest} are needed",

@@ -18,7 +18,6 @@ import shlex
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -40,6 +39,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from matvit import backbone, quantization
+from matvit.bundled import bundled_folders
 from matvit.durable import sync_folder, write_synced
 from matvit.errors import BackboneError, CheckpointError, SpecError
 from matvit.identity import space_id
@@ -153,12 +153,6 @@ NO_SUCH = "no such checkpoint"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # not ../folder
 
 
-def bundled_names() -> tuple[str, ...]:
-    """Names of the checkpoints that ship with the package."""
-    folder = resources.files("matvit.bundled")
-    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.joinpath(CONFIG).is_file()))
-
-
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of a bundled name, a checkpoint folder or a hub repository id (downloaded if new).
 
@@ -166,7 +160,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """
     text = _text(source)
     if _is_bundled(source):
-        return Path(str(resources.files("matvit.bundled").joinpath(text)))
+        return bundled_folders()[text]
     try:
         exists, is_folder = Path(text).exists(), Path(text).is_dir()
     except (OSError, ValueError) as error:  # no file name at all, or in a folder that may not be read
@@ -180,7 +174,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     raise CheckpointError(
         what="is a file, not a checkpoint folder" if exists else NO_SUCH,
         where=text,
-        fix=f"give a bundled name ({', '.join(bundled_names())}), a checkpoint folder, or a hub id such as owner/name",
+        fix=f"give a bundled name ({', '.join(bundled_folders())}), a checkpoint folder, or a hub id (owner/name)",
     )
 
 
@@ -528,7 +522,7 @@ def _check_specs(model: MatViT, path: Path) -> None:
 
 
 def _is_bundled(source: str | Path) -> bool:
-    return isinstance(source, str) and source in bundled_names()  # a Path is always a folder
+    return isinstance(source, str) and source in bundled_folders()  # a Path is always a folder
 
 
 def _provenance(source: str | Path, folder: Path) -> tuple[str, str | None]:

@@ -102,6 +102,17 @@ def data_folder() -> Path:
     return folder
 
 
+def portable(location: str) -> str:
+    """An absolute path from the data folder on, or its last name: nothing of the machine's folders is told."""
+    path = Path(location)
+    if not path.is_absolute():
+        return location
+    try:
+        return path.relative_to(data_folder()).as_posix()
+    except (DatasetError, ValueError):
+        return path.name
+
+
 def find_dataset(location: str) -> str:
     """`location` as given, or below the data folder where only that is there."""
     try:

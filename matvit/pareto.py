@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matvit.encoder import ElasticEncoder
-from matvit.errors import SpecError
 from matvit.metrics import RECALL
 
 
@@ -34,16 +33,13 @@ def pareto_front(choices: Sequence[EncoderChoice]) -> list[EncoderChoice]:
 def measured_choices(encoder: ElasticEncoder) -> dict[str, EncoderChoice]:
     """The table's submodels whose recall was measured, by canonical spec.
 
-    The table comes from a file: what is no submodel or no share is left out.
+    The table comes from a file: what is no share is left out.
     """
     choices: dict[str, EncoderChoice] = {}
     for row in encoder.pareto:
         recall = row.get("quality", {}).get(RECALL)
         if recall is None or not 0 <= recall <= 1:
             continue
-        try:
-            spec = str(encoder.shape.spec(row["spec"]))
-        except SpecError:
-            continue
+        spec = str(encoder.shape.spec(row["spec"]))
         choices.setdefault(spec, EncoderChoice(spec=spec, relative_flops=row["relative_flops"], recall=recall))
     return choices

@@ -13,7 +13,7 @@ import torch
 
 from matvit.block import run_block
 from matvit.checkpoint import Storage, locate, pareto_row, read_config
-from matvit.datasets import LabelledImages, find_dataset, read_dataset
+from matvit.datasets import LabelledImages, find_dataset, portable, read_dataset
 from matvit.evaluation import cross_test
 from matvit.model import MatViT
 from matvit.progress import Progress
@@ -103,7 +103,7 @@ def _record(run: Run, *, before: dict[str, Any] | None) -> dict[str, Any]:
         "seed": recipe.seed,
         "data": [
             {
-                "path": _portable(one.path),
+                "path": portable(one.path),
                 "classes": one.classes,
                 "pictures": len(images),
                 "class_names": list(images.class_names),
@@ -134,14 +134,14 @@ def _parent(checkpoint: MatViT) -> dict[str, Any]:
 
 
 def _portable(value: Any) -> Any:
-    """`value` with every absolute path cut to its last name: a checkpoint tells nothing of the machine's folders."""
+    """`value` with every path in it portable."""
     match value:
         case dict():
             return {key: _portable(item) for key, item in value.items()}
         case list():
             return [_portable(item) for item in value]
-        case str() if Path(value).is_absolute():
-            return Path(value).name
+        case str():
+            return portable(value)
     return value
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from matvit import DatasetError, MatViT, adapting
 from matvit.adapting import adapt
-from matvit.agreement import agreement_with_full
+from matvit.agreement import agreement_with_full, read_pictures
 from matvit.last_block import fit_last_block, read_tokens
 from matvit.private import PrivateConfig
 
@@ -114,6 +114,15 @@ def test_an_adapted_encoder_is_loaded_as_it_was_saved(tiny: MatViT, images: Tens
     loaded = MatViT.from_pretrained(tmp_path / "adapted")
     for spec in ("S", "1S.1M.1L.1XL"):
         torch.testing.assert_close(loaded(images, spec), tiny(images, spec), rtol=0, atol=0)
+
+
+def test_pictures_that_are_decoded_at_once_keep_their_order(tiny: MatViT, tmp_path: Path) -> None:
+    for shade in range(12):
+        Image.new("RGB", (400 - 30 * shade,) * 2, (20 * shade,) * 3).save(tmp_path / f"{shade:02}.png")
+    (tmp_path / "03.png").write_bytes(b"no picture")
+    pixels, skipped = read_pictures(tiny, sorted(tmp_path.iterdir()), fewest=1)
+    assert np.all(np.diff(pixels.mean(axis=(1, 2, 3))) > 0)
+    assert [name for name, _ in skipped] == [str(tmp_path / "03.png")]
 
 
 def test_too_few_pictures_are_refused_and_the_unreadable_do_not_count(tiny: MatViT, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_source_is_the_absolute_folder(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_bundled_name_is_found_and_stays_the_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.resources.files", lambda _: folder.parent)
-    assert checkpoint.bundled_names() == ("copy",)
+    assert checkpoint.bundled_folders() == {"copy": folder}
     assert MatViT.from_pretrained("copy").source == "copy"
     monkeypatch.chdir("/")
     _refused(Path("copy"), "no such checkpoint")  # a Path is a folder, never a name

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matvit.datasets import data_folder, read_dataset
+from matvit.datasets import data_folder, portable, read_dataset
 from matvit.errors import DatasetError, MissingExtraError
 
 NAMES = ["Fruit/apple", "Fruit/pear", "n01 cat, tabby", "n02 dog"]
@@ -305,6 +305,17 @@ def test_without_pyarrow_parquet_names_the_extra_and_trees_still_work(
     with pytest.raises(MissingExtraError, match=r'pip install "matvit-retrieval\[parquet\]"'):
         read_dataset(shard)
     assert len(read_dataset(tree)) == 1
+
+
+def test_a_portable_location_tells_nothing_of_the_machines_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MATVIT_DATA", str(tmp_path))
+    assert portable(str(tmp_path / "caltech-101" / "test")) == "caltech-101/test"
+    assert portable("/home/someone/birds") == "birds"
+    assert portable("mine/birds") == "mine/birds"
+    monkeypatch.setenv("MATVIT_DATA", str(tmp_path / "gone"))
+    assert portable(str(tmp_path / "caltech-101" / "test")) == "test"
 
 
 def test_the_data_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
