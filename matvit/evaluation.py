@@ -152,12 +152,16 @@ def cross_test(
         batch_size=batch_size,
         progress=progress,
     )
+    searching, indexing = ({spec: encoders[spec] for spec in specs} for specs in ([full, *asked], indexed))
     if gallery is None:
-        found = embed(queries, np.arange(len(queries)), encoders=encoders, stage="embed pictures")
+        everything, few = np.arange(len(queries)), limit is not None and limit < len(queries)
+        found = embed(queries, everything, encoders=indexing if few else encoders, stage="embed pictures")
         own = _evenly(len(found), limit)  # the queries' own rows in the gallery
         asking, skipped = found.take(own), found.skipped
+        if few:  # what searches embeds these alone
+            asking = embed(queries, asking.rows, encoders=searching, stage="embed queries")
+            own = np.flatnonzero(np.isin(found.rows, asking.rows))  # a file may be gone by now
     else:
-        searching, indexing = ({spec: encoders[spec] for spec in specs} for specs in ([full, *asked], indexed))
         asking = embed(queries, _evenly(len(queries), limit), encoders=searching, stage="embed queries")
         found = embed(gallery, np.arange(len(gallery)), encoders=indexing, stage="embed gallery")
         own = np.full(len(asking), NO_HIT, dtype=np.int64)

@@ -244,11 +244,11 @@ def test_each_picture_is_decoded_once_per_resolution_and_batches_are_bounded(enc
 
 
 def test_limit_spreads_the_queries_over_all_classes_and_keeps_the_gallery(encoder: ElasticColours) -> None:
-    result = cross_test(encoder, pictures(10, seed=0), None, query_specs=["XL"], gallery_specs=["XL"], limit=4)
+    result = cross_test(encoder, pictures(10, seed=0), None, query_specs=["S", "XL"], gallery_specs=["XL"], limit=4)
     quality = result.matrix["XL"]["XL"]
     assert quality.n_queries == 4
     assert quality["recall@1"] == quality["map@100"] == 1.0  # all 9 others of each class are there to find
-    assert len(encoder.decoded) == 40
+    assert sum(encoder.encoded) == 40 + 2 * 4  # what only searches is given the queries alone
 
 
 def test_json_has_the_documented_shape_and_progress_counts_pictures(encoder: ElasticColours) -> None:
