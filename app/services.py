@@ -401,7 +401,7 @@ def adapt(checkpoint: str, *, images: Path, out: Path, progress: Progress = sile
     model = load_encoder(checkpoint)
     checkpoints.refuse_to_replace(out)  # before the minutes are spent
     storage = checkpoints.read_config(checkpoints.locate(checkpoint)).weights.storage
-    result = run(model, files, progress=progress)
+    result = run(model, files, labels=[str(Path(file).parent) for file in files], progress=progress)
     if result.kept:
         model.pareto = tuple(_without_stale_quality(model, row, result.kept) for row in model.pareto)
         model.record = {**model.record, "adapted": adaptation_json(result, out=None)}
@@ -413,7 +413,8 @@ def adaptation_json(result: Adaptation, *, out: Path | None) -> dict[str, Any]:
     """The form that `matvit adapt --json` prints; without `out` and paths, that of a checkpoint's record."""
 
     def of(measured: Agreement) -> dict[str, float]:
-        return {"cosine": measured.cosine, "first": measured.first, "agreement@10": measured.agreement_at_10}
+        found = {"cosine": measured.cosine, "first": measured.first, "agreement@10": measured.agreement_at_10}
+        return found if measured.recall is None else found | {"recall@1": measured.recall}
 
     described: dict[str, Any] = {
         "pictures": result.pictures,

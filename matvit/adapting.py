@@ -7,7 +7,7 @@ N pictures, D embedding, R pixels a side.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from matvit.agreement import HELD_BACK, Agreement, compare, embed, read_pictures
 from matvit.last_block import Tokens, fit_last_block, read_tokens
-from matvit.metrics import bootstrap_intervals
+from matvit.metrics import IntArray, bootstrap_intervals
 from matvit.model import MatViT
 from matvit.preprocess import FloatArray, ImageSource
 from matvit.private import OWNERS, PrivateConfig
@@ -36,8 +36,8 @@ class Gain:
 
     @property
     def kept(self) -> bool:
-        """Whether it surely gained: else the granularity owns what it owned before."""
-        return self.low > 0
+        """Whether it surely gained, and not at the first hit's expense: else it owns what it owned before."""
+        return self.low > 0 and self.after.first >= self.before.first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,25 +54,39 @@ class Adaptation:
         return tuple(name for name, gain in self.gains.items() if gain.kept)
 
 
-def adapt(model: MatViT, images: Sequence[ImageSource], *, progress: Progress = silent) -> Adaptation:
+def adapt(
+    model: MatViT, images: Sequence[ImageSource], *, labels: Sequence[str] | None = None, progress: Progress = silent
+) -> Adaptation:
     """Fit what S, M and L own in the last block; a granularity that does not surely gain keeps the old.
 
-    Of more than MOST_PICTURES a sample is taken. XL and `space_id` stay to the bit. Raises DatasetError for too few
-    pictures.
+    Of more than MOST_PICTURES a sample is taken. XL and `space_id` stay to the bit. With `labels`, as many as
+    `images`, recall is measured too; nothing is learnt from them. Raises DatasetError for too few pictures.
     """
     if len(images) > MOST_PICTURES:
-        images = random.Random(0).sample(images, MOST_PICTURES)  # noqa: S311  # a seed, not a secret
+        drawn = random.Random(0).sample(range(len(images)), MOST_PICTURES)  # noqa: S311  # a seed, not a secret
+        images = [images[row] for row in drawn]
+        labels = labels and [labels[row] for row in drawn]
     steps = _Steps(progress)
     pixels, skipped = read_pictures(model, images, fewest=FEWEST_PICTURES)
+    classes = _classes(images, labels, skipped={path for path, _ in skipped})
     steps.done("pictures read")
     full = read_tokens(model, pixels, model.shape.spec("XL"))
     steps.done("XL")
     old = model.private
     _let_last_block_own(model)
-    gains = {owner.value: _fit(model, owner, pixels, full, steps) for owner in OWNERS}
+    gains = {owner.value: _fit(model, owner, pixels, full=full, classes=classes, steps=steps) for owner in OWNERS}
     if not any(gain.kept for gain in gains.values()):
         model.private = old
     return Adaptation(pictures=len(pixels), skipped=skipped, gains=gains)
+
+
+def _classes(
+    images: Sequence[ImageSource], labels: Sequence[str] | None, *, skipped: Collection[str]
+) -> IntArray | None:
+    """(N,) the labels of the pictures that can be read, counted from 0; None where all are alike."""
+    read = [label for image, label in zip(images, labels or (), strict=False) if str(image) not in skipped]
+    names, classes = np.unique(read, return_inverse=True)
+    return classes if len(names) > 1 else None
 
 
 def _let_last_block_own(model: MatViT) -> None:
@@ -84,7 +98,9 @@ def _let_last_block_own(model: MatViT) -> None:
         model.private.load_state_dict(model.private.state_dict() | old.state_dict())
 
 
-def _fit(model: MatViT, owner: Granularity, pixels: FloatArray, full: Tokens, steps: _Steps) -> Gain:
+def _fit(
+    model: MatViT, owner: Granularity, pixels: FloatArray, *, full: Tokens, classes: IntArray | None, steps: _Steps
+) -> Gain:
     spec = model.shape.spec(owner.value)
     last = model.shape.num_blocks - 1
     block = model.block_of(last, spec.widths[last])  # with what it owns before
@@ -106,7 +122,7 @@ def _fit(model: MatViT, owner: Granularity, pixels: FloatArray, full: Tokens, st
         change(tokens.picture % HELD_BACK != part)
         vectors[part::HELD_BACK] = embed(model, pixels[part::HELD_BACK], owner.value)
         steps.done(owner.value)
-    gain = _gain(tokens.embeddings, vectors, full.embeddings)
+    gain = _gain(tokens.embeddings, vectors, full.embeddings, classes)
     if gain.kept:
         change(torch.ones_like(tokens.picture, dtype=torch.bool))
     else:
@@ -114,9 +130,9 @@ def _fit(model: MatViT, owner: Granularity, pixels: FloatArray, full: Tokens, st
     return gain
 
 
-def _gain(before: FloatArray, after: FloatArray, gallery: FloatArray) -> Gain:
+def _gain(before: FloatArray, after: FloatArray, gallery: FloatArray, classes: IntArray | None) -> Gain:
     own = np.arange(len(gallery))
-    sides = [compare(vectors, gallery, own) for vectors in (before, after)]
+    sides = [compare(vectors, gallery, own, classes) for vectors in (before, after)]
     ((low, high),) = bootstrap_intervals((sides[1].by_query - sides[0].by_query)[:, None])
     return Gain(before=sides[0], after=sides[1], low=float(low), high=float(high))
 

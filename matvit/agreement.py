@@ -26,12 +26,22 @@ _BATCH = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """How a submodel's answers differ from XL's in XL's index of the same pictures: means over queries, 0 to 1."""
+    """How a submodel's answers differ from XL's in XL's index of the same pictures, 0 to 1."""
 
     cosine: float  # of its embedding with XL's, both centred by XL's mean
-    first: float  # share of queries with XL's own first hit
-    agreement_at_10: float  # share of XL's first 10 hits that it finds
-    by_query: NDArray[np.float64]  # that share for each query
+    first_by_query: NDArray[np.float64]  # 1 where its first hit is XL's
+    by_query: NDArray[np.float64]  # share of XL's first 10 hits that it finds
+    recall: float | None  # share of queries whose first hit has their label; None without labels that two share
+
+    @property
+    def first(self) -> float:
+        """Share of queries with XL's own first hit."""
+        return float(self.first_by_query.mean())
+
+    @property
+    def agreement_at_10(self) -> float:
+        """Share of XL's first 10 hits that it finds, over all queries."""
+        return float(self.by_query.mean())
 
 
 def read_pictures(
@@ -77,20 +87,30 @@ def agreement_with_full(
     return {spec: compare(embed(model, pixels[own], spec), gallery, own) for spec in specs}
 
 
-def compare(vectors: FloatArray, gallery: FloatArray, own: NDArray[np.int64]) -> Agreement:
-    """A submodel's embeddings (Q, D) of the pictures `own` (Q,), which search XL's embeddings (N, D) of the others."""
+def compare(
+    vectors: FloatArray, gallery: FloatArray, own: NDArray[np.int64], labels: NDArray[np.int64] | None = None
+) -> Agreement:
+    """A submodel's embeddings (Q, D) of the pictures `own` (Q,), which search XL's embeddings (N, D) of the others.
+
+    `labels` (N,) count from 0.
+    """
     wanted = top_k(gallery[own], gallery, 10, exclude=own[:, None])[1]
     hits = top_k(vectors, gallery, 10, exclude=own[:, None])[1]
     mean = gallery.mean(axis=0)
     centred, target = vectors - mean, gallery[own] - mean
     norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(target, axis=1)
-    shares = agreement(hits, wanted)
     return Agreement(
         cosine=float(((centred * target).sum(axis=1) / np.maximum(norms, 1e-12)).mean()),
-        first=float((hits[:, 0] == wanted[:, 0]).mean()),
-        agreement_at_10=float(shares.mean()),
-        by_query=shares,
+        first_by_query=(hits[:, 0] == wanted[:, 0]).astype(np.float64),
+        by_query=agreement(hits, wanted),
+        recall=None if labels is None else _recall(hits[:, 0], own, labels),
     )
+
+
+def _recall(first: NDArray[np.int64], own: NDArray[np.int64], labels: NDArray[np.int64]) -> float | None:
+    asked = np.bincount(labels)[labels[own]] > 1  # there is something to find
+    right = labels[first] == labels[own]
+    return float(right[asked].mean()) if asked.any() else None
 
 
 @torch.inference_mode()

@@ -26,8 +26,8 @@ def adapt(
 
     The full encoder stays as it is to the bit, and so does every index that it made. The table shows how well each
     submodel agrees with XL, before and after, on pictures that were held back from the fit, every fifth in turn. A
-    submodel that does not surely gain keeps its old weights; when none does, nothing is written and the exit code
-    is 1.
+    submodel that does not surely gain, or whose first hit is XL's less often, keeps its old weights; when none gains,
+    nothing is written and the exit code is 1.
 
     \b
     Example:
@@ -49,21 +49,21 @@ def adapt(
 
 
 def _show(result: Adaptation) -> None:
+    columns = {"cosine": "centred cosine", "first": "same first hit", "agreement_at_10": "agreement@10"}
+    if any(gain.before.recall is not None for gain in result.gains.values()):
+        columns = {"recall": "recall@1 by folder"} | columns
     rows = [
         [
             name,
-            *(
-                f"{100 * getattr(gain.before, field):.1f} → {100 * getattr(gain.after, field):.1f}"
-                for field in ("cosine", "first", "agreement_at_10")
-            ),
+            *(f"{100 * getattr(gain.before, field):.1f} → {100 * getattr(gain.after, field):.1f}" for field in columns),
             f"{100 * gain.low:+.1f} to {100 * gain.high:+.1f}",
             "adapted" if gain.kept else "as before",
         ]
         for name, gain in result.gains.items()
     ]
     write_table(
-        ["query", "centred cosine", "same first hit", "agreement@10", "its gain", "kept"],
+        ["query", *columns.values(), "its gain", "kept"],
         rows,
         title=f"{result.pictures} pictures, each held back once, in XL's index of the others",
-        caption="Percent, beside XL's own answers; the gain is the 95 % interval of the paired difference.",
+        caption="Percent, beside XL's own answers; its gain: the 95 % interval of the paired difference.",
     )

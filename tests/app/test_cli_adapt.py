@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -39,6 +40,17 @@ def test_adapting_keeps_the_space_and_records_what_was_gained(run, checkpoint, m
         assert 0 < done.json["interval"][name][0] < done.json["interval"][name][1]
     assert [row["path"].endswith("bad.jpg") for row in done.json["skipped"]] == [True]
     assert "bad.jpg" in done.err
+
+
+def test_recall_by_folder_is_shown_where_there_are_folders(run, checkpoint, many, tmp_path):
+    for number, picture in enumerate(sorted(many.glob("*.png"))):
+        folder = tmp_path / "photos" / ("cats", "dogs")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, folder)
+    shown = run("adapt", checkpoint, "--images", tmp_path / "photos", "--out", tmp_path / "adapted")
+    assert "recall@1 by folder" in shown.out
+    assert 0 <= MatViT.from_pretrained(tmp_path / "adapted").record["adapted"]["after"]["S"]["recall@1"] <= 1
+    assert "recall@1" not in run("adapt", checkpoint, "--images", many, "--out", tmp_path / "other").out
 
 
 def test_the_adapted_checkpoint_searches_the_index_of_the_old_one(

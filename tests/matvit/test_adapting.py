@@ -15,7 +15,7 @@ from torch import Tensor
 
 from matvit import DatasetError, MatViT, adapting
 from matvit.adapting import adapt
-from matvit.agreement import agreement_with_full, read_pictures
+from matvit.agreement import agreement_with_full, compare, read_pictures
 from matvit.last_block import fit_last_block, read_tokens
 from matvit.private import PrivateConfig
 
@@ -100,6 +100,35 @@ def test_a_granularity_that_does_not_surely_gain_keeps_what_it_owned(
     assert not torch.equal(tiny(images, "S"), before["S"])
     for spec in ("M", "L"):
         torch.testing.assert_close(tiny(images, spec), before[spec], rtol=0, atol=0)
+
+
+def test_a_granularity_whose_first_hits_are_xls_less_often_keeps_what_it_owned(
+    tiny: MatViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its first ten hits agree more."""
+    measure = adapting._gain
+
+    def fewer(*measured: Any) -> adapting.Gain:
+        gain = measure(*measured)
+        return replace(gain, before=replace(gain.before, first_by_query=gain.after.first_by_query + 0.01))
+
+    monkeypatch.setattr(adapting, "_gain", fewer)
+    result = adapt(tiny, _pictures(100))
+    assert result.gains["S"].low > 0
+    assert result.kept == ()
+
+
+def test_labels_are_measured_by_and_not_learnt_from(tiny: MatViT, tmp_path: Path) -> None:
+    (tmp_path / "no.jpg").write_bytes(b"no picture")
+    images, other = _pictures(60), MatViT.from_timm(tiny.extract("XL"))
+    result = adapt(tiny, [tmp_path / "no.jpg", *images], labels=["z", *"ab" * 30])
+    plain = adapt(other, images, labels=["a"] * 60)
+    for name, gain in result.gains.items():
+        assert (gain.low, gain.high) == pytest.approx((plain.gains[name].low, plain.gains[name].high), abs=1e-3)
+        assert plain.gains[name].after.recall is None
+    gallery = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]]
+    asked = compare(gallery, gallery, np.arange(4), np.array([0, 0, 1, 2]))
+    assert asked.recall == 1  # the last two have no other picture of theirs to find
 
 
 def test_nothing_gained_leaves_the_encoder_as_it_was(tiny: MatViT, monkeypatch: pytest.MonkeyPatch) -> None:
