@@ -33,11 +33,12 @@ class Gain:
     after: Agreement
     low: float  # ends of the 95 % interval of the paired difference in agreement@10
     high: float
+    first_high: float  # high end of the 68 % interval, a standard error, of that in the same first hit
 
     @property
     def kept(self) -> bool:
         """Whether it surely gained, and not at the first hit's expense: else it owns what it owned before."""
-        return self.low > 0 and self.after.first >= self.before.first
+        return self.low > 0 and self.first_high >= 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,8 @@ def _gain(before: FloatArray, after: FloatArray, gallery: FloatArray, classes: I
     own = np.arange(len(gallery))
     sides = [compare(vectors, gallery, own, classes) for vectors in (before, after)]
     ((low, high),) = bootstrap_intervals((sides[1].by_query - sides[0].by_query)[:, None])
-    return Gain(before=sides[0], after=sides[1], low=float(low), high=float(high))
+    ((_, first),) = bootstrap_intervals((sides[1].first_by_query - sides[0].first_by_query)[:, None], level=0.68)
+    return Gain(before=sides[0], after=sides[1], low=float(low), high=float(high), first_high=float(first))
 
 
 class _Steps:

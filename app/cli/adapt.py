@@ -26,8 +26,8 @@ def adapt(
 
     The full encoder stays as it is to the bit, and so does every index that it made. The table shows how well each
     submodel agrees with XL, before and after, on pictures that were held back from the fit, every fifth in turn. A
-    submodel that does not surely gain, or whose first hit is XL's less often, keeps its old weights; when none gains,
-    nothing is written and the exit code is 1.
+    submodel that does not surely gain, or whose first hit is clearly less often XL's, keeps its old weights; when none
+    gains, nothing is written and the exit code is 1.
 
     \b
     Example:

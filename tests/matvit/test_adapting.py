@@ -15,7 +15,7 @@ from torch import Tensor
 
 from matvit import DatasetError, MatViT, adapting
 from matvit.adapting import adapt
-from matvit.agreement import agreement_with_full, compare, read_pictures
+from matvit.agreement import Agreement, agreement_with_full, compare, read_pictures
 from matvit.last_block import fit_last_block, read_tokens
 from matvit.private import PrivateConfig
 
@@ -102,20 +102,24 @@ def test_a_granularity_that_does_not_surely_gain_keeps_what_it_owned(
         torch.testing.assert_close(tiny(images, spec), before[spec], rtol=0, atol=0)
 
 
-def test_a_granularity_whose_first_hits_are_xls_less_often_keeps_what_it_owned(
-    tiny: MatViT, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("lost", "won", "kept"), [(0, 0, True), (1, 0, True), (4, 3, True), (3, 4, True), (11, 6, False), (5, 0, False)]
+)
+def test_a_granularity_whose_first_hits_are_clearly_less_often_xls_keeps_what_it_owned(
+    monkeypatch: pytest.MonkeyPatch, lost: int, won: int, kept: bool
 ) -> None:
-    """Though its first ten hits agree more."""
-    measure = adapting._gain
-
-    def fewer(*measured: Any) -> adapting.Gain:
-        gain = measure(*measured)
-        return replace(gain, before=replace(gain.before, first_by_query=gain.after.first_by_query + 0.01))
-
-    monkeypatch.setattr(adapting, "_gain", fewer)
-    result = adapt(tiny, _pictures(100))
-    assert result.gains["S"].low > 0
-    assert result.kept == ()
+    """Though its first ten hits agree more: of 80 queries so many lose XL's first hit, and so many find it."""
+    before, after = np.zeros(80), np.zeros(80)
+    before[:lost], after[lost : lost + won] = 1, 1
+    sides = iter(
+        Agreement(cosine=0.9, first_by_query=first, by_query=np.full(80, share), recall=None)
+        for first, share in ((before, 0.5), (after, 0.6))
+    )
+    monkeypatch.setattr(adapting, "compare", lambda *_: next(sides))
+    nothing = np.zeros((80, 2), np.float32)
+    gain = adapting._gain(nothing, nothing, nothing, None)
+    assert gain.low > 0
+    assert gain.kept == kept
 
 
 def test_labels_are_measured_by_and_not_learnt_from(tiny: MatViT, tmp_path: Path) -> None:
