@@ -304,10 +304,13 @@ class Verification:
     problems: tuple[str, ...]
     sampled: int = 0  # pictures of an index that were embedded once more
     unusable: int = 0  # pictures that were to be, but whose file is gone or has changed
+    unsampled: str | None = None  # why none was, where no number was asked for
 
 
-def verify(target: str, *, sample: int = 0, progress: Progress = silent) -> Verification:
+def verify(target: str, *, sample: int | None = 0, progress: Progress = silent) -> Verification:
     """Checks every file of an index or a checkpoint against its hash, and `sample` pictures of an index again.
+
+    None: a few, where the encoder that built it can be had.
 
     Raises CheckpointError when `target` is neither, IndexFormatError where an index cannot be read for another reason
     than damage.
@@ -316,7 +319,13 @@ def verify(target: str, *, sample: int = 0, progress: Progress = silent) -> Veri
         from retrieval.verify import verify_index
 
         report = verify_index(Path(target).absolute(), sample=sample, progress=progress)
-        return Verification(kind="index", problems=report.problems, sampled=report.sampled, unusable=report.unusable)
+        return Verification(
+            kind="index",
+            problems=report.problems,
+            sampled=report.sampled,
+            unusable=report.unusable,
+            unsampled=report.unsampled,
+        )
     folder = _checkpoint_at(target)
     from matvit.checkpoint import load
 

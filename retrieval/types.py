@@ -69,8 +69,9 @@ class VerifyReport:
     """What is wrong with an index."""
 
     problems: tuple[str, ...]  # one sentence each; empty when it is sound
-    sampled: int  # pictures that were embedded once more and compared
-    unusable: int  # pictures of the sample whose file is gone or has changed
+    sampled: int = 0  # pictures that were embedded once more and compared
+    unusable: int = 0  # pictures of the sample whose file is gone or has changed
+    unsampled: str | None = None  # why there is no sample, where nobody asked for a number of pictures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

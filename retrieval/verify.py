@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from matvit.encoder import ElasticEncoder, is_unit
-from matvit.errors import CheckpointError
+from matvit.errors import CheckpointError, MissingExtraError
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, load_encoder
 from retrieval.errors import DamagedFileError, EncoderMismatchError
@@ -20,17 +20,19 @@ from retrieval.reembed import embed_again
 from retrieval.snapshot import OpenSegment, Snapshot, open_segment
 from retrieval.types import VerifyReport
 
+SAMPLE = 8  # pictures, where nobody says how many
 SAME_PICTURE = 0.98  # cosine: other runtimes and decoders of the same picture stay above, other encoders far below
 _ROWS = 65_536  # embeddings looked at together
 
 
 def verify_index(
-    folder: Path, *, sample: int = 0, encoder: ElasticEncoder | None = None, progress: Progress = silent
+    folder: Path, *, sample: int | None = 0, encoder: ElasticEncoder | None = None, progress: Progress = silent
 ) -> VerifyReport:
     """Everything that is wrong with the index as it lies on the disk.
 
     `sample` pictures whose files are what was indexed are embedded once more and compared with what is stored, by
-    `encoder`, or the one that built the index. Raises MissingExtraError without torch, if that is needed, and
+    `encoder`, or the one that built the index. None: SAMPLE, or none where that encoder cannot be had, which is then
+    told, but no problem. Raises MissingExtraError without torch, if a number of pictures is asked for, and
     IndexFormatError for what is no damage: no index, a newer format, a file that cannot be read at the moment, a writer
     that never rests.
     """
@@ -44,22 +46,30 @@ def verify_index(
                 break
         else:
             raise restless(folder)
-        if problems or not sample:
-            return VerifyReport(problems=tuple(problems), sampled=0, unusable=0)
+        if problems or sample == 0:
+            return VerifyReport(problems=tuple(problems))
         return _check_sample(Snapshot.open(folder), size=sample, encoder=encoder, progress=progress)
     except DamagedFileError as error:
-        return VerifyReport(problems=(str(error),), sampled=0, unusable=0)
+        return VerifyReport(problems=(str(error),))
 
 
-def _check_sample(snapshot: Snapshot, *, size: int, encoder: ElasticEncoder | None, progress: Progress) -> VerifyReport:
+def _check_sample(
+    snapshot: Snapshot, *, size: int | None, encoder: ElasticEncoder | None, progress: Progress
+) -> VerifyReport:
     """Whether pictures embed to what the index holds for them."""
     entry = snapshot.manifest.encoder
     try:
         elastic = encoder or load_encoder(entry, index=snapshot.folder)
         check_space(elastic, entry, index=snapshot.folder)
-    except (CheckpointError, EncoderMismatchError) as error:
-        return VerifyReport(problems=(str(error),), sampled=0, unusable=0)
-    chosen = list(_sample(snapshot, size))
+    except (CheckpointError, MissingExtraError) as error:
+        if size is None:
+            return VerifyReport(problems=(), unsampled=str(error))
+        if isinstance(error, MissingExtraError):
+            raise
+        return VerifyReport(problems=(str(error),))
+    except EncoderMismatchError as error:
+        return VerifyReport(problems=(str(error),))
+    chosen = list(_sample(snapshot, SAMPLE if size is None else size))
     again = embed_again((item for _, item in chosen), file_name=snapshot.file_name, encoder=elastic.encoder(entry.spec))
     problems, sampled = [], 0
     for done, ((segment, item), found) in enumerate(zip(chosen, again, strict=True), start=1):

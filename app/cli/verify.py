@@ -15,8 +15,13 @@ def verify(
     target: Annotated[str, typer.Argument(metavar="INDEX|CHECKPOINT", help="An index or a checkpoint.")],
     *,
     sample: Annotated[
-        int, typer.Option(min=0, help="Pictures of an index to embed once more and compare; 0: none.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Pictures of an index to embed once more and compare; 0: none.",
+            show_default="8, where the encoder that built it can be had",
+        ),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Check an index or a checkpoint against its recorded hashes.
@@ -26,13 +31,13 @@ def verify(
     pareto.json and training.json may be missing, and are checked for their form.
     README.md is not read.
     Index: the newest generation and its segments; older ones are not looked at.
-    With --sample, pictures are embedded once more: does the encoder still give what is stored?
+    A sample of its pictures is embedded once more: does the encoder still give what is stored?
 
     Exit code 1 when something is wrong, 2 when it cannot be told (a file may not be read, a newer format).
 
     \b
     Examples:
-      matvit verify photos.index --sample 16
+      matvit verify photos.index --sample 100
       matvit verify matvit-small
     """
     with progress_bar() as progress:
@@ -46,12 +51,15 @@ def verify(
                 "problems": list(result.problems),
                 "sampled": result.sampled,
                 "unusable": result.unusable,
+                "unsampled": result.unsampled,
             }
         )
     else:
         for problem in result.problems:
             write_line(problem)
-        if sample and result.kind == "index":
+        if result.unsampled:
+            say(f"no picture was embedded once more: {result.unsampled}")
+        elif sample != 0 and result.kind == "index" and not result.problems:
             say(f"{result.sampled} pictures embedded once more, {result.unusable} gone or changed")
         write_line(f"{target}: {result.kind} {'is damaged' if result.problems else 'is whole'}")
     if result.problems:

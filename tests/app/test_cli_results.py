@@ -204,9 +204,23 @@ def test_verify_whole_things(run, index, checkpoint):
             "kind": kind,
             "ok": True,
             "problems": [],
-            "sampled": 0,
+            "sampled": 8 if kind == "index" else 0,
             "unusable": 0,
+            "unsampled": None,
         }
+    assert run("verify", index, "--sample", 0, "--json").json["sampled"] == 0
+
+
+def test_verify_without_the_encoder_is_told_but_no_damage(run, photos, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "encoder")
+    index = tmp_path / "own.index"
+    assert run("index", photos, "--index", index, "--encoder", tmp_path / "encoder").code == 0
+    shutil.rmtree(tmp_path / "encoder")
+    found = run("verify", index)
+    assert (found.code, found.out) == (0, f"{index}: index is whole\n")
+    assert "no picture was embedded once more" in found.err
+    assert "cannot be loaded" in found.err
+    assert run("verify", index, "--sample", 1).code == 1  # a proof was asked for
 
 
 @pytest.mark.parametrize("kind", ["index", "checkpoint"])
