@@ -121,9 +121,10 @@ class _Repair:
                 next_id=max(self._base.next_id, int(self._held.max(initial=-1)) + 1),
                 generation=max([self._base.generation, *map(_number, _manifests(self._folder))]) + 1,
             )
-        self._rebuild_cache(writer)
         Snapshot.open(self._folder)  # nothing is removed before this succeeds
         before = _names(self._folder)
+        writer.clean()  # a manifest that CURRENT never named would stand in the way of one with another cache
+        self._rebuild_cache(writer)
         writer.clean()
         removed = tuple(sorted(before - _names(self._folder)))
         left = verify_index(self._folder).problems if self._damage else ()

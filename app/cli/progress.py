@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from matvit.progress import Progress, ProgressEvent
 from matvit_app.cli.output import say
@@ -52,7 +53,10 @@ def progress_bar() -> Iterator[Progress]:
 
 
 class Lines:
-    """A callback for log files: a line when a stage begins, one when it ends, and one every 30 s between."""
+    """A callback for log files: a line when a stage begins, one when it ends, and one every 30 s between.
+
+    Those between tell how long it will take at the pace since the line before.
+    """
 
     def __init__(self) -> None:
         self._last: dict[str, ProgressEvent] = {}
@@ -72,6 +76,12 @@ class Lines:
                 self._tell(event)
 
     def _tell(self, event: ProgressEvent) -> None:
-        self._told[event.stage] = event.done, time.monotonic()
+        now = time.monotonic()
+        done, when = self._told.get(event.stage, (event.done, now))
+        self._told[event.stage] = event.done, now
+        notes = [event.note] if event.note else []
+        if event.total is not None and done < event.done < event.total:
+            left = (event.total - event.done) * (now - when) / (event.done - done)
+            notes.append(f"{timedelta(seconds=round(left))} left")
         of_total = "" if event.total is None else f" of {event.total}"
-        say(f"{event.stage}: {event.done}{of_total} {event.unit}" + (f", {event.note}" if event.note else ""))
+        say(", ".join([f"{event.stage}: {event.done}{of_total} {event.unit}", *notes]))

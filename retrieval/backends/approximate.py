@@ -55,6 +55,8 @@ class ApproximateSearch:
         if not len(queries):
             return []
         k = min(k, len(self))
+        if k == 0:  # every picture was deleted
+            return [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)) for _ in queries]
         beside = [self._new[found] for found, _ in self._beside.search(queries, k=k)]
         found = self._candidates(queries, k=k)
         near = [self._near(query, own, k=k) for query, own in zip(queries, found, strict=True)] + beside

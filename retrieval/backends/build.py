@@ -58,6 +58,7 @@ def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
         # Where another process keeps a core busy, two threads wait for each other, and take far longer than one.
         with limited("faiss", 1):
             index.train(raw[sample])
+        progress(ProgressEvent(stage="train the index", done=1, total=1, unit="quantisers"))
     done = 0
     for block in raw.blocks(rest, _BLOCK):
         index.add(block)
@@ -67,6 +68,7 @@ def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
     if found is None:
         return None
     index.add(queries)
+    progress(ProgressEvent(stage="build the index", done=len(raw), total=len(raw), unit="vectors"))
     return Built(
         index=index,
         parameters=kind.parameters(len(rest), index.d),

@@ -23,5 +23,8 @@ def test_between_them_a_line_is_printed_every_30_s_at_most(capfd, monkeypatch):
             now[0] += 1
         show(ProgressEvent(stage="a", done=90, total=90, unit="steps"))
     lines = capfd.readouterr().err.splitlines()
-    assert [line for line in lines if line[0] == "a"] == [f"a: {done} of 90 steps" for done in (0, 30, 60, 90)]
+    left = {30: ", 0:01:00 left", 60: ", 0:00:30 left"}
+    assert [line for line in lines if line[0] == "a"] == [
+        f"a: {done} of 90 steps{left.get(done, '')}" for done in (0, 30, 60, 90)
+    ]
     assert [line for line in lines if line[0] == "b"] == [f"b: {done} rows" for done in (0, 30, 60, 90)]

@@ -294,6 +294,15 @@ def test_deleted_pictures_are_never_found_and_new_ones_are(index, elastic):
     assert set(found_by_item(retriever, 4, k=2000)) == set(range(1520)) - {3, 1200}
 
 
+def test_an_approximate_index_whose_pictures_were_all_deleted_finds_nothing(index, elastic):
+    index.set_search("sq")
+    index.delete(range(index.info().items))
+    retriever = Retriever.open(index.path, encoder=elastic)
+    assert isinstance(retriever._gallery.vectors, ApproximateSearch)
+    query = np.ones((2, index.info().embedding_dim), dtype=np.float32)
+    assert [len(positions) for positions, _ in retriever._gallery.vectors.search(query, k=3)] == [0, 0]
+
+
 @pytest.fixture(params=["flip", "cut", "gone"])
 def damaged(index, request):
     """The index, set to be searched by "sq", whose cache is damaged in some way; and the cache."""
@@ -303,6 +312,14 @@ def damaged(index, request):
     data[len(data) // 2] ^= 4
     file.write_bytes(data if request.param == "flip" else data[:-1]) if request.param != "gone" else file.unlink()
     return index, file
+
+
+def test_a_repair_that_was_killed_while_it_published_the_search_can_be_repeated(damaged, elastic):
+    index, _ = damaged
+    (index.path / "generations" / f"{index.generation + 1:06d}.json").touch()  # CURRENT never named it
+    report = Index.repair(index.path, encoder=elastic)
+    assert (report.whole, report.generation) == (True, index.generation + 1)
+    assert Index.open(index.path).verify() == []
 
 
 def test_a_damaged_cache_is_not_used_and_a_warning_says_how_to_mend_it(damaged, elastic):
