@@ -21,7 +21,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch", "torchvision", "timm"),
     "parquet": ("pyarrow",),
     "fsspec": ("fsspec",),
-    "app": ("streamlit", "altair"),
+    "app": ("streamlit", "altair", "vl_convert"),
     "train": ("lightning_fabric", "yaml"),
     "tensorboard": ("tensorboard",),
 }

@@ -91,6 +91,8 @@ def evaluate(
     asked, indexed = _split(queries, "--queries"), _split(galleries, "--galleries")
     hits = _numbers(recall_at)
     if plot is not None:
+        from matvit_app.plane import plane_html
+
         _check_plot(plot)
     model = services.load_encoder(encoder).to(_device(device))
     if folder is not None:
@@ -113,8 +115,6 @@ def evaluate(
         _show(found)
     # After the figures: a disk that refuses to write does not take them along.
     if plot is not None:
-        from matvit_app.plane import plane_html
-
         plot.write_text(plane_html(found), encoding="utf-8")
         say(f"drawn: {plot}")
     if folder is not None:
