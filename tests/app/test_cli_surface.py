@@ -152,7 +152,7 @@ sys.exit(main({arguments}))
 
 def test_extras_are_those_of_the_package():
     """`doctor` and the missing-package message name the packages that pyproject.toml does."""
-    modules = {"lightning-fabric": "lightning_fabric", "pyyaml": "yaml"}
+    modules = {"lightning-fabric": "lightning_fabric", "pyyaml": "yaml", "vl-convert-python": "vl_convert"}
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for extra, packages in EXTRAS.items():
         declared = [requirement.partition(">")[0] for requirement in project["optional-dependencies"][extra]]
