@@ -18,12 +18,12 @@ from retrieval.errors import DiskRefusalError
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.known import Known, KnownItems
 from retrieval.loading import Loaded, Task
-from retrieval.locations import location
+from retrieval.locations import NO_TIME, location, split_member
 from retrieval.pipeline import NO_EMBEDDING, Embedded, embed_all
-from retrieval.plan import Plan, Unchanged
+from retrieval.plan import Plan, Unchanged, Unread
 from retrieval.presence import Presence
 from retrieval.snapshot import Snapshot
-from retrieval.sources import Found, Roots
+from retrieval.sources import Found, Roots, is_gone, lstat_error
 from retrieval.types import IngestReport, SkippedFile
 from retrieval.writer import Entry, GenerationWriter
 
@@ -125,6 +125,8 @@ class Ingest:
             if isinstance(step, Task):
                 self._report(force=self._done != self._reported)  # reading it may take long
                 yield step
+            elif isinstance(step, Unread):
+                self._keep_unread(step.full_path, step.reason)
             elif isinstance(step, SkippedFile):
                 self._skip(step)
             else:
@@ -142,18 +144,45 @@ class Ingest:
     def _take(self, embedded: Embedded) -> None:
         loaded = embedded.loaded
         if isinstance(loaded, SkippedFile):
-            self._skip(loaded)
+            place = location(loaded.path)
+            if is_gone(lstat_error(split_member(place)[0])):  # it has just gone, or a store does not give it
+                self._skip(loaded)
+            else:
+                self._keep_unread(place, loaded.reason)
         elif loaded.same is not None:
             self._keep(loaded, loaded.same)
         elif loaded.reason is not None:
             self._pending.append(_entry(loaded, self._item(loaded), None))
             self._skip_file(loaded.task.full_path, loaded.reason)
         elif embedded.embedding is None:
-            self._skip_file(loaded.task.full_path, NO_EMBEDDING)
+            self._keep_unread(loaded.task.full_path, NO_EMBEDDING)
         else:
             self._pending.append(_entry(loaded, self._item(loaded), embedded.embedding))
             self._indexed += 1
             self._count_done()
+
+    def _keep_unread(self, full_path: str, reason: str) -> None:
+        """A picture that says nothing about its content: what the index has of it stays, if it is a picture there."""
+        root, path = self._roots.locate(full_path)
+        known = self._known.at(root, path)
+        if known is None or (known.item.status == SKIPPED and known.item.reason != reason):
+            item = Item(
+                id=self._id_of(known),
+                root=root,
+                path=path,
+                content_sha256="",
+                size=0,
+                mtime_ns=NO_TIME,  # so it is never taken for unchanged
+                width=None,
+                height=None,
+                metadata=known.item.metadata if known else "{}",
+                status=SKIPPED,
+                reason=reason,
+                row=None,
+            )
+            self._pending.append(Entry(item=item, embedding=None, replaces=known.segment.entry.name if known else None))
+            self._publish_when_due()
+        self._skip_file(full_path, reason)
 
     def _publish_when_due(self) -> None:
         due = time.monotonic() - self._published_at > PUBLISH_SECONDS
@@ -177,10 +206,8 @@ class Ingest:
 
     def _item(self, loaded: Loaded) -> Item:
         known = loaded.task.known
-        number = known.item.id if known else self._next_id
-        self._next_id = max(self._next_id, number + 1)
         return Item(
-            id=number,
+            id=self._id_of(known),
             root=loaded.task.root,
             path=loaded.task.path,
             content_sha256=loaded.content_sha256,
@@ -193,6 +220,11 @@ class Ingest:
             reason=loaded.reason,
             row=None,
         )
+
+    def _id_of(self, known: Known | None) -> int:
+        number = known.item.id if known else self._next_id
+        self._next_id = max(self._next_id, number + 1)
+        return number
 
     def _publish(self) -> None:
         # The generations differ when an interrupt fell between CURRENT's replacement and forgetting these entries.

@@ -14,8 +14,8 @@ from retrieval.known import Known, KnownItems
 from retrieval.loading import Task
 from retrieval.locations import Open, Status, is_url, open_with_status, os_reason, status_of
 from retrieval.presence import is_unchanged
-from retrieval.shards import Member, ShardError, Table, tar_members
-from retrieval.sources import TABLE, TAR, Found, FoundFile, Roots
+from retrieval.shards import Member, ShardError, Table, is_table, tar_members
+from retrieval.sources import PICTURE, TABLE, TAR, Found, FoundFile, Roots, is_gone
 from retrieval.types import SkippedFile
 
 _TOO_LARGE = f"has more than {MAX_FILE_BYTES // 2**20} MiB"
@@ -30,7 +30,15 @@ class Unchanged:
     metadata: str | None  # a JSON object that may be new; None: nothing was said
 
 
-Step = Task | Unchanged | SkippedFile
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unread:
+    """A picture that is there but cannot be read now: the index keeps the reason, and the next run tries again."""
+
+    full_path: str  # its location
+    reason: str
+
+
+Step = Task | Unchanged | Unread | SkippedFile  # the last: not there, a shard, or without a place of its own
 
 
 class Plan:
@@ -46,10 +54,11 @@ class Plan:
             try:
                 status = file.status or status_of(file.path)
             except (OSError, IngestError, MissingExtraError) as error:  # a list may name stores that are not known here
-                yield _skip(file.path, os_reason(error))
+                is_picture = file.kind == PICTURE and isinstance(error, OSError) and not is_gone(error)
+                yield (_unread if is_picture else _skip)(file.path, os_reason(error))
                 continue
             if not status.regular:
-                yield _skip(file.path, "not a regular file")
+                yield (_unread if file.kind == PICTURE else _skip)(file.path, "not a regular file")
             elif file.kind in {TAR, TABLE}:
                 yield from self._members(file.path, status, kind=file.kind)
             else:
@@ -57,7 +66,7 @@ class Plan:
 
     def _file(self, file: FoundFile, status: Status) -> Step:
         if file.problem is not None:
-            return _skip(file.path, file.problem)
+            return _unread(file.path, file.problem)
         return self._compare(
             file.path,
             size=status.size,
@@ -98,7 +107,8 @@ class Plan:
     def _member(self, container: str, member: Member, status: Status) -> Step:
         full_path = f"{container}#{member.name}"
         if member.problem is not None:
-            return _skip(full_path, member.problem)
+            # A tar's may have no name of its own, or none that an index can hold.
+            return (_unread if is_table(container) else _skip)(full_path, member.problem)
         return self._compare(
             full_path,
             size=member.size,
@@ -119,7 +129,7 @@ class Plan:
         root, path = self._roots.locate(full_path)
         known = self._known.at(root, path)
         if size > MAX_FILE_BYTES:
-            return _skip(full_path, _TOO_LARGE)
+            return _unread(full_path, _TOO_LARGE)
         if known and is_unchanged(known.item, status):
             return Unchanged(full_path=full_path, known=known, metadata=metadata)
         return Task(
@@ -130,6 +140,10 @@ class Plan:
             open=source,
             metadata=metadata,
         )
+
+
+def _unread(path: str, reason: str) -> Unread:
+    return Unread(full_path=path, reason=reason)
 
 
 def _skip(path: str, reason: str) -> SkippedFile:

@@ -310,13 +310,43 @@ def test_pipes_and_broken_links_do_not_stop_a_run(tmp_path, photos, elastic):
     (photos / "broken.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(photos / "sub" / "unnamed.png")
     os.mkfifo(photos / "no-picture-by-its-name")
-    report = Index.create(tmp_path / "i", encoder=elastic).ingest([photos, photos / "pipe.png"])
+    index = Index.create(tmp_path / "i", encoder=elastic)
+    report = index.ingest([photos, photos / "pipe.png"])
     assert counts(report)[:3] == (10, 0, 0)
     assert {file.path.name: file.reason for file in report.skipped} == {
         "broken.png": "no such file",
         "pipe.png": "not a regular file",
         "unnamed.png": "not a regular file",
     }
+    assert {file.path.name for file in index.info().skipped} == {"pipe.png", "unnamed.png"}  # files that are there
+
+
+def test_a_picture_that_cannot_be_read_is_kept_with_its_reason_until_it_can(tmp_path, photos, elastic, picture):
+    (photos / "loop.png").symlink_to(photos / "loop.png")
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    (kept,) = index.info().skipped
+    assert (kept.path.name, index.verify()) == ("loop.png", [])
+    generation = index.generation
+    assert counts(index.ingest(photos)) == (0, 10, 0, 1)  # it was tried again
+    assert index.generation == generation
+    (photos / "loop.png").unlink()
+    os.mkfifo(photos / "loop.png")
+    index.ingest(photos)
+    assert [file.reason for file in index.info().skipped] == ["not a regular file"]
+    (photos / "loop.png").unlink()
+    (photos / "loop.png").write_bytes(picture(50))
+    assert counts(index.ingest(photos)) == (1, 10, 0, 0)
+    assert (index.info().items, index.info().skipped, index.verify()) == (11, (), [])
+    assert id_of(index.path, elastic, picture(50))[0] == 0  # it had one since it was skipped, before all that were read
+
+
+def test_a_picture_that_cannot_be_read_any_more_is_found_as_it_was(tmp_path, photos, elastic, picture):
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    (photos / "3.png").unlink()
+    os.mkfifo(photos / "3.png")
+    assert counts(index.ingest(photos)) == (0, 9, 0, 1)
+    assert (index.info().items, index.info().skipped) == (10, ())
+    assert id_of(index.path, elastic, picture(3))[1] == photos / "3.png"
 
 
 def test_names_with_newlines_and_undecodable_bytes_are_kept(tmp_path, elastic, picture):

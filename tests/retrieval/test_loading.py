@@ -112,8 +112,9 @@ def test_a_picture_that_this_machine_could_not_decode_is_tried_again_by_the_next
     [skipped] = report.skipped
     expected = {"memory": "not enough memory", "decoder": "decoder zip not available", "format": "supported format"}
     assert expected[want] in skipped.reason
-    assert index.info().skipped == ()
+    assert index.info().skipped == report.skipped
     assert index.ingest(photos / "1.png").indexed == 1
+    assert (index.info().skipped, index.verify()) == ((), [])
 
 
 def refuse_memory(self, *arguments):
