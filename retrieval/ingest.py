@@ -19,6 +19,7 @@ from retrieval.items import OK, SKIPPED, Item
 from retrieval.known import Known, KnownItems
 from retrieval.loading import Loaded, Task
 from retrieval.locations import NO_TIME, location, split_member
+from retrieval.pace import Pace
 from retrieval.pipeline import NO_EMBEDDING, Embedded, embed_all
 from retrieval.plan import Plan, Unchanged, Unread
 from retrieval.presence import Presence
@@ -27,8 +28,7 @@ from retrieval.sources import Found, Roots, is_gone, lstat_error
 from retrieval.types import IngestReport, SkippedFile
 from retrieval.writer import Entry, GenerationWriter
 
-PUBLISH_ITEMS = 2048  # a kill loses at most so many pictures ...
-PUBLISH_SECONDS = 60.0  # ... or so much time
+PUBLISH_ITEMS = 2048  # a kill loses at most so many pictures, or what `Pace` says
 _PROGRESS_SECONDS = 0.1
 
 
@@ -51,7 +51,8 @@ class Ingest:
         self._gone: dict[str, list[Known]] = {}  # to be forgotten, unless found elsewhere
         self._deleted: dict[str, list[int]] = {}  # segment -> ids, not yet published
         self._pending: list[Entry] = []  # encoded, not yet published
-        self._started = self._published_at = time.monotonic()
+        self._pace = Pace(most=PUBLISH_ITEMS)
+        self._started = time.monotonic()
         self._done = self._reported = 0
         self._reported_at = 0.0
         self._indexed = 0
@@ -185,8 +186,7 @@ class Ingest:
         self._skip_file(full_path, reason)
 
     def _publish_when_due(self) -> None:
-        due = time.monotonic() - self._published_at > PUBLISH_SECONDS
-        if len(self._pending) >= PUBLISH_ITEMS or due:
+        if self._pace.is_due(len(self._pending)):
             self._publish()
 
     def _keep(self, loaded: Loaded, same: Known) -> None:
@@ -233,7 +233,7 @@ class Ingest:
             self._writer.publish(self._pending, deleted=self._deleted, roots=self._roots.named, next_id=self._next_id)
         self._pending, self._deleted = [], {}
         self._generation = self._writer.manifest.generation
-        self._published_at = time.monotonic()
+        self._pace.published()
 
     def _count_known(self, full_path: str, item: Item) -> None:
         if item.status == SKIPPED:

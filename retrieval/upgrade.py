@@ -33,12 +33,13 @@ from retrieval.manifest import (
     read_manifest,
     read_pointer,
 )
+from retrieval.pace import Pace
 from retrieval.reembed import EmbeddedAgain, embed_again
 from retrieval.snapshot import Snapshot, open_segment
 from retrieval.types import SkippedFile, UpgradeReport
 from retrieval.writer import Entry, GenerationWriter
 
-PUBLISH_ITEMS = 512  # a kill loses at most so many pictures
+PUBLISH_ITEMS = 512  # a kill loses at most so many pictures, or what `Pace` says
 
 _AT_ONCE = 1024  # items that are looked up together
 
@@ -89,6 +90,7 @@ class Upgrade:
                 where=str(snapshot.folder),
                 fix="give another encoder, or leave it as it is",
             )
+        self._pace = Pace(most=PUBLISH_ITEMS)
         self._pending: list[Entry] = []
         self._missing: list[EmbeddedAgain] = []
         self._embedded = self._resumed = 0
@@ -208,7 +210,7 @@ class Upgrade:
         [home] = self._staged.homes_of(np.array([item.id]))
         before = self._staged.segments[home].entry.name if home >= 0 else None
         self._pending.append(Entry(item=replace(item, row=None), embedding=embedding, replaces=before))
-        if len(self._pending) >= PUBLISH_ITEMS:
+        if self._pace.is_due(len(self._pending)):
             self._publish()
 
     def _publish(self, *, deleted: dict[str, list[int]] | None = None) -> None:
@@ -216,6 +218,7 @@ class Upgrade:
             manifest = self._snapshot.manifest
             self._staging.publish(self._pending, deleted=deleted or {}, roots=manifest.roots, next_id=manifest.next_id)
         self._pending = []
+        self._pace.published()
 
     def _adopt(self) -> None:
         for _ in self._staging.compact():  # afterwards there are no deletions
