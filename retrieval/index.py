@@ -17,7 +17,7 @@ from matvit.encoder import ElasticEncoder
 from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, describe, load_encoder
-from retrieval.errors import IndexExistsError, IngestError
+from retrieval.errors import DiskRefusalError, IndexExistsError, IngestError
 from retrieval.files import index_folder, keeping_lists, writing
 from retrieval.gallery import is_whole
 from retrieval.ingest import Ingest
@@ -69,22 +69,27 @@ class Index:
         folder, described = index_folder(path), describe(encoder)  # raises before anything is made
         with writing(folder):
             _check_free(folder)
-            make_folders(folder)
-        with writer_lock(folder):
-            _check_free(folder)  # another process may have been faster
-            manifest = Manifest(
-                generation=1,
-                parent=None,
-                created=datetime.now(UTC),
-                encoder=described,
-                roots={},
-                segments=(),
-                deletions={},
-                next_id=0,
-            )
+        was_there = folder.exists()
+        manifest = Manifest(
+            generation=1,
+            parent=None,
+            created=datetime.now(UTC),
+            encoder=described,
+            roots={},
+            segments=(),
+            deletions={},
+            next_id=0,
+        )
+        try:
             with writing(folder):
-                remove_unpublished(folder, newest=0)  # of a creation that was killed
-                publish_manifest(folder, manifest)
+                make_folders(folder)
+            with writer_lock(folder):
+                _check_free(folder)  # another process may have been faster
+                with writing(folder):
+                    _publish_first(folder, manifest)
+        except DiskRefusalError:
+            _discard_unmade(folder, keep_folder=was_there)
+            raise
         return cls(Snapshot.open(folder), encoder=encoder)
 
     @classmethod
@@ -360,6 +365,28 @@ def build_index(
         _discard_empty(index.path, keep_folder=was_there)
         raise
     return index, report
+
+
+def _publish_first(folder: Path, manifest: Manifest) -> None:
+    try:
+        remove_unpublished(folder, newest=0)  # of a creation that was killed
+        publish_manifest(folder, manifest)
+    except OSError:
+        (folder / CURRENT).unlink(missing_ok=True)  # it is there when only the wait for the disk failed
+        raise
+
+
+def _discard_unmade(folder: Path, *, keep_folder: bool) -> None:
+    """Remove what a creation that the disk refused has made; not what another process has made meanwhile."""
+    with suppress(OSError):
+        if not (folder / CURRENT).exists():
+            remove_unpublished(folder, newest=0)
+            (folder / LOCK).unlink(missing_ok=True)
+            for home in (GENERATIONS, SEGMENTS, DELETIONS):
+                with suppress(FileNotFoundError):
+                    (folder / home).rmdir()
+            if not keep_folder:
+                folder.rmdir()
 
 
 def _nothing_indexed(report: IngestReport) -> IngestError:

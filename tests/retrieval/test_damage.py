@@ -597,6 +597,26 @@ def test_a_creation_that_was_killed_can_be_repeated(tmp_path, elastic):
     assert Index.create(tmp_path / "i", encoder=elastic).info().items == 0
 
 
+@pytest.mark.parametrize("made_before", [False, True])
+@pytest.mark.parametrize("name", ["mkdir", "write", "fsync", "replace"])
+def test_a_disk_that_fails_while_an_index_is_made_keeps_nothing_of_it(tmp_path, elastic, failing, name, made_before):
+    path = tmp_path / "i"
+    if made_before:
+        path.mkdir()
+    for at in range(100):
+        try:
+            with failing(name, at=at):
+                Index.create(path, encoder=elastic)
+        except IngestError as error:
+            assert "No space left on device" in str(error)  # noqa: PT017 - the last attempt must succeed
+            assert path.exists() == made_before
+            assert not list(tmp_path.glob("i/*"))
+        else:
+            break
+    assert at >= 1
+    assert Index.open(path).verify() == []
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, elastic):
     (tmp_path / "file").touch()
     with pytest.raises(IngestError, match=r"cannot be written.*again: nothing that was published is lost"):
