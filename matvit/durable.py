@@ -27,10 +27,10 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
 
 
-def write_synced(path: Path, data: bytes | memoryview) -> None:
-    """Write a file and wait until the disk has it. Not atomic: for files inside an unfinished folder."""
+def write_synced(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write a file of `pieces` and wait until the disk has it. Not atomic: for files inside an unfinished folder."""
     with _naming(path), path.open("wb") as file:
-        file.write(data)
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
 

@@ -253,8 +253,7 @@ def _write_segment(folder: Path, entries: Sequence[Entry], parent_manifest: Mani
     try:
         building.mkdir()
         rows = [entry.embedding for entry in entries if entry.embedding is not None]
-        embeddings = np.stack(rows) if rows else np.empty((0, parent_manifest.encoder.embedding_dim), dtype=np.float32)
-        write_synced(building / EMBEDDINGS, embeddings.astype("<f4", copy=False).data)
+        write_synced(building / EMBEDDINGS, *(row.astype("<f4", copy=False).data for row in rows))
         write_items(building / ITEMS, _with_rows(entries))
         sync_folder(building)
         names: tuple[FileName, ...] = (EMBEDDINGS, ITEMS)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+import runpy
 import shutil
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import retrieval.ingest
@@ -14,7 +18,9 @@ import retrieval.snapshot
 from retrieval import Index, IndexFormatError, Retriever
 from retrieval.items import ItemStore
 from retrieval.manifest import publish_manifest, read_manifest, read_pointer
-from retrieval.writer import MERGE_SEGMENTS, GenerationWriter
+from retrieval.writer import MERGE_SEGMENTS, Entry, GenerationWriter
+
+HELPERS = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
 
 
 @pytest.fixture
@@ -51,6 +57,24 @@ def test_pictures_that_come_one_by_one_do_not_pile_up_segments(index, photos, el
     assert (found[0].path.name, round(found[0].score, 5)) == ("219.png", 1.0)
     assert ids.items() <= {hit.path: hit.id for hit in found}.items()
     assert index.ingest(photos, delete=True).unchanged == 29
+
+
+def test_writing_and_checking_a_segment_copies_no_embeddings(tmp_path, elastic):
+    vectors = np.random.default_rng(0).standard_normal((16_384, 256), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    entries = [
+        Entry(item=HELPERS["item_of"](number), embedding=vector, replaces=None) for number, vector in enumerate(vectors)
+    ]
+    index = Index.create(tmp_path / "photos.index", encoder=replace(elastic, embedding_dim=256))
+    tracemalloc.start()
+    try:
+        with index._writing() as writer:
+            writer.publish(entries, deleted={}, roots={"root": "/photos"}, next_id=len(entries))
+        assert index.verify() == []
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < vectors.nbytes / 2
 
 
 def test_a_large_ingest_leaves_few_segments_and_takes_no_space_twice(tmp_path, photos, elastic, picture, monkeypatch):
