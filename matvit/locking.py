@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
+from pathlib import Path
 
+from matvit.regular import NotOursError
+
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 HELD = {errno.EWOULDBLOCK, errno.EACCES}  # how the two systems say that another has the lock
 
 if sys.platform == "win32":
@@ -23,3 +28,19 @@ else:
     def lock(descriptor: int) -> None:
         """Lock the file, at once. Raises OSError: with a number in `HELD` when another has it."""
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def open_lock(path: Path) -> int:
+    """The descriptor of a lock file, made if it is missing, for `lock`. Raises OSError.
+
+    It will be overwritten: NotOursError where it is a link or of two names, which leads to a file of someone else's.
+    """
+    if path.is_symlink():
+        raise NotOursError(errno.ELOOP, "a link", str(path))
+    descriptor = os.open(path, _OPEN, 0o644)
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # 0: another process has just removed it
+        return descriptor
+    os.close(descriptor)
+    reason = "a file of two names" if stat.S_ISREG(found.st_mode) else "not a regular file"
+    raise NotOursError(errno.EINVAL, reason, str(path))

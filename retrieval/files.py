@@ -44,10 +44,15 @@ def sha256_file(path: Path) -> str:
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed writer left unfinished in `folder`. Call it only while holding the writer's lock."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all in it, or a link, but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def exhausted(error: BaseException | None) -> bool:
@@ -92,17 +97,28 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def check_kind(path: Path, *, folder: bool) -> None:
-    """Raises DamagedFileError where something else stands in the place of a folder, or a file, of the index at hand."""
+    """Raises DamagedFileError where something else stands in the place of a folder, or a file, of the index at hand.
+
+    A link does, too: a writer empties folders of what it did not write.
+    """
     try:
-        mode = path.stat().st_mode
+        mode = path.lstat().st_mode
     except OSError:  # whoever needs it is told
         return
+    kind = "folder" if folder else "regular file"
+    if stat.S_ISLNK(mode):
+        raise wrong_kind(path, f"is a link, not a {kind}")
     if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
-        raise DamagedFileError(
-            what=f"is not a {'folder' if folder else 'regular file'}",
-            where=str(path),
-            fix=f"put the index's own in its place, or move it away and run: matvit repair {path.parent}",
-        )
+        raise wrong_kind(path, f"is not a {kind}")
+
+
+def wrong_kind(path: Path, what: str) -> DamagedFileError:
+    """The error for what cannot be a part of the index at hand."""
+    return DamagedFileError(
+        what=what,
+        where=str(path),
+        fix=f"put the index's own in its place, or move it away and run: matvit repair {path.parent}",
+    )
 
 
 def check_size(path: Path, *, size: int) -> None:

@@ -426,5 +426,6 @@ def _check_free(folder: Path) -> None:
         DELETIONS: set(),
     }
     found = [(part, path) for part in ours if (folder / part).is_dir() for path in (folder / part).iterdir()]
-    if any(path.name not in ours[part] and not path.name.startswith(TEMPORARY) for part, path in found):
+    linked = any((folder / part).is_symlink() for part in ours if part)
+    if linked or any(path.name not in ours[part] and not path.name.startswith(TEMPORARY) for part, path in found):
         raise IndexExistsError(what="holds other files", where=str(folder), fix="choose a new or empty folder")

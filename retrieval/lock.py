@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from matvit.locking import HELD, lock
+from matvit.locking import HELD, lock, open_lock
+from matvit.regular import NotOursError
 from retrieval.errors import IndexLockedError, IngestError
-from retrieval.files import check_kind, writing
+from retrieval.files import check_kind, writing, wrong_kind
 from retrieval.manifest import LOCK
 
 
@@ -17,12 +18,15 @@ from retrieval.manifest import LOCK
 def writer_lock(folder: Path) -> Iterator[None]:
     """Hold the index for writing. Raises IndexLockedError (names the holder's process id) or IngestError.
 
-    DamagedFileError where the lock is no file.
+    DamagedFileError where the lock is no file, or a link to one: it is overwritten.
     """
     path = folder / LOCK
     check_kind(path, folder=False)
     with writing(folder):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = open_lock(path)
+        except NotOursError as error:
+            raise wrong_kind(path, f"is {error.strerror}") from error
     try:
         try:
             lock(descriptor)

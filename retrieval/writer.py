@@ -14,7 +14,7 @@ import numpy as np
 
 from matvit.durable import sync_folder, temporary_name, write_atomic, write_synced
 from matvit.preprocess import FloatArray
-from retrieval.files import remove_temporaries, sha256_bytes, sha256_file, writing
+from retrieval.files import remove, remove_temporaries, sha256_bytes, sha256_file, writing
 from retrieval.items import Item, write_items
 from retrieval.manifest import (
     CACHE,
@@ -81,7 +81,7 @@ class GenerationWriter:
                 remove_temporaries(self.folder / name)
                 for path in (self.folder / name).iterdir() if name else ():
                     if path.name not in named:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        remove(path)
 
     def catch_up(self) -> None:
         """After an interrupted `publish`: `self.manifest` becomes what CURRENT names, the generation before or its own.

@@ -285,6 +285,47 @@ def test_what_is_of_another_kind_is_told_by_one_sentence_whoever_meets_it(index,
     assert (Index.repair(index.path, encoder=elastic).lost_unnamed > 0) == (name == "segments")
 
 
+@pytest.mark.parametrize("name", ["CURRENT", "writer.lock", "generations", "segments", "deletions", "cache", "upgrade"])
+def test_a_link_in_an_index_is_refused_and_what_it_leads_to_stays(tmp_path, index, photos, elastic, name):
+    path, victim = index.path / name, tmp_path / "victim"
+    if path.is_dir() or name in ("cache", "upgrade"):
+        victim.mkdir()
+        (victim / "CURRENT").write_text("precious")
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        victim.write_text("precious")
+        path.unlink()
+    path.symlink_to(victim)
+    for attempt in (
+        index.compact,
+        lambda: Index.repair(index.path, encoder=elastic, drop_lost=True),
+        lambda: Index.open(index.path).ingest(photos, encoder=elastic),
+    ):
+        with pytest.raises(DamagedFileError, match=f"{name}: is a link, not a "):
+            attempt()
+    assert "is a link" in index.verify()[0]
+    assert (victim / "CURRENT" if victim.is_dir() else victim).read_text() == "precious"
+
+
+def test_a_lock_of_two_names_is_never_overwritten(tmp_path, index):
+    (tmp_path / "precious").write_text("precious")
+    (index.path / "writer.lock").unlink()
+    (index.path / "writer.lock").hardlink_to(tmp_path / "precious")
+    with pytest.raises(DamagedFileError, match=r"writer\.lock: is a file of two names"):
+        index.compact()
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_stray_link_in_an_index_is_removed_and_not_what_it_leads_to(tmp_path, index):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious").touch()
+    for name in (".tmp-1-x", "segments/x", "generations/.tmp-1-x"):
+        (index.path / name).symlink_to(tmp_path / "victim")
+    index.compact()
+    assert not any(path.is_symlink() for path in index.path.rglob("*"))
+    assert (tmp_path / "victim" / "precious").exists()
+
+
 @contextmanager
 def open_files(spare: int) -> Iterator[None]:
     """While the block runs, no more than `spare` files can be opened at one time."""
