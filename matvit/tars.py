@@ -23,14 +23,14 @@ _DESCRIBES = {".json": "json", ".cls": "label", ".txt": "caption"}  # members be
 
 
 def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar; what is wrong with it is added to `damage`, and ends it."""
+    """The regular files of a tar, and links, which hold nothing. What is wrong is added to `damage`, and ends it."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (entry := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or else it keeps every header
                 if entry.size < 0:
                     raise tarfile.HeaderError("negative size")
-                if entry.isreg() and not entry.issparse():
+                if (entry.isreg() and not entry.issparse()) or entry.islnk() or entry.issym():
                     yield entry
             # tarfile takes damage for the end, and the end of the file, too: a whole tar ends with blocks of zeros.
             file.seek(tar.offset)
@@ -68,7 +68,7 @@ def _sample_of(entry: tarfile.TarInfo) -> str:
 
 def describes(entry: tarfile.TarInfo) -> bool:
     """Whether a member says something of the picture beside it."""
-    return PurePosixPath(entry.name).suffix.lower() in _DESCRIBES
+    return entry.isreg() and PurePosixPath(entry.name).suffix.lower() in _DESCRIBES
 
 
 def description(entry: tarfile.TarInfo, content: bytes) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def labelled_members(shard: Path, *, suffixes: Collection[str]) -> Iterator[Labe
     damage: list[str] = []
     with shard.open("rb") as file:
         for entries in samples(file, damage):
-            pictures = [one for one in entries if PurePosixPath(one.name).suffix.lower() in suffixes]
+            pictures = [one for one in entries if one.isreg() and PurePosixPath(one.name).suffix.lower() in suffixes]
             if not pictures:
                 continue
             found: dict[str, Any] = {}

@@ -118,6 +118,12 @@ class ApproximateEntry(_Model):
         """R, vectors in the index."""
         return sum(self.segments.values())
 
+    @model_validator(mode="after")
+    def _check_held_out(self) -> ApproximateEntry:
+        if self.held_out > max(1, self.rows // 10):  # no version has held out more
+            raise ValueError("holds out more than a tenth of its rows")
+        return self
+
 
 class AskedEntry(_Model):
     """How the index was asked to be searched: its type is chosen again when it grows or shrinks."""

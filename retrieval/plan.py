@@ -77,16 +77,20 @@ class Plan:
 
     def _members(self, container: str, status: Status, *, kind: str) -> Iterator[Step]:
         """The pictures of a shard or table; where it is damaged, those before that."""
+        empty = True
         try:
-            if kind == TAR:
-                for member in tar_members(container):
-                    yield self._member(container, member, status)
-            else:
-                yield from self._rows(container, status)
+            for step in self._rows(container, status) if kind == TABLE else self._of_tar(container, status):
+                empty = False
+                yield step
+            if empty:
+                yield _skip(container, "holds no pictures")
         except ShardError as error:
             yield _skip(container, error.reason)
         except OSError as error:
             yield _skip(container, os_reason(error))
+
+    def _of_tar(self, container: str, status: Status) -> Iterator[Step]:
+        return (self._member(container, member, status) for member in tar_members(container))
 
     def _rows(self, container: str, status: Status) -> Iterator[Step]:
         """The rows of those row groups that hold something new are read; the others need not be."""

@@ -121,25 +121,25 @@ class _Repair:
                 next_id=max(self._base.next_id, int(self._held.max(initial=-1)) + 1),
                 generation=max([self._base.generation, *map(_number, _manifests(self._folder))]) + 1,
             )
-        Snapshot.open(self._folder)  # nothing is removed before this succeeds
+        opened = Snapshot.open(self._folder)  # nothing is removed before this succeeds
         before = _names(self._folder)
         writer.clean()  # a manifest that CURRENT never named would stand in the way of one with another cache
-        self._rebuild_cache(writer)
+        self._rebuild_cache(writer, opened)
         writer.clean()
         removed = tuple(sorted(before - _names(self._folder)))
         left = verify_index(self._folder).problems if self._damage else ()
         self._damage += [f"not mended: {problem}" for problem in left]
         return self._report(unnamed, generation=writer.manifest.generation, removed=removed, whole=not left)
 
-    def _rebuild_cache(self, writer: GenerationWriter) -> None:
-        from retrieval.backends.cache import read_cache, refresh  # imports faiss
+    def _rebuild_cache(self, writer: GenerationWriter, opened: Snapshot) -> None:
+        from retrieval.backends.cache import check_cache, refresh  # imports faiss
 
         entry = writer.manifest.approximate
         if entry is None:
             return
         damaged = False
         try:
-            read_cache(self._folder, writer.manifest, entry)
+            check_cache(self._folder, writer.manifest, entry, opened.segments)
         except DamagedFileError as error:
             self._damage.append(f"{error.where}: {error.what}")
             damaged = True

@@ -20,6 +20,7 @@ from retrieval.locations import NO_TIME, Status, one_line, open_file, status_of,
 from retrieval.metadata import MAX_METADATA, to_json
 
 _ROWS = 64  # of a table, read together
+_LINK = "a link in the shard is not followed; write it with: tar --dereference --hard-dereference"
 _LONGEST_ROW = 19  # digits; Python refuses to read thousands
 
 
@@ -75,7 +76,8 @@ def read_member(container: str, name: str) -> bytes:
 @lru_cache(maxsize=4)
 def _offsets(container: str, size: int, mtime_ns: int) -> dict[str, tuple[int, int]]:  # noqa: ARG001 (a changed file is read anew)
     with open_file(container) as file:
-        return {tars.name_of(entry): (entry.offset_data, entry.size) for entry in tars.headers(file, [])}
+        files = (entry for entry in tars.headers(file, []) if entry.isreg())
+        return {tars.name_of(entry): (entry.offset_data, entry.size) for entry in files}
 
 
 # --- tar shards ----------------------------------------------------------------------------------
@@ -97,13 +99,14 @@ def tar_members(container: str) -> Iterator[Member]:
                     continue
                 twice = "the shard has two members of this name" if name in seen else None
                 leads_out = "its name leads out of the shard" if ".." in name.split("/") or "\0" in name else None
+                link = None if entry.isreg() else _LINK
                 seen.add(name)
                 yield Member(
                     name=name,
                     metadata=metadata,
                     offset=entry.offset_data,
                     size=entry.size,
-                    problem=leads_out or twice or problem,
+                    problem=leads_out or twice or link or problem,
                 )
     if damage:
         raise ShardError(one_line(damage[0]))
@@ -177,7 +180,7 @@ class Table:
         """The rows of these row groups, of all columns or of these."""
         try:
             for batch in self.file.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=columns):
-                yield from batch.to_pylist()
+                yield from _plain(batch)
         except Exception as error:
             raise ShardError(f"damaged parquet file ({one_line(str(error))})") from error
 
@@ -198,6 +201,22 @@ class Table:
     def close(self) -> None:
         """Close the file."""
         self.file.close(force=True)
+
+
+def _plain(batch: Any) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (OverflowError, ValueError):  # one date or time that Python has no number for
+        columns = [[_cell(value) for value in column] for column in batch.columns]
+        rows = [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return rows
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError):
+        return None
 
 
 class RowReader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +61,11 @@ def _check_sample(
     try:
         elastic = encoder or load_encoder(entry, index=snapshot.folder)
         check_space(elastic, entry, index=snapshot.folder)
-    except (CheckpointError, MissingExtraError) as error:
-        if size is None:
+    except (CheckpointError, EncoderMismatchError, MissingExtraError) as error:
+        if size is None and encoder is None:  # another encoder at the source's place says as little as none
             return VerifyReport(problems=(), unsampled=str(error))
         if isinstance(error, MissingExtraError):
             raise
-        return VerifyReport(problems=(str(error),))
-    except EncoderMismatchError as error:
         return VerifyReport(problems=(str(error),))
     chosen = list(_sample(snapshot, SAMPLE if size is None else size))
     again = embed_again((item for _, item in chosen), file_name=snapshot.file_name, encoder=elastic.encoder(entry.spec))
@@ -89,7 +87,8 @@ def _sample(snapshot: Snapshot, size: int) -> Iterator[tuple[OpenSegment, Item]]
     """So many pictures, or all there are, in order: rows of one table are read together."""
     live = [segment.live_rows() for segment in snapshot.segments]
     total, start = sum(map(len, live)), 0
-    numbers = np.sort(random.Random(snapshot.manifest.generation).sample(range(total), min(size, total)))  # noqa: S311
+    chosen_numbers = random.Random(snapshot.manifest.generation).sample(range(total), min(size, total))  # noqa: S311
+    numbers = np.sort(np.array(chosen_numbers, dtype=np.int64))  # of no picture it would be an array of floats
     for segment, rows in zip(snapshot.segments, live, strict=True):
         first, end = np.searchsorted(numbers, [start, start + len(rows)])
         chosen = set(rows[numbers[first:end] - start].tolist())
@@ -101,27 +100,33 @@ def _sample(snapshot: Snapshot, size: int) -> Iterator[tuple[OpenSegment, Item]]
 def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
     problems: list[str] = []
     live = [np.empty(0, dtype=np.int64)]
+    segments: list[OpenSegment] = []
     total = len(manifest.segments)
     for done, entry in enumerate(manifest.segments, start=1):
         try:
             segment = open_segment(folder, manifest, entry)
             problems += segment_problems(segment, manifest)
+            segments.append(segment)
             live.append(segment.live_ids())
         except DamagedFileError as error:
             problems.append(str(error))
         progress(ProgressEvent(stage="verify", done=done, total=total, unit="segments", note=_count(problems)))
-    problems += _cache_problems(folder, manifest)
+    problems += _cache_problems(folder, manifest, None if problems else segments)
     ids, times = np.unique(np.concatenate(live), return_counts=True)
     problems += [f"id {ids[place]} belongs to {times[place]} items" for place in np.flatnonzero(times > 1)]
     return problems
 
 
-def _cache_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _cache_problems(folder: Path, manifest: Manifest, segments: Sequence[OpenSegment] | None) -> Iterator[str]:
+    """`segments`: all of the generation's, where they are whole: only then can they be searched for."""
     if manifest.approximate is not None:
-        from retrieval.backends.cache import read_cache  # imports faiss
+        from retrieval.backends.cache import check_cache, read_cache  # imports faiss
 
         try:
-            read_cache(folder, manifest, manifest.approximate)
+            if segments is None:
+                read_cache(folder, manifest, manifest.approximate)
+            else:
+                check_cache(folder, manifest, manifest.approximate, segments)
         except DamagedFileError as error:
             yield str(error)
 

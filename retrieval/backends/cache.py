@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,13 @@ from retrieval.files import check_file, check_size, damaged, sha256_bytes, sha25
 from retrieval.flat import FlatSearch
 from retrieval.items import IntArray
 from retrieval.manifest import CACHE, ApproximateEntry, AskedEntry, IndexType, Manifest, read_pointer
-from retrieval.snapshot import Snapshot
+from retrieval.snapshot import OpenSegment, Snapshot
 from retrieval.writer import GenerationWriter
 
 _STALE = 0.1  # so much of what counts may be missing from the approximate index, or be dead in it
 _LOOPS = 2**31  # more than any index of ours asks of faiss's reader
+_CHECKED = 16  # vectors that are searched for to see that the index is read by its order
+_ITSELF = 0.9999  # cosine
 _LIMITS = threading.Lock()  # held while faiss reads a file
 
 
@@ -47,7 +49,6 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
     """
     gpu = gpu_of(device)
     manifest = snapshot.manifest
-    live = ((segment.embeddings(), segment.live_rows()) for segment in snapshot.segments)  # each one is an open file
     entry = manifest.approximate if gpu is None else None
     if entry is not None:
         try:
@@ -59,15 +60,23 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
             entry = None
     if entry is None:
         elsewhere = None if gpu is None else partial(gpu_knn, device=gpu)
-        parts = (array[rows] for array, rows in live)
+        # One by one: each is an open file.
+        parts = (segment.embeddings()[segment.live_rows()] for segment in snapshot.segments)
         return FlatSearch(ids, parts, dim=manifest.encoder.embedding_dim, elsewhere=elsewhere)
+    return _search(snapshot.segments, manifest, entry, index=index, ids=ids)
+
+
+def _search(
+    segments: Sequence[OpenSegment], manifest: Manifest, entry: ApproximateEntry, *, index: Any, ids: IntArray
+) -> ApproximateSearch:
+    live = [(segment.embeddings(), segment.live_rows()) for segment in segments]
     return ApproximateSearch(
         ids,
-        MappedRows(list(live), dim=manifest.encoder.embedding_dim),
+        MappedRows(live, dim=manifest.encoder.embedding_dim),
         index=index,
         kind=KINDS[manifest.index_type],
         setting=Setting(effort=entry.effort, depth=entry.depth),
-        positions=_positions(snapshot, entry)[np.concatenate(build_order(entry.rows, entry.held_out))],
+        positions=_positions(segments, entry)[np.concatenate(build_order(entry.rows, entry.held_out))],
     )
 
 
@@ -165,7 +174,7 @@ def _is_stale(snapshot: Snapshot, *, thorough: bool) -> bool:
     except IndexFormatError:
         return True
     live = sum(len(segment.live_rows()) for segment in snapshot.segments)
-    held = int((_positions(snapshot, entry) >= 0).sum())
+    held = int((_positions(snapshot.segments, entry) >= 0).sum())
     return live - held > _STALE * live or entry.rows - held > _STALE * entry.rows
 
 
@@ -183,6 +192,23 @@ def read_cache(folder: Path, manifest: Manifest, entry: ApproximateEntry) -> Any
     if any(entry.segments.get(segment.name, segment.rows) != segment.rows for segment in manifest.segments):
         raise damaged(path, "does not hold the segments as they are")
     return index
+
+
+def check_cache(folder: Path, manifest: Manifest, entry: ApproximateEntry, segments: Sequence[OpenSegment]) -> None:
+    """Read the approximate index over whole segments, and search for some of the vectors that it held out.
+
+    They come last, so their places tell whether it has the order that the manifest says. Raises IndexFormatError.
+    """
+    index = read_cache(folder, manifest, entry)
+    ids = np.arange(sum(len(segment.live_rows()) for segment in segments))
+    search = _search(segments, manifest, entry, index=index, ids=ids)
+    _, held_out = build_order(entry.rows, entry.held_out)
+    places = _positions(segments, entry)[held_out]
+    places = places[places >= 0]
+    places = places[np.linspace(0, len(places) - 1, min(_CHECKED, len(places))).astype(np.int64)]
+    best = [float(scores[0]) for _, scores in search.search(search.vectors(places), k=1)]
+    if sum(score < _ITSELF for score in best) > len(best) / 2:  # one or two are missed by a sound index, too
+        raise damaged(folder / CACHE / entry.file, "does not find vectors that it holds in the order of its manifest")
 
 
 @contextmanager
@@ -207,13 +233,13 @@ def _warn(folder: Path, error: IndexFormatError) -> None:
     )
 
 
-def _positions(snapshot: Snapshot, entry: ApproximateEntry) -> IntArray:
+def _positions(segments: Sequence[OpenSegment], entry: ApproximateEntry) -> IntArray:
     """(R,) for each row of the approximate index's segments: its place among the live rows; -1 if it counts no more.
 
     A segment is named by the hash of what it holds, so one of an equal name has equal rows.
     """
     start, placed = 0, dict[str, IntArray]()
-    for segment in snapshot.segments:
+    for segment in segments:
         rows = segment.live_rows()
         places = np.full(segment.entry.rows, -1, dtype=np.int64)
         places[rows] = np.arange(start, start + len(rows))

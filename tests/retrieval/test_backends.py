@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import runpy
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,10 @@ from retrieval.backends.choice import LEAST_ROWS, choose
 from retrieval.backends.kinds import IvfPq
 from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning, IngestError
+from retrieval.files import sha256_file
 from retrieval.flat import FlatSearch
 from retrieval.index import Index
+from retrieval.manifest import read_pointer
 from retrieval.retriever import Retriever
 from retrieval.writer import Entry
 
@@ -249,6 +252,34 @@ def found_by_item(retriever, number, *, k):
     query = gallery.vectors.vectors(np.array([gallery.positions[number]]))
     [(positions, _)] = gallery.vectors.search(query, k=k)
     return gallery.ids[positions].tolist()
+
+
+def set_held_out(index, held_out):
+    pointer = read_pointer(index.path)
+    path = index.path / "generations" / pointer.name
+    raw = json.loads(path.read_bytes())
+    raw["approximate"]["held_out"] = held_out
+    path.write_text(json.dumps(raw))
+    (index.path / "CURRENT").write_text(f"{pointer.name} {sha256_file(path)}\n")
+
+
+@pytest.mark.parametrize("held_out", [151, 1501, 10**10])
+def test_more_held_out_rows_than_any_version_takes_are_refused(index, held_out):
+    index.set_search("sq")
+    set_held_out(index, held_out)
+    assert "bad field 'approximate'" in index.verify()[0]
+
+
+@pytest.mark.parametrize("index_type", KINDS)
+def test_an_approximate_index_of_another_order_than_its_manifest_says_is_found_and_built_again(
+    index, elastic, index_type
+):
+    index.set_search(index_type)
+    assert index.info().index_type == index_type
+    set_held_out(index, 149)
+    assert "in the order of its manifest" in index.verify()[0]
+    report = Index.repair(index.path)
+    assert (len(report.damage), report.whole, index.verify()) == (1, True, [])
 
 
 def test_an_index_is_searched_as_it_was_set_and_says_so(index, elastic):

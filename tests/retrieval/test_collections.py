@@ -259,6 +259,50 @@ def test_a_parquet_table_of_pictures_gives_rows_and_class_names(tmp_path, pictur
     assert retriever.read_picture(hit.id) == picture(3)
 
 
+def test_a_time_that_python_does_not_have_is_left_out_and_its_picture_taken(tmp_path, picture, build):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    far = {
+        "date": pa.array([10**7, 0], pa.date32()),
+        "time": pa.array([2**60, 0], pa.timestamp("us")),
+        "wait": pa.array([2**62, 0], pa.duration("s")),
+    }
+    pq.write_table(pa.table({"image": [picture(0), picture(1)], "n": [1, 2], **far}), tmp_path / "far.parquet")
+    assert metadata(build(tmp_path / "far.parquet")) == {
+        "far.parquet#0": {"n": 1},
+        "far.parquet#1": {"n": 2, "date": "1970-01-01", "time": "1970-01-01T00:00:00"},
+    }
+
+
+def test_a_shard_or_table_without_pictures_is_named(tmp_path, photos, build):
+    images = pytest.importorskip("pyarrow").array([], "binary")
+    table = write_table(tmp_path / "none.parquet", {"image": images})
+    places = [write_tar(tmp_path / "none.tar", {"a.txt": b"x"}), table]
+    for place in places:
+        with pytest.raises(IngestError, match=rf"{place.name}: holds no pictures"):
+            build(place)
+    report = build(photos).ingest(places)
+    assert sorted((file.path, file.reason) for file in report.skipped) == [
+        (place, "holds no pictures") for place in sorted(places)
+    ]
+
+
+def test_pictures_that_are_links_in_a_shard_are_skipped_with_their_reason(tmp_path, picture, build):
+    path = write_tar(tmp_path / "s.tar", {"0.png": picture(0)})
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE), ("said.txt", tarfile.LNKTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "0.png"
+            tar.addfile(entry)
+    index = build(path)
+    assert sorted(location(file.path).rpartition("#")[2] for file in index.ingest(path).skipped) == [
+        "hard.png",
+        "soft.png",
+    ]
+    assert metadata(index) == {"s.tar#0.png": {}}
+
+
 def test_a_table_whose_metadata_are_nested_too_deep_is_one_without_class_names(tmp_path, picture, build):
     pa = pytest.importorskip("pyarrow")
     table = pa.table({"image": [picture(0)], "label": [1]})

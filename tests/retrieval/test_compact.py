@@ -6,6 +6,7 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,6 +159,22 @@ def test_a_sample_of_pictures_proves_that_the_encoder_still_matches(index, photo
 def test_a_sample_without_the_encoder_is_a_problem_not_a_pass(index):
     [problem] = Index.open(index.path).verify(sample=1)
     assert "cannot be loaded from 'fake-source'" in problem
+
+
+def test_another_encoder_at_the_source_is_told_and_no_problem_unless_a_sample_is_asked_for(index, elastic, monkeypatch):
+    other = SimpleNamespace(from_pretrained=lambda source, revision: elastic.in_another_space())
+    monkeypatch.setattr("matvit.MatViT", other, raising=False)
+    report = verify_index(index.path, sample=None)
+    assert (report.problems, report.sampled) == ((), 0)
+    assert "is not this index's" in report.unsampled
+    assert len(verify_index(index.path, sample=3).problems) == 1
+    assert len(verify_index(index.path, sample=None, encoder=elastic.in_another_space()).problems) == 1
+
+
+def test_an_index_without_any_picture_is_whole_whatever_the_sample(index, elastic):
+    index.delete(index.path.parent)
+    for sample in (None, 3):
+        assert verify_index(index.path, sample=sample, encoder=elastic).problems == ()
 
 
 def test_metadata_that_is_no_json_object_is_a_problem(index, monkeypatch):
