@@ -184,3 +184,20 @@ def test_the_query_encoder_is_the_one_that_a_search_uses(retriever, picture):
         assert str(retriever.query_encoder(**asked).spec) == retriever.search(picture(1), **asked).spec
     with pytest.raises(SearchError, match="an encoder and limits are both given"):
         retriever.query_encoder("M", max_latency_ms=6)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 25), (0.3, 4), (5.0, 3)])
+def test_a_slow_submodel_is_timed_for_about_a_second(monkeypatch, seconds, rounds):
+    clock = [0.0]
+
+    class Slow:
+        asked = 0
+
+        def embed(self, pictures):
+            self.asked += 1
+            clock[0] += seconds
+
+    monkeypatch.setattr(retrieval.latency.time, "perf_counter", lambda: clock[0])
+    slow = Slow()
+    assert retrieval.latency._measured(slow) == pytest.approx(1000 * seconds)
+    assert slow.asked == rounds
