@@ -73,7 +73,7 @@ def ingest(
     from retrieval.index import Index, build_index
     from retrieval.sources import find_files
 
-    sources = find_files(images)  # before an encoder is loaded, which takes seconds
+    sources = find_files(images, delete=delete)  # before an encoder is loaded, which takes seconds
     encoder: MatViT | None
     if not is_index(path):
         encoder = load_encoder(checkpoint or DEFAULT_CHECKPOINT)

@@ -137,15 +137,16 @@ class Index:
 
         Files that the index holds with the same size and time, or the same content, are not embedded again.
         Files that cannot be used are skipped and listed. With `delete`, pictures whose file is gone from the
-        named folders, or that were named themselves, are forgotten; a named folder may itself be gone. Those
-        found again elsewhere, by their content, keep their id. `encoder` None: the index was created with it.
+        named folders, or that were named themselves, are forgotten; a named folder may itself be gone, unless
+        nothing named is there: a disk may be away, and `Index.delete` forgets what was on it. Those found
+        again elsewhere, by their content, keep their id. `encoder` None: the index was created with it.
 
         Publishes as it goes, so an interrupted run continues where it stopped when it is repeated;
         KeyboardInterrupt is raised again after publishing what is complete.
         Raises IngestError (nothing to index, or the disk refuses), IndexLockedError, EncoderMismatchError,
         CheckpointError.
         """
-        return self._ingest(find_files(images), encoder=encoder, delete=delete, progress=progress)
+        return self._ingest(find_files(images, delete=delete), encoder=encoder, delete=delete, progress=progress)
 
     def delete(self, items: Selected | Iterable[Selected]) -> int:
         """Forget pictures and skipped files by id, by file, or by a folder around them, one or several; gives how many.

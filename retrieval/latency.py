@@ -19,6 +19,7 @@ from pydantic import PositiveFloat, TypeAdapter, ValidationError
 
 from matvit.durable import cache_folder, write_atomic
 from matvit.encoder import ElasticEncoder, ImageEncoder
+from matvit.regular import read_small
 from matvit.threads import computing_threads
 from retrieval.files import sha256_bytes
 
@@ -60,7 +61,7 @@ def _processor() -> str:
 
 def _read(path: Path) -> dict[str, float]:
     try:
-        return dict(_TIMES.validate_json(path.read_bytes()))
+        return dict(_TIMES.validate_json(read_small(path)))
     except (OSError, ValidationError):  # none yet, or damaged
         return {}
 

@@ -119,6 +119,12 @@ def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
                     )
                 yield reader.line_num, row
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise IngestError(
+                    what=f"line {reader.line_num + 1} has a cell of more than {csv.field_size_limit():,} characters",
+                    where=place,
+                    fix="shorten it, or leave its column out",
+                ) from error
             raise IngestError(
                 what=f"line {reader.line_num} is no CSV ({error})", where=place, fix="write it as comma-separated text"
             ) from error

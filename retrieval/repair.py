@@ -323,18 +323,18 @@ def _find_base(folder: Path, damage: list[str]) -> Manifest:
     """The generation to start from; what is wrong with CURRENT and its manifest is added to `damage`."""
     try:
         pointer = read_pointer(folder)
-    except DamagedFileError as error:
-        damage.append(f"{error.where}: {error.what}")
-        return _newest(folder, damage)
-    path = folder / GENERATIONS / pointer.name
-    try:
+        path = folder / GENERATIONS / pointer.name
         with reading(path):
             data = read_small(path)
     except DamagedFileError as error:
         damage.append(f"{error.where}: {error.what}")
         return _newest(folder, damage)
     if sha256_bytes(data) == pointer.sha256:
-        return parse_manifest(data, path=path)  # raises for a newer format: what is whole needs no repair
+        try:
+            return parse_manifest(data, path=path)  # raises for a newer format: what is whole needs no repair
+        except DamagedFileError as error:  # no bit of it changed since: it was written so
+            damage.append(f"{error.where}: {error.what}")
+            return _newest(folder, damage)
     if _nearly(pointer.sha256, sha256_bytes(data)):
         damage.append(f"{folder / CURRENT}: names its manifest by a damaged sha256")
         return parse_manifest(data, path=path)

@@ -182,7 +182,7 @@ ON CONFLICT (real) DO UPDATE SET metadata = excluded.metadata WHERE excluded.met
 """
 
 
-def find_files(images: Images | Found) -> Found:
+def find_files(images: Images | Found, *, delete: bool = False) -> Found:
     """The files that `images` means: a folder, a file, a pattern, a list, a shard, a URL, or several of those.
 
     Folders are walked with all their sub-folders, links to folders included, each folder once, for files
@@ -191,6 +191,7 @@ def find_files(images: Images | Found) -> Found:
     path column), whose pictures are meant, and shards (.tar, .parquet with a column of pictures). A missing
     one among several is listed. Raises IngestError when there is nothing at all, or for a list that is none;
     MissingExtraError for a URL without fsspec, or Parquet without pyarrow.
+    `delete`: whether what is gone is to be forgotten; the error then says how, since all of it may only be away.
     """
     if isinstance(images, Found):
         return images
@@ -198,7 +199,7 @@ def find_files(images: Images | Found) -> Found:
     with keeping_lists():
         found = _find(named)
         if not len(found):
-            raise _nothing(named, found)
+            raise _nothing(named, found, delete=delete)
     return found
 
 
@@ -210,6 +211,10 @@ def _several(images: object) -> Iterable[object]:
 
 def _text(image: object) -> str:
     if isinstance(image, str | os.PathLike) and isinstance(text := os.fspath(image), str):
+        if not text:  # it would be the whole working directory
+            raise IngestError(
+                what="an empty name", where="images", fix="name pictures, or '.' for the working directory"
+            )
         return text
     raise _no_path(image)
 
@@ -372,7 +377,7 @@ def is_gone(error: OSError | None) -> bool:
     return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
-def _nothing(named: list[str], found: Found) -> IngestError:
+def _nothing(named: list[str], found: Found, *, delete: bool) -> IngestError:
     if found.skipped:
         first_skipped = found.skipped[0]
         return IngestError(
@@ -381,6 +386,8 @@ def _nothing(named: list[str], found: Found) -> IngestError:
             fix="check the file, the disk and the permissions",
         )
     fix = "name a folder, a file or a pattern that holds pictures"
+    if delete:  # an empty folder may be where a disk is not mounted
+        fix += "; nothing was forgotten, since a disk may be away: if it is not, Index.open(INDEX).delete(PATH) does it"
     if not named:
         return IngestError(what="no pictures were given", where="images", fix=fix)
     first = named[0]

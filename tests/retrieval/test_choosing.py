@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -201,3 +202,11 @@ def test_a_slow_submodel_is_timed_for_about_a_second(monkeypatch, seconds, round
     slow = Slow()
     assert retrieval.latency._measured(slow) == pytest.approx(1000 * seconds)
     assert slow.asked == rounds
+
+
+def test_a_pipe_in_the_place_of_the_times_is_not_waited_for(tmp_path, elastic, monkeypatch):
+    monkeypatch.setenv("MATVIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(retrieval.latency, "_measured", lambda encoder: 3.0)
+    encoder = elastic.encoder()
+    os.mkfifo(retrieval.latency._file(encoder, elastic))
+    assert latency_ms(encoder, elastic=elastic) == 3.0

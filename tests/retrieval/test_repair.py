@@ -219,6 +219,19 @@ def test_a_truncated_manifest_falls_back_to_an_older_generation_and_says_so(inde
     assert Index.open(index.path).verify() == []
 
 
+@pytest.mark.parametrize("version", [b"0", b"2.0"])
+def test_a_manifest_that_was_published_with_a_bad_field_falls_back_to_an_older_generation(index, elastic, version):
+    path = manifest_of(index)
+    data = path.read_bytes().replace(b'"format_version": 2', b'"format_version": ' + version)
+    path.write_bytes(data)
+    (index.path / "CURRENT").write_text(f"{path.name} {hashlib.sha256(data).hexdigest()}\n")
+    assert Index.repair(index.path, encoder=elastic).lost  # what only the bad one named
+    report = Index.repair(index.path, encoder=elastic, drop_lost=True)
+    assert report.whole
+    assert "which is unknown" in report.damage[0]
+    assert Index.open(index.path).verify() == []
+
+
 def test_an_index_without_any_readable_manifest_is_refused_and_kept(index):
     for path in (index.path / "generations").iterdir():
         path.write_bytes(b"?")

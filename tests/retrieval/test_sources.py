@@ -69,6 +69,21 @@ def test_nothing_to_index_is_one_sentence(images, sentence, tmp_path, monkeypatc
     assert str(caught.value).startswith(sentence)
 
 
+@pytest.mark.parametrize("images", ["empty", "nothing-here"])
+def test_where_all_that_is_named_is_gone_delete_forgets_nothing_and_says_how(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(IngestError, match=r"a disk may be away: if it is not, Index\.open\(INDEX\)\.delete\(PATH\)"):
+        find_files(images, delete=True)
+
+
+@pytest.mark.parametrize("images", ["", [""]])
+def test_an_empty_name_is_not_the_working_directory(images, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    with pytest.raises(IngestError, match="an empty name"):
+        find_files(images)
+
+
 @pytest.mark.parametrize("pattern", ["**", "**/*.png", "*", "[s]*"])
 def test_a_pattern_names_each_file_once_whatever_links_lead_to_it(photos, pattern):
     (photos / "again").symlink_to(photos / "sub")
