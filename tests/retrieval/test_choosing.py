@@ -198,7 +198,7 @@ def test_a_slow_submodel_is_timed_for_about_a_second(monkeypatch, seconds, round
             self.asked += 1
             clock[0] += seconds
 
-    monkeypatch.setattr(retrieval.latency.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("retrieval.latency.time.perf_counter", lambda: clock[0])
     slow = Slow()
     assert retrieval.latency._measured(slow) == pytest.approx(1000 * seconds)
     assert slow.asked == rounds
