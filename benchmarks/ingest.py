@@ -1,18 +1,21 @@
-"""Indexing beside its parts, in one run; and the memory that it takes as the collection grows.
+"""Indexing beside the bounds that its parts set, in one run; and the memory that it takes as the collection grows.
 
     python benchmarks/ingest.py [--encoders XL,S-d8-r56] [--pictures 256] [--rounds 5] [--device cuda]
-        [--sources 160px,12MP] [--json]
+        [--sources 160px,12MP] [--cores 0,1] [--json]
     python benchmarks/ingest.py --sizes 10000,100000,1000000 [--json]
 
-"Parts alone" is 1 / (decode + encode seconds) on a CPU, and 1 / max(decode, encode) on another device, each on all
-cores; it leaves out reading, hashing and publishing. It is no bound: ingest does them at the same time, and may be
-quicker. Each round measures decoding alone, the forward pass alone, and all of it: rates are medians, ratios medians
-over the rounds of a round's own ratio. Core-seconds are the process's own, so that their ratio ("parts of ingest":
-decode and forward beside all of it) holds on a busy machine, too.
+Each round measures, in a random order: decoding alone on one thread, decoding alone on all cores, encoding alone in the
+batches and threads that ingest uses (that is the bare forward), and ingest. Core-seconds are the process's own. Bounds:
+"shared cores" is cores / (core-seconds of decoding, on one thread, and of encoding), which holds where both run on the
+same cores; "two devices" is 1 / max(seconds of decoding on all cores, of encoding), which holds for another device.
+Rates are medians; shares are medians over the rounds of a round's own share. "Parts of ingest" is the core-seconds of
+decoding and encoding beside those of ingest, the share of the first bound that other programs do not disturb.
+"Others' cores" is what else the machine computed meanwhile.
 With --sizes: the memory of a process that indexes so many tiny pictures in tar shards with a cheap encoder, of one
 that then finds all of them unchanged, of one that adds one picture to them, and of those that verify the index, upgrade
-it and repair it with a flipped bit in each segment; "held" is its own memory, without the pages of libraries, sampled.
-Seconds are those of the call; opening the index is benchmarks/open_index.py's.
+it and repair it with a flipped bit in each segment, looked at 200 times a second. "Own" (RssAnon) is what
+a process holds itself; "files" (RssFile) are pages of libraries and of mapped embeddings, which the system drops when
+it needs the room. Opening the index comes before each of them.
 """
 
 from __future__ import annotations
@@ -21,15 +24,17 @@ import argparse
 import io
 import json
 import os
-import resource
+import random
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +44,6 @@ from PIL import Image
 
 from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray, ImageSource, Preprocessing
-from matvit.progress import ProgressEvent
 from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.threads import batches_at_once, limited, threads_of_each, usable_cores
 from matvit_data import demo_folder
@@ -103,31 +107,47 @@ class Spent:
 
     seconds: float
     core_seconds: float  # of this process
+    others: float  # cores that everything else on this machine kept busy meanwhile
 
 
 def spent(work: Callable[[], object], count: int) -> Spent:
     """Of each of `count` pictures, when `work` does them all."""
-    start, cpu = time.perf_counter(), time.process_time()
+    start, own, busy = time.perf_counter(), time.process_time(), _busy()
     work()
-    return Spent((time.perf_counter() - start) / count, (time.process_time() - cpu) / count)
+    seconds, own, busy = time.perf_counter() - start, time.process_time() - own, _busy() - busy
+    return Spent(seconds / count, own / count, max(0.0, busy - own) / seconds)
+
+
+def _busy() -> float:
+    """Core-seconds that this machine has computed since it started."""
+    user, nice, system, _, _, interrupts, soft_interrupts = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
 
 
 def one_round(
     elastic: Any, encoder: ImageEncoder, files: Sequence[Path], batches: list[FloatArray]
 ) -> dict[str, Spent]:
-    """Each part alone on all cores, and all of it."""
-    count, parallel = len(files), batches_at_once()
+    """Each part alone, and all of it."""
     index_of = Only(elastic, encoder)
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(usable_cores()) as pool:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        limited("torch", threads_of_each()),
+        ThreadPoolExecutor(usable_cores()) as decoders,
+        ThreadPoolExecutor(batches_at_once()) as encoders,
+    ):
         index = Index.create(Path(temporary) / "index", encoder=index_of)  # type: ignore[arg-type]
-        found = {
-            "ingest": spent(lambda: index.ingest(files), count),
-            "decode": spent(lambda: list(pool.map(lambda file: encoder.preprocess([file]), files)), count),
-            "forward": spent(lambda: [encoder.encode(batch) for batch in batches], count),
+
+        def decode(file: Path) -> None:
+            encoder.preprocess([file])
+
+        works: dict[str, Callable[[], object]] = {
+            "decode": lambda: [decode(file) for file in files],
+            "decode on all cores": lambda: list(decoders.map(decode, files)),
+            "encode": lambda: list(encoders.map(encoder.encode, batches)),
+            "ingest": lambda: index.ingest(files),
         }
-    with limited("torch", threads_of_each()), ThreadPoolExecutor(parallel) as pool:
-        found["at once"] = spent(lambda: list(pool.map(encoder.encode, batches)), count)
-    return found
+        names = random.sample(sorted(works), len(works))
+        return {name: spent(works[name], len(files)) for name in names}
 
 
 def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict[str, Any]:
@@ -136,26 +156,38 @@ def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict
     pixels = np.concatenate([encoder.preprocess([file]) for file in files])
     batches = [pixels[start : start + BATCH] for start in range(0, len(files), BATCH)]
     every = [one_round(elastic, encoder, files, batches) for _ in range(1 + rounds)][1:]  # the first warms up
-    shared = encoder.runtime.endswith("cpu")
 
     def median(value: Callable[[dict[str, Spent]], float]) -> float:
         return statistics.median(map(value, every))
 
-    def alone(one: dict[str, Spent]) -> float:
-        forward = min(one["forward"].seconds, one["at once"].seconds)
-        decode = one["decode"].seconds
-        return 1 / (decode + forward) if shared else 1 / max(decode, forward)
+    def parts(one: dict[str, Spent]) -> float:
+        return one["decode"].core_seconds + one["encode"].core_seconds
 
-    def cores(one: dict[str, Spent]) -> float:
-        return one["decode"].core_seconds + min(one["forward"].core_seconds, one["at once"].core_seconds)
+    def shared_cores(one: dict[str, Spent]) -> float:
+        return usable_cores() / parts(one)
 
+    def two_devices(one: dict[str, Spent]) -> float:
+        return 1 / max(one["decode on all cores"].seconds, one["encode"].seconds)
+
+    def forward(one: dict[str, Spent]) -> float:
+        return 1 / one["encode"].seconds
+
+    bounds = {"shared cores": shared_cores, "two devices": two_devices, "forward": forward}
     return {
-        "core_ms": {name: 1e3 * median(lambda one, name=name: one[name].core_seconds) for name in every[0]},
-        "rates": {name: median(lambda one, name=name: 1 / one[name].seconds) for name in every[0]},
-        "alone": median(alone),
-        "of_alone": median(lambda one: 1 / one["ingest"].seconds / alone(one)),
-        "of_forward": median(lambda one: one["forward"].seconds / one["ingest"].seconds),
-        "of_core_seconds": median(lambda one: cores(one) / one["ingest"].core_seconds),
+        "count": len(files),
+        "runtime": encoder.runtime,
+        "cores": usable_cores(),
+        "at_once": batches_at_once(),
+        "threads_of_each": threads_of_each(),
+        "core_ms": {name: 1e3 * median(lambda one, name=name: one[name].core_seconds) for name in sorted(every[0])},
+        "rate": median(lambda one: 1 / one["ingest"].seconds),
+        "bounds": {name: median(bound) for name, bound in bounds.items()},
+        "shares": {
+            name: median(lambda one, bound=bound: 1 / one["ingest"].seconds / bound(one))
+            for name, bound in bounds.items()
+        },
+        "parts_of_ingest": median(lambda one: parts(one) / one["ingest"].core_seconds),
+        "others": median(lambda one: one["ingest"].others),
     }
 
 
@@ -167,13 +199,16 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cores", help="use no others, such as 0,1")
     parser.add_argument("--json", action="store_true")
     return parser
 
 
 def measure_all(arguments: argparse.Namespace, one: Measure) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What `one` measures of every encoder on every kind of picture: their names, and that."""
-    from matvit import MatViT
+    if arguments.cores:
+        os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
+    from matvit import MatViT  # imports torch, which counts the cores
 
     elastic = MatViT.from_pretrained("matvit-small").to(arguments.device)
     for source in arguments.sources.split(","):
@@ -185,16 +220,23 @@ def measure_all(arguments: argparse.Namespace, one: Measure) -> Iterator[tuple[s
 
 def print_rates(rows: Sequence[dict[str, Any]]) -> None:
     """As a table."""
-    print("| pictures | encoder | core-ms: decode | forward | ingest | parts of ingest ", end="")
-    print("| pictures/s: parts alone | ingest | of parts alone | of the forward |")
-    print("|---" * 10 + "|")
+    print("| pictures | encoder | core-ms: decode | on all cores | encode | ingest | parts of ingest ", end="")
+    print("| ingest/s | shared cores: bound/s | share | two devices: bound/s | share ", end="")
+    print("| forward/s | share | others' cores |")
+    print("|---" * 15 + "|")
     for row in rows:
-        core, speed = row["core_ms"], row["rates"]
-        print(
-            f"| {row['pictures']} | {row['encoder']} | {core['decode']:.2f} | "
-            f"{min(core['forward'], core['at once']):.2f} | {core['ingest']:.2f} | {row['of_core_seconds']:.2f} | "
-            f"{row['alone']:.1f} | {speed['ingest']:.1f} | {row['of_alone']:.2f} | {row['of_forward']:.2f} |"
-        )
+        core = row["core_ms"]
+        columns = [f"{row['count']} of {row['pictures']}", row["encoder"]]
+        columns += [f"{core[name]:.2f}" for name in ("decode", "decode on all cores", "encode", "ingest")]
+        columns += [f"{row['parts_of_ingest']:.3f}", f"{row['rate']:.1f}"]
+        for name, bound in row["bounds"].items():
+            columns += [f"{bound:.1f}", f"{row['shares'][name]:.3f}"]
+        print("| " + " | ".join([*columns, f"{row['others']:.2f}"]) + " |")
+    first = rows[0]
+    print(
+        f"\n{first['runtime']}, {first['cores']} cores, {first['at_once']} batches of {BATCH} at once, "
+        f"{first['threads_of_each']} torch thread(s) each"
+    )
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -267,32 +309,51 @@ def one_run(folder: Path, run: str) -> None:
                 flipped = file.read(1)[0] ^ 1
                 file.seek(0)
                 file.write(bytes([flipped]))
-    index, before, held = Index.open(path), _anonymous(), [0.0]
-
-    def sample(event: ProgressEvent) -> None:  # noqa: ARG001
-        held[0] = max(held[0], _anonymous())
+    opened: list[Index] = []
+    opening = spent(lambda: opened.append(Index.open(path)), 1)
+    [index] = opened
+    before = resident()
 
     def work() -> object:
         if run == "verify":
-            return index.verify(progress=sample) == []
+            return index.verify() == []
         if run == "upgrade":
-            return index.upgrade(other, progress=sample).published
+            return index.upgrade(other).published
         if run == "repair":
-            return Index.repair(path, encoder=other, progress=sample).whole
+            return Index.repair(path, encoder=other).whole
         files = one if run == "one more" else str(folder / "*.tar")
-        return bool(index.ingest(files, encoder=elastic, progress=sample).indexed) == (run != "again")
+        return bool(index.ingest(files, encoder=elastic).indexed) == (run != "again")
 
     done: list[object] = []
-    took = spent(lambda: done.append(work()), 1)
+    with watched() as most:
+        took = spent(lambda: done.append(work()), 1)
     assert done == [True], f"{run}: not what was to be measured"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"before": before, "held": held[0], "peak": peak, **asdict(took)}))
+    print(json.dumps({"before": before, "most": most, "opening": asdict(opening), "work": asdict(took)}))
 
 
-def _anonymous() -> float:
-    """MiB that the process itself holds: the system may drop the pages of libraries, and so hide what grows."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    return int(line.split()[1]) / 1024
+def resident() -> dict[str, float]:
+    """MiB of this process in memory, by kind."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    names = {"own": "RssAnon", "files": "RssFile", "all": "VmRSS"}
+    return {name: int(lines[key].split()[0]) / 1024 for name, key in names.items()}
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """The most that this process held of each kind of memory within the block."""
+    most, ended = resident(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            most.update({name: max(held, most[name]) for name, held in resident().items()})
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
 
 
 def memory(size: int) -> dict[str, Any]:
@@ -309,14 +370,16 @@ def memory(size: int) -> dict[str, Any]:
 
 def print_memory(rows: Sequence[dict[str, Any]]) -> None:
     """As a table."""
-    print("| pictures | run | MiB held before | at most | MiB resident, at most | seconds | core-seconds |")
-    print("|---" * 7 + "|")
+    print("| pictures | run | MiB before: own | files | at most: own | files | both ", end="")
+    print("| core-seconds: to open | to do |")
+    print("|---" * 9 + "|")
     for row in rows:
         for name in RUNS:
-            run = row[name]
+            run, before, most = row[name], row[name]["before"], row[name]["most"]
             print(
-                f"| {row['size']:,} | {name} | {run['before']:.0f} | {run['held']:.0f} | {run['peak']:.0f} | "
-                f"{run['seconds']:.1f} | {run['core_seconds']:.1f} |"
+                f"| {row['size']:,} | {name} | {before['own']:.0f} | {before['files']:.0f} "
+                f"| {most['own']:.0f} | {most['files']:.0f} | {most['all']:.0f} "
+                f"| {run['opening']['core_seconds']:.2f} | {run['work']['core_seconds']:.2f} |"
             )
 
 

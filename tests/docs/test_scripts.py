@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -122,15 +123,19 @@ def test_open_index_measures_every_way_to_open() -> None:
     assert all(value > 0 for value in result.values())
 
 
-def test_ingest_measures_its_parts_and_itself_on_both_kinds_of_pictures() -> None:
-    done = run("benchmarks/ingest.py", "--encoders", "S-d8-r56", "--pictures", 2, "--rounds", 1, "--json")
+def test_ingest_measures_itself_beside_both_bounds_and_the_bare_forward_on_both_kinds_of_pictures() -> None:
+    done = run("benchmarks/ingest.py", "--encoders", "S-d8-r56", "--pictures", 2, "--rounds", 1, "--cores", 0, "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert [row["pictures"] for row in rows] == ["160px", "12MP"]
+    assert [(row["pictures"], row["count"], row["cores"]) for row in rows] == [("160px", 2, 1), ("12MP", 2, 1)]
     for row in rows:
-        assert set(row["rates"]) == {"ingest", "decode", "forward", "at once"}
-        assert row["alone"] <= min(row["rates"]["decode"], max(row["rates"]["forward"], row["rates"]["at once"])) + 1e-9
-        assert all(row[name] > 0 for name in ("of_alone", "of_forward", "of_core_seconds"))
+        core_ms, bounds, shares = row["core_ms"], row["bounds"], row["shares"]
+        assert set(core_ms) == {"decode", "decode on all cores", "encode", "ingest"}
+        assert bounds["shared cores"] == pytest.approx(1000 / (core_ms["decode"] + core_ms["encode"]))
+        assert bounds["two devices"] <= bounds["forward"]
+        assert shares == {name: pytest.approx(row["rate"] / bound) for name, bound in bounds.items()}
+        assert row["parts_of_ingest"] == pytest.approx((core_ms["decode"] + core_ms["encode"]) / core_ms["ingest"])
+        assert row["others"] >= 0
     assert rows[1]["core_ms"]["decode"] > rows[0]["core_ms"]["decode"]
 
 
@@ -139,7 +144,9 @@ def test_ingest_measures_the_memory_of_each_run_over_an_index() -> None:
     assert done.returncode == 0, done.stderr
     [row] = json.loads(done.stdout)
     assert list(row) == ["size", "first", "again", "one more", "verify", "upgrade", "repair"]
-    assert all(row[name]["peak"] >= row[name]["held"] >= row[name]["before"] > 0 for name in list(row)[1:])
+    for one in list(row.values())[1:]:
+        assert all(one["most"][kind] >= one["before"][kind] > 0 for kind in ("own", "files", "all"))
+        assert one["opening"]["core_seconds"] > 0 < one["work"]["core_seconds"]
 
 
 def test_decoders_measures_threads_beside_processes() -> None:
