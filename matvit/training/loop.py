@@ -32,7 +32,7 @@ from matvit.training.memory import room_for
 from matvit.training.objective import objective
 from matvit.training.processes import average_gradients, check_equal, ending_together, mean_of, start_fabric
 from matvit.training.recipe import Losses, Recipe, Stage
-from matvit.training.record import finish, provenance, read_validation
+from matvit.training.record import finish, finished_before, provenance, read_validation
 from matvit.training.sampling import prefix_of_step, resolution_of_step, specs_of_step
 from matvit.training.stages import (
     ask_teacher,
@@ -45,7 +45,7 @@ from matvit.training.stages import (
     wants,
 )
 from matvit.training.start import load_teacher, start_encoder, start_hashes
-from matvit.training.state import LOG, STATE, Run, only_run, restore, save, tidy, writing
+from matvit.training.state import BOARD, LOG, STATE, Run, only_run, restore, save, tidy, writing
 from matvit.training.throughput import Throughput
 
 _SAVE_SECONDS = 60.0  # how much work a kill may cost
@@ -77,7 +77,7 @@ class Trained:
     """What `carry_out` gives."""
 
     encoder: MatViT
-    already_complete: bool  # no step was left to take: it was measured and saved again
+    already_complete: bool  # no step was left to take
 
 
 def carry_out(
@@ -119,24 +119,26 @@ def _carry_out(
     refuse_to_replace(out / "encoder")  # now, not hours later
     with ExitStack() as opened:
         if fabric.is_global_zero:
-            opened.enter_context(only_run(out))
-            tidy(out, resume=resume)
-        fabric.barrier()
+            opened.enter_context(only_run(out, resume=resume))
         run = _prepare(recipe, fabric, labelled, out, progress)
-        optimiser_state = restore(run)
-        if tensorboard and fabric.is_global_zero:
-            run.board = opened.enter_context(closing(Board(out / "tensorboard", step=run.steps_done)))
+        optimiser_state = restore(run) if resume else None
         left = recipe.stages[run.stage :]
         if left and (made_by := provenance(fabric.device)) not in run.made_by[-1:]:
             run.made_by.append(made_by)
         if recipe.teacher is not None and any(wants(stage, "need_teacher") for stage in left):
             run.teacher = load_teacher(recipe.teacher)  # now: weights that do not fit are told before other stages
+        if fabric.is_global_zero:
+            tidy(out, resume=resume)  # now: an earlier run stays where this one cannot start
+            if tensorboard:
+                run.board = opened.enter_context(closing(Board(out / BOARD, step=run.steps_done)))
+        fabric.barrier()
         while run.stage < len(recipe.stages):
             _run_stage(run, recipe.stages[run.stage], optimiser_state)
             optimiser_state = None
         if not fabric.is_global_zero:
             raise SystemExit(0)
-        return Trained(encoder=finish(run, validation), already_complete=not left)
+        encoder = None if left else finished_before(run)
+        return Trained(encoder=encoder or finish(run, validation), already_complete=not left)
 
 
 def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> Run:

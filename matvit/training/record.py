@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from matvit.block import run_block
 from matvit.checkpoint import Storage, locate, pareto_row, read_config
 from matvit.datasets import LabelledImages, find_dataset, portable, read_dataset
+from matvit.errors import MatVitError
 from matvit.evaluation import cross_test
 from matvit.model import MatViT
 from matvit.progress import Progress
@@ -47,6 +49,22 @@ def finish(run: Run, validation: Validation | None) -> MatViT:
     saved.pareto = tuple(pareto_row(saved, name, quality.get(name, {})) for name in names)
     saved.save_pretrained(folder, storage=storage)
     return saved
+
+
+def finished_before(run: Run) -> MatViT | None:
+    """The encoder beside a complete run, as it lies there: it may have been adapted, or measured on more, since.
+
+    None where it is missing, damaged or another run's, where a kill left it unmeasured, or where what the recipe says
+    of it was corrected.
+    """
+    try:
+        saved = MatViT.from_pretrained(run.folder / "encoder").to(run.model.device)
+    except MatVitError:
+        return None
+    before = None if run.recipe.encoder.checkpoint is None else _parent(run.model)
+    told = json.loads(json.dumps(_record(run, before=before)))
+    same = all(saved.record.get(name) == value for name, value in told.items())  # adapting and measuring add to it
+    return saved if same and saved.pareto else None
 
 
 def _storage(recipe: Recipe) -> Storage:

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +24,11 @@ from torch import Tensor
 from matvit.datasets import LabelledImages
 from matvit.durable import remove_unfinished, write_atomic
 from matvit.errors import RecipeError
-from matvit.locking import HELD, lock
+from matvit.locking import HELD, lock, open_lock
 from matvit.model import AxesConfig, MatViT
 from matvit.private import PrivateConfig
 from matvit.progress import Progress
-from matvit.regular import check_regular
+from matvit.regular import check_regular, read_small
 from matvit.training.batches import TrainingSet
 from matvit.training.board import Board
 from matvit.training.data import Skipped
@@ -36,7 +37,7 @@ from matvit.training.memory import room_for
 from matvit.training.recipe import Recipe, Stage
 
 VERSION = 2  # of what `save` keeps: raised by every change of it; another one's is refused
-STATE, LOG, LOCK = "state.pt", "log.jsonl", "lock"
+STATE, LOG, LOCK, BOARD = "state.pt", "log.jsonl", "lock", "tensorboard"
 _SAID = {"validation", "license", "credits", "notes"}  # of a recipe: no weight depends on these
 
 
@@ -85,11 +86,16 @@ def follow(model: MatViT, stage: Stage) -> ModelEmaV3:
 
 
 @contextmanager
-def only_run(out: Path) -> Iterator[None]:
-    """Make the run's folder, and keep other processes from training in it. Raises RecipeError where one does."""
-    out.mkdir(parents=True, exist_ok=True)
+def only_run(out: Path, *, resume: bool) -> Iterator[None]:
+    """Make the run's folder, and keep other processes from training in it.
+
+    Raises RecipeError where one does, and where files of the user's own would be overwritten.
+    """
     path = out / LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with writing(path):
+        out.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(out, resume=resume)
+        descriptor = open_lock(path)
     try:
         try:
             lock(descriptor)
@@ -102,11 +108,29 @@ def only_run(out: Path) -> Iterator[None]:
                     fix="wait until it is done, stop it, or choose another --out",
                 ) from error
         # The file stays when the lock goes: removing it would let two processes lock two files of one name.
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
+        with writing(path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
         yield
     finally:
         os.close(descriptor)
+
+
+def _refuse_foreign(out: Path, *, resume: bool) -> None:
+    """What bears a name of a run's is one's where a lock lies beside it, or a state, which is read before anything."""
+    if (out / LOCK).is_file():
+        ours = re.fullmatch(rb"[\d\s\0]*", read_small(out / LOCK))  # a process id; zeros after a power failure
+        foreign = None if ours else LOCK
+    elif resume and (out / STATE).exists():
+        foreign = None
+    else:
+        foreign = next((name for name in (STATE, LOG, BOARD) if (out / name).exists()), None)
+    if foreign is not None:
+        raise RecipeError(
+            what=f"holds '{foreign}', which is no part of a run",
+            where=str(out),
+            fix="choose another --out, or move it away",
+        )
 
 
 def tidy(out: Path, *, resume: bool) -> None:
@@ -115,12 +139,10 @@ def tidy(out: Path, *, resume: bool) -> None:
     An encoder stays until the new one takes its place.
     """
     for name in (STATE, LOG):
-        remove_unfinished(out / name)
-        if not resume or not (out / STATE).exists():  # the log of a run that was killed before its first save
-            (out / name).unlink(missing_ok=True)
-        if (out / name).exists():
-            with writing(out / name):
-                check_regular(out / name)  # a pipe would be waited for
+        with writing(out / name):
+            remove_unfinished(out / name)
+            if not resume or not (out / STATE).exists():  # the log of a run that was killed before its first save
+                (out / name).unlink(missing_ok=True)
 
 
 def save(run: Run, optimiser: torch.optim.Optimizer | None) -> None:
@@ -194,6 +216,7 @@ def restore(run: Run) -> dict[str, Any] | None:
 
 def _read(path: Path, device: torch.device) -> Any:
     try:
+        check_regular(path)  # a pipe would be waited for
         _check_sums(path)
         return torch.load(path, map_location=device, weights_only=True)
     except (torch.OutOfMemoryError, MemoryError):
@@ -260,6 +283,7 @@ def _forget_later_rows(run: Run) -> None:
     if not path.exists():
         return
     with writing(path):
+        check_regular(path)
         kept = [line + b"\n" for line in path.read_bytes().splitlines() if _is_kept(line, run)]
         write_atomic(path, b"".join(kept))
 

@@ -192,12 +192,53 @@ def test_what_a_kill_during_a_save_left_is_removed(data, make_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["state.pt", "log.jsonl"])
-def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(data, make_recipe, tmp_path, name):
-    (tmp_path / "state.pt").touch()
-    (tmp_path / name).unlink(missing_ok=True)
-    os.mkfifo(tmp_path / name)
-    with pytest.raises(RecipeError, match="not a regular file"):
-        train(make_recipe(), out=tmp_path)
+def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(interrupted, make_recipe, name):
+    (interrupted / name).unlink()
+    os.mkfifo(interrupted / name)
+    with pytest.raises(RecipeError, match=rf"{name}: cannot be \w+ \(not a regular file\)"):
+        train(make_recipe(), out=interrupted)
+
+
+@pytest.mark.parametrize("name", ["lock", "log.jsonl"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_files_of_the_users_own_are_not_overwritten_by_a_runs(data, make_recipe, tmp_path, name, resume):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(RecipeError, match=rf"holds '{name}', which is no part of a run; choose another --out"):
+        train(make_recipe(), out=tmp_path, resume=resume)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_lock_is_not_written_through_a_link(data, make_recipe, tmp_path):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.touch()
+    (folder / "lock").symlink_to(elsewhere)
+    with pytest.raises(RecipeError, match=r"lock: cannot be written \(a link\)"):
+        train(make_recipe(), out=folder)
+    assert elsewhere.read_bytes() == b""
+
+
+@pytest.mark.parametrize("part", ["spec", "encoder", "teacher"])
+def test_a_fresh_run_that_cannot_start_leaves_the_earlier_one(interrupted, make_recipe, make_fields, part):
+    fields = make_fields()
+    if part == "spec":
+        fields["stages"][1]["ladder"] = ["S-d9"]
+    elif part == "encoder":
+        fields["encoder"]["timm_model"] = "vit_misspelt"
+    else:
+        fields["teacher"] = {"timm_model": "misspelt", "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+        fields["stages"][0]["full"] = {"teacher_features": 1}
+    before = [(interrupted / name).read_bytes() for name in ("state.pt", "log.jsonl")]
+    with pytest.raises(RecipeError):
+        train(make_recipe(**fields), out=interrupted, resume=False)
+    assert [(interrupted / name).read_bytes() for name in ("state.pt", "log.jsonl")] == before
+
+
+def test_a_fresh_run_names_the_folder_that_is_in_its_states_place(interrupted, make_recipe):
+    (interrupted / "state.pt").unlink()
+    (interrupted / "state.pt").mkdir()
+    with pytest.raises(RecipeError, match=r"state\.pt: cannot be written \("):
+        train(make_recipe(), out=interrupted, resume=False)
 
 
 def test_a_fresh_run_forgets_the_unfinished_one(data, make_recipe, tmp_path):
@@ -291,7 +332,7 @@ def test_a_device_without_memory_for_the_state_is_not_damage(interrupted, make_r
 def test_a_second_process_in_the_same_folder_is_refused(interrupted, make_recipe):
     before = (interrupted / "state.pt").read_bytes()
     with (
-        state.only_run(interrupted),
+        state.only_run(interrupted, resume=True),
         pytest.raises(RecipeError, match=rf"process {os.getpid()} is training in this folder; wait"),
     ):
         train(make_recipe(), out=interrupted, resume=False)
@@ -381,6 +422,25 @@ def test_a_complete_run_needs_its_teacher_no_more_and_is_told_as_such(data, make
     again = loop.carry_out(recipe, out=tmp_path / "run")
     assert (first.already_complete, again.already_complete) == (False, True)
     assert again.encoder.weights_sha256 == first.encoder.weights_sha256
+
+
+def test_a_complete_run_leaves_its_encoder_as_it_was_changed_since_and_mends_a_damaged_one(data, make_recipe, tmp_path):
+    folder = tmp_path / "run" / "encoder"
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    adapted = train(make_recipe(), out=tmp_path / "run")
+    whole = files()
+    adapted.record["adapted"], adapted.pareto = {"pictures": 12}, adapted.pareto[:1]
+    adapted.save_pretrained(folder)
+    changed = files()
+    assert train(make_recipe(), out=tmp_path / "run").pareto == adapted.pareto
+    assert files() == changed
+    (folder / "model.safetensors").write_bytes(b"cut")
+    train(make_recipe(), out=tmp_path / "run")
+    assert files() == whole
+    assert train(make_recipe(notes=["corrected"]), out=tmp_path / "run").record["notes"] == ["corrected"]
 
 
 def test_the_time_that_saves_take_is_not_counted_as_optimisation(data, make_recipe, tmp_path, monkeypatch):
