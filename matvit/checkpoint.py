@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ CONFIG, WEIGHTS, PARETO, TRAINING, CARD = (
 )
 Storage = Literal["float32", "int8"]
 _Kind = Literal["new", "old"]
+_ABANDONED_SECONDS = 3600.0  # no save writes a file for longer
 _PRIVATE = "private."  # begins the names of the tensors that submodels own
 
 
@@ -382,9 +384,19 @@ def _beside(target: Path, kind: _Kind) -> Path:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """What this save and killed earlier ones left beside `target`, now that it is whole."""
-    for path in [*_leftovers(target, "new"), *_leftovers(target, "old")]:
+    """What this save and killed earlier ones left beside `target`, now that it is whole.
+
+    What another process writes there is young.
+    """
+    for path in [*filter(_is_abandoned, _leftovers(target, "new")), *_leftovers(target, "old")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(unfinished: Path) -> bool:
+    try:
+        return time.time() - unfinished.stat().st_mtime > _ABANDONED_SECONDS
+    except FileNotFoundError:  # just finished
+        return False
 
 
 def _leftovers(target: Path, kind: _Kind) -> list[Path]:

@@ -377,14 +377,24 @@ def _read_table(file: Path) -> Any:
         table = pq.read_table(file, partitioning=None).flatten()
     except (pa.ArrowException, OSError, ValueError) as error:  # the latter: names that are not UTF-8
         raise _error(file, "is no readable parquet file", "fetch it again") from error
+    plain = [field.name == "image" and _is_bytes(field.type) for field in table.schema]  # without the structure
+    table = table.rename_columns(
+        ["image.bytes" if one else name for one, name in zip(plain, table.column_names, strict=True)]
+    )
     for name in ("image.bytes", "label"):
         if table.column_names.count(name) > 1:
             raise _error(file, f"has two columns '{name}'", "keep one of them")
     # A text would be taken for the path of a picture.
     kinds = [field.type for field in table.schema if field.name == "image.bytes"]
-    if not kinds or not (pa.types.is_binary(kinds[0]) or pa.types.is_large_binary(kinds[0])):
+    if not kinds or not _is_bytes(kinds[0]):
         raise _error(file, "has no column 'image' with bytes", "use the Hugging Face form image{bytes, path}, label")
     return table
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _label_column(table: Any, file: Path) -> list[int | str]:

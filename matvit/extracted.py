@@ -22,6 +22,7 @@ from matvit.checkpoint import refuse_inside
 from matvit.durable import remove_unfinished, write_together
 from matvit.errors import CheckpointError
 from matvit.model import MatViT
+from matvit.regular import check_regular, read_small
 
 FORMAT: Literal["matvit-extracted"] = "matvit-extracted"
 _TimmClass = Literal["timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva"]
@@ -84,7 +85,8 @@ def read_extracted(path: Path) -> backbone.TimmViT:
     Raises CheckpointError when one of the two files is missing, damaged, or not the other's.
     """
     try:
-        config = ExtractedConfig.model_validate_json(path.with_suffix(".json").read_bytes())
+        config = ExtractedConfig.model_validate_json(read_small(path.with_suffix(".json")))
+        check_regular(path)
         weights = path.read_bytes()
         if hashlib.sha256(weights).hexdigest() != config.sha256:
             raise _damaged(path, "its sha256 is not the one in the JSON file beside it")
@@ -110,7 +112,7 @@ def _refuse_to_replace(out: Path, sidecar: Path) -> None:
 def _is_ours(sidecar: Path) -> bool:
     """Whether an extraction wrote it, of any version."""
     try:
-        raw = json.loads(sidecar.read_bytes())
+        raw = json.loads(read_small(sidecar))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and raw.get("format") == FORMAT

@@ -82,6 +82,7 @@ def evaluate(
       matvit eval roxford5k --protocol hard --queries S,XL-r224 --galleries XL-r224
       matvit eval my-classes/ --queries S,M,L,XL,mixed:200 --plot plane.html
     """
+    from matvit.durable import write_atomic
     from matvit.tasks import read_task
     from matvit_app.evaluation import evaluate as run
     from matvit_app.evaluation import table_folder, table_specs
@@ -115,7 +116,7 @@ def evaluate(
         _show(found)
     # After the figures: a disk that refuses to write does not take them along.
     if plot is not None:
-        plot.write_text(plane_html(found), encoding="utf-8")
+        write_atomic(plot.resolve(), plane_html(found).encode())
         say(f"drawn: {plot}")
     if folder is not None:
         say(f"{folder}: its table has {save_table(model, found, folder=folder)} rows")
@@ -126,7 +127,8 @@ def _check_plot(plot: Path) -> None:
 
     if not plot.resolve().parent.is_dir():
         raise typer.BadParameter(f"there is no folder '{plot.parent}'", param_hint="--plot")
-    if plot.is_dir() or not os.access(plot if plot.exists() else plot.resolve().parent, os.W_OK):
+    there = [plot] if plot.exists() else []
+    if not (all(map(Path.is_file, there)) and all(os.access(one, os.W_OK) for one in (*there, plot.resolve().parent))):
         raise typer.BadParameter(f"'{plot}' is no file that may be written", param_hint="--plot")
     refuse_inside(plot)
 

@@ -14,6 +14,8 @@ from matvit.errors import MissingExtraError, RecipeError
 from matvit.regular import read_small
 
 _MOST = 2**20  # bytes: YAML takes a hundred times that in memory
+_Weight = Annotated[float, Field(ge=0, le=1e6)]  # beyond it, float32 overflows sooner or later
+_Pixels = Annotated[int, Field(ge=1, le=2**12)]  # a side of what an encoder is given
 _Batch = Annotated[int, Field(ge=1, le=2**20)]  # pictures
 
 
@@ -37,7 +39,7 @@ class EncoderRecipe(_Strict):
     model_args: dict[str, int | float | str] = {}  # what timm's model is made with: depth, mlp_ratio, global_pool
     weights: Path | None = None  # safetensors, relative to the working folder; None: random
     pretrained: bool = False  # timm's own weights, from the hub
-    image_size: PositiveInt | None = None  # pixels, the native resolution; None: the model's own
+    image_size: _Pixels | None = None  # the native resolution; None: the model's own
     head_axis: bool = False  # the encoder can be cut to the most important heads of each block
     depth_axis: bool = False  # the encoder can be cut to its most important blocks
     resolution_axis: bool = False  # and be given smaller or larger pictures
@@ -60,7 +62,7 @@ class TeacherRecipe(_Strict):
     timm_model: str
     model_args: dict[str, int | float] = {}  # sizes that timm's model is made with, such as num_classes
     weights: Path | None = None  # safetensors; None: timm's own weights, from the hub
-    image_size: PositiveInt  # pixels
+    image_size: _Pixels
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     views: PositiveInt = 4  # fixed random crops of every picture that the teacher sees, once
@@ -106,14 +108,14 @@ class Augmentation(_Strict):
 class Losses(_Strict):
     """Weights of the losses; 0 leaves one out. See `matvit.training.losses`."""
 
-    classification: float = Field(default=0.0, ge=0)  # towards the labels; 0 everywhere = a label-free run
-    teacher_classes: float = Field(default=0.0, ge=0)  # towards the teacher's probabilities
-    teacher_features: float = Field(default=0.0, ge=0)  # towards the teacher's pooled features
-    cosine: float = Field(default=0.0, ge=0)  # towards the frozen full encoder's embedding
+    classification: _Weight = 0.0  # towards the labels; 0 everywhere = a label-free run
+    teacher_classes: _Weight = 0.0  # towards the teacher's probabilities
+    teacher_features: _Weight = 0.0  # towards the teacher's pooled features
+    cosine: _Weight = 0.0  # towards the frozen full encoder's embedding
     centred: bool = False  # what `cosine` compares: embeddings without the mean of the batch's frozen ones
-    similarity: float = Field(default=0.0, ge=0)  # towards its similarities over the batch
-    contrast: float = Field(default=0.0, ge=0)  # InfoNCE: its embedding of the same picture among the batch's
-    prefix: float = Field(default=0.0, ge=0)  # these again, but teacher_features, on the embedding's first numbers
+    similarity: _Weight = 0.0  # towards its similarities over the batch
+    contrast: _Weight = 0.0  # InfoNCE: its embedding of the same picture among the batch's
+    prefix: _Weight = 0.0  # these again, but teacher_features, on the embedding's first numbers
 
     @property
     def train_something(self) -> bool:
@@ -161,9 +163,9 @@ class OptimiserRecipe(_Strict):
     """AdamW with layer-wise decay, linear warm-up from 0 and cosine decay to 0."""
 
     betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=1000)
     layer_decay: float = Field(default=0.85, gt=0, le=1)
-    head_rate: float = Field(default=3.0, ge=0)  # learning rate of the loss heads, relative to the encoder's last layer
+    head_rate: _Weight = 3.0  # learning rate of the loss heads, relative to the encoder's last layer
     warmup: float = Field(default=0.06, ge=0, lt=1)  # share of the steps; 0: the first is at the full rate
     clip_norm: PositiveFloat = 3.0
 

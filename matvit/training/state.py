@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Json, NonNegativeInt, ValidationError, model_validator
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -39,6 +39,36 @@ from matvit.training.recipe import Recipe, Stage
 VERSION = 2  # of what `save` keeps: raised by every change of it; another one's is refused
 STATE, LOG, LOCK, BOARD = "state.pt", "log.jsonl", "lock", "tensorboard"
 _SAID = {"validation", "license", "credits", "notes"}  # of a recipe: no weight depends on these
+
+
+class _Kept(BaseModel):
+    """What `save` writes, as far as torch does not check it itself."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    recipe: Json[Any]
+    start: list[str | None]
+    data: Any
+    stage: NonNegativeInt
+    step: NonNegativeInt
+    seconds: float
+    made_by: list[dict[str, Any]]
+    finished: str | None
+    axes: AxesConfig
+    model: dict[str, Tensor]
+    private: dict[str, Tensor] | None
+    private_config: PrivateConfig | None
+    ema: dict[str, Tensor] | None
+    stage_start: dict[str, Tensor] | None
+    heads: dict[str, Tensor]
+    anchor: dict[str, Tensor] | None
+    optimiser: dict[str, Any] | None
+
+    @model_validator(mode="after")
+    def _finite(self) -> _Kept:
+        if not all(tensor.isfinite().all() for part in (self.model, self.private or {}) for tensor in part.values()):
+            raise ValueError("its weights are not finite")
+        return self
 
 
 @dataclass(kw_only=True)
@@ -207,7 +237,15 @@ def restore(run: Run) -> dict[str, Any] | None:
         state = _read(path, run.fabric.device)
         if other := _other(run, state):
             raise RecipeError(what=other, where=str(path), fix="choose another --out, or start again with --fresh")
-        optimiser_state = _take(run, state)
+        stages = run.recipe.stages
+        if (state["stage"], state["step"]) > (len(stages), 0) or (state["optimiser"] is None) != (state["step"] == 0):
+            raise _damaged(path)
+        try:
+            optimiser_state = _take(run, state)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):  # of tensors that are missing, or of another shape
+                raise
+            raise _damaged(path) from error
     run.saved = _in_words(run)
     if run.fabric.is_global_zero:
         _forget_later_rows(run)
@@ -218,14 +256,21 @@ def _read(path: Path, device: torch.device) -> Any:
     try:
         check_regular(path)  # a pipe would be waited for
         _check_sums(path)
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        if isinstance(state, dict) and state.get("version") == VERSION:
+            _Kept.model_validate(state)
+        return state
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         raise RecipeError(what=what, where=str(path), fix="mend that, or start again with --fresh") from error
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise RecipeError(what="is damaged", where=str(path), fix="start again with --fresh") from error
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> RecipeError:
+    return RecipeError(what="is damaged", where=str(path), fix="start again with --fresh")
 
 
 def _other(run: Run, state: Any) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -98,8 +100,10 @@ def test_a_plot_into_a_missing_folder_is_refused_before_anything_is_computed(run
 
 def test_a_plot_that_cannot_be_written_or_would_lie_in_a_checkpoint_is_refused(run, photos, mine, tmp_path):
     (tmp_path / "plane.html").mkdir()
+    os.mkfifo(tmp_path / "pipe.html")  # without anybody who reads it
     for place, why in (
         (tmp_path / "plane.html", "no file that may be"),
+        (tmp_path / "pipe.html", "no file that may be"),
         (mine / "plane.html", "inside the checkpoint"),
     ):
         done = run("eval", photos, "--encoder", mine, "--plot", place)
@@ -107,12 +111,21 @@ def test_a_plot_that_cannot_be_written_or_would_lie_in_a_checkpoint_is_refused(r
         assert why in done.err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
-def test_what_cannot_be_written_does_not_take_the_figures_along(run, photos, checkpoint):
-    done = run("eval", photos, "--encoder", checkpoint, "--plot", "/dev/full", "--json")
+def test_a_plot_that_the_disk_refuses_takes_neither_the_figures_nor_the_earlier_one_along(
+    run, photos, checkpoint, tmp_path, monkeypatch
+):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    page = tmp_path / "plane.html"
+    page.write_text("earlier")
+    monkeypatch.setattr(os, "fsync", full)
+    done = run("eval", photos, "--encoder", checkpoint, "--plot", page, "--json")
     assert done.code == 2
     assert done.json["matrix"]
+    assert f"{page}" in done.err
     assert "No space left" in done.err
+    assert page.read_text() == "earlier"
 
 
 def test_the_front_becomes_the_checkpoints_table(run, photos, mine):

@@ -560,8 +560,24 @@ def test_what_killed_saves_left_goes_with_the_next_save(tiny: MatViT, folder: Pa
     users = {"copy", ".copy.old-photos", ".copy2.old-0123abcd", "copy.old-0123abcd"}
     for name in (".copy.old-0123abcd", ".copy.new-0123abcd", *users):
         (folder.parent / name).mkdir(exist_ok=True)
+    os.utime(folder.parent / ".copy.new-0123abcd", (0, 0))
     tiny.save_pretrained(folder)
     assert {path.name for path in folder.parent.iterdir()} == users
+
+
+def test_what_another_process_is_saving_in_the_same_place_is_left_to_it(
+    tiny: MatViT, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap = checkpoint._swap
+
+    def save_another_first(new: Path, target: Path) -> None:
+        monkeypatch.setattr(checkpoint, "_swap", swap)
+        tiny.save_pretrained(folder)
+        swap(new, target)
+
+    monkeypatch.setattr(checkpoint, "_swap", save_another_first)
+    tiny.save_pretrained(folder)
+    assert MatViT.from_pretrained(folder).space_id == tiny.space_id
 
 
 @pytest.fixture

@@ -384,6 +384,14 @@ def test_a_parquet_column_that_is_no_bytes_is_refused_rather_than_taken_for_a_pa
         read_dataset(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary"])
+def test_a_parquet_column_of_plain_bytes_is_one_of_pictures(tmp_path: Path, kind: str) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = pa.array([encoded(1)], type=getattr(pa, kind)())
+    parquet.write_table(pa.table({"image": column, "label": ["x"]}), tmp_path / "a.parquet")
+    assert read_dataset(tmp_path / "a.parquet").images[0] == encoded(1)
+
+
 def test_shards_of_short_and_of_long_binary_columns_are_read_together(tmp_path: Path) -> None:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for row, kind in enumerate((pa.binary(), pa.large_binary())):

@@ -88,6 +88,9 @@ def test_no_class_that_is_trained_on_is_a_class_of_the_unseen_tests(name):
         ({"data": []}, "data: "),
         ({"stages": []}, "stages: "),
         ({"name": "a/b"}, "name: "),
+        ({"optimiser": {"head_rate": 1e300}}, "optimiser.head_rate: Input should be less than or equal to"),
+        ({"optimiser": {"weight_decay": 1e300}}, "optimiser.weight_decay: Input should be less than or equal to"),
+        ({"encoder": {"timm_model": "x", "image_size": 1000000}}, "encoder.image_size: Input should be less than or"),
         ({"optimiser": {"betas": [0.9, 1.0]}}, "betas must be from 0 to below 1"),
     ],
 )
@@ -101,6 +104,7 @@ def test_a_wrong_field_is_named(make_fields, tmp_path, change, sentence):
         ({"learning_rate": -1}, "stages.0.learning_rate: Input should be greater than 0"),
         ({"learning_rate": float("inf")}, "stages.0.learning_rate: Input should be a finite number"),
         ({"learning_rate": 1e300}, "stages.0.learning_rate: Input should be less than or equal to"),
+        ({"full": {"classification": 1e300}}, "stages.0.full.classification: Input should be less than or equal to"),
         ({"batches": [10**20]}, "stages.0.batches.0: "),
         ({"full": {"teacher_classes": 1}}, "stage 'full' distils a teacher, but the recipe names none"),
         ({"full": {"cosine": 1}}, "stage 'full' aligns to the stage before it, but is the first"),

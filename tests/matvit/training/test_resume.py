@@ -388,6 +388,28 @@ def test_a_state_of_another_version_is_told_as_such(interrupted, make_recipe, ch
             train(make_recipe(), out=interrupted)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage": 7},
+        {"stage": 2, "step": 3},
+        {"step": -1},
+        {"recipe": 5},
+        {"recipe": "{"},
+        {"made_by": None},
+        {"model": {}},
+        {"heads": {}},
+        {"model": {"pos_embed": torch.tensor(float("nan"))}},
+        {"data": ...},
+    ],
+)
+def test_a_state_of_this_version_with_other_content_is_damaged(interrupted, make_recipe, change):
+    saved = torch.load(interrupted / "state.pt", weights_only=True) | change
+    torch.save({name: value for name, value in saved.items() if value is not ...}, interrupted / "state.pt")
+    with pytest.raises(RecipeError, match=r"state\.pt: is damaged; start again with --fresh"):
+        train(make_recipe(), out=interrupted)
+
+
 def test_an_error_of_our_own_while_a_state_is_taken_is_not_called_damage(interrupted, make_recipe, monkeypatch):
     def fail(*_):
         raise KeyError("ours")
