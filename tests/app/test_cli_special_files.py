@@ -69,3 +69,10 @@ def test_output_that_cannot_be_written_is_no_verdict(index, redirected):
     outcome = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=50, check=False)
     assert outcome.returncode == 2
     assert "Traceback" not in outcome.stderr
+
+
+def test_a_pipe_in_the_place_of_an_extracted_submodels_json(run, checkpoint, tmp_path):
+    os.mkfifo(tmp_path / "small.json")
+    done = run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "small.safetensors")
+    assert done.code == 2
+    assert "small.json: is there already, and is no extracted submodel" in done.err

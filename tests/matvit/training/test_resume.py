@@ -457,7 +457,7 @@ def test_a_complete_run_leaves_its_encoder_as_it_was_changed_since_and_mends_a_d
     adapted.record["adapted"], adapted.pareto = {"pictures": 12}, adapted.pareto[:1]
     adapted.save_pretrained(folder)
     changed = files()
-    assert train(make_recipe(), out=tmp_path / "run").pareto == adapted.pareto
+    assert len(train(make_recipe(), out=tmp_path / "run").pareto) == 1
     assert files() == changed
     (folder / "model.safetensors").write_bytes(b"cut")
     train(make_recipe(), out=tmp_path / "run")
