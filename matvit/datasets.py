@@ -378,9 +378,8 @@ def _read_table(file: Path) -> Any:
     except (pa.ArrowException, OSError, ValueError) as error:  # the latter: names that are not UTF-8
         raise _error(file, "is no readable parquet file", "fetch it again") from error
     plain = [field.name == "image" and _is_bytes(field.type) for field in table.schema]  # without the structure
-    table = table.rename_columns(
-        ["image.bytes" if one else name for one, name in zip(plain, table.column_names, strict=True)]
-    )
+    names = ["image.bytes" if one else name for one, name in zip(plain, table.column_names, strict=True)]
+    table = table.rename_columns(names).replace_schema_metadata(table.schema.metadata)  # a renamed one has none
     for name in ("image.bytes", "label"):
         if table.column_names.count(name) > 1:
             raise _error(file, f"has two columns '{name}'", "keep one of them")
