@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning_fabric import Fabric
-from pydantic import BaseModel, ConfigDict, Json, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class _Kept(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    recipe: Json[Any]
+    recipe: Annotated[Any, BeforeValidator(json.loads)]  # pydantic's own JSON refuses texts that are not UTF-8
     start: list[str | None]
     data: Any
     stage: NonNegativeInt
