@@ -44,3 +44,17 @@ def open_lock(path: Path) -> int:
     os.close(descriptor)
     reason = "a file of two names" if stat.S_ISREG(found.st_mode) else "not a regular file"
     raise NotOursError(errno.EINVAL, reason, str(path))
+
+
+def holder_of(path: Path) -> str:
+    """The process id that the lock file names, or "unknown"."""
+    return path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
+
+
+def sign(descriptor: int) -> None:
+    """Name this process in a lock file that it holds. Raises OSError.
+
+    The file stays when the lock goes: removing it would let two processes lock two files of one name.
+    """
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from matvit.locking import HELD, lock, open_lock
+from matvit.locking import HELD, holder_of, lock, open_lock, sign
 from matvit.regular import NotOursError
 from retrieval.errors import IndexLockedError, IngestError
 from retrieval.files import check_kind, writing, wrong_kind
@@ -37,9 +37,8 @@ def writer_lock(folder: Path) -> Iterator[None]:
                     where=str(folder),
                     fix="put it where the file system has locks, such as a local disk",
                 ) from error
-            holder = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
             raise IndexLockedError(
-                what=f"process {holder} is writing to this index",
+                what=f"process {holder_of(path)} is writing to this index",
                 where=str(folder),
                 fix="wait until it is done, or stop it",
             ) from error
@@ -47,10 +46,8 @@ def writer_lock(folder: Path) -> Iterator[None]:
             raise IndexLockedError(
                 what="another process has just removed this index", where=str(folder), fix="run the same again"
             )
-        # The file stays when the lock goes: removing it would let two writers lock two files of one name.
         with writing(folder):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
+            sign(descriptor)
         yield
     finally:
         os.close(descriptor)

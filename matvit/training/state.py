@@ -24,7 +24,7 @@ from torch import Tensor
 from matvit.datasets import LabelledImages
 from matvit.durable import remove_unfinished, write_atomic
 from matvit.errors import RecipeError
-from matvit.locking import HELD, lock, open_lock
+from matvit.locking import HELD, holder_of, lock, open_lock, sign
 from matvit.model import AxesConfig, MatViT
 from matvit.private import PrivateConfig
 from matvit.progress import Progress
@@ -131,16 +131,13 @@ def only_run(out: Path, *, resume: bool) -> Iterator[None]:
             lock(descriptor)
         except OSError as error:  # some network disks have no locks
             if error.errno in HELD:
-                holder = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
                 raise RecipeError(
-                    what=f"process {holder} is training in this folder",
+                    what=f"process {holder_of(path)} is training in this folder",
                     where=str(out),
                     fix="wait until it is done, stop it, or choose another --out",
                 ) from error
-        # The file stays when the lock goes: removing it would let two processes lock two files of one name.
         with writing(path):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
+            sign(descriptor)
         yield
     finally:
         os.close(descriptor)
