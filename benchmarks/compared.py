@@ -19,7 +19,7 @@ from controls import Task, found_by, ordered, read_tasks, trained
 from matvit import MatViT
 from matvit.training.recipe import Recipe, load_recipe
 
-DIAL = ("XL", "XL-r168", "XL-r112", "XL-r84", "XL-r56")
+DIAL = ("XL", "XL-r154", "XL-r112", "XL-r98", "XL-r84", "XL-r70", "XL-r56")
 CUT = ("L", "M", "S")
 PLAIN = "plain"
 
@@ -45,8 +45,8 @@ def _nested(**change: Any) -> Variant:
 
 
 def _frozen(**change: Any) -> Variant:
-    """The third stage in the place of the second: what S, M and L own alone, the full encoder stays."""
-    return Variant(stages=(2,), after=PLAIN, change=change)
+    """The third stage, short, in the place of the second: what S, M and L own alone, the full encoder stays."""
+    return Variant(stages=(2,), after=PLAIN, change={"steps": 300} | change)
 
 
 def _joint(average: float) -> Variant:
@@ -82,6 +82,8 @@ VARIANTS = {
     # Stage 2 in full, by how much of its end is taken, and with stage 3.
     **{f"average-{share}": _nested(steps=1300, average=share) for share in (0.5, 0.7, 0.8, 0.9, 1.0)},
     "own": Variant(stages=(1, 2), after=PLAIN),
+    # How it grows with minutes: stage 2 ended sooner; "plain" is before it, average-0.8 all of it.
+    **{f"steps-{steps}": Variant(stages=(1,), after=PLAIN, change={"steps": steps}) for steps in (330, 650)},
     # XL frozen from stage 1 on: with a least-squares fit, and by the rank of what S, M and L own.
     "frozen": _frozen(),
     "frozen-fit": _frozen(fit=True),
