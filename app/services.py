@@ -117,6 +117,14 @@ def group_json(group: DuplicateGroup) -> list[dict[str, Any]]:
     return [{**asdict(picture), "path": location(picture.path)} for picture in group]
 
 
+def delete(paths: Iterable[Path], *, path: Path) -> tuple[int, int]:
+    """See `retrieval.Index.delete`; gives how many were deleted, and how many pictures are left. Raises MatVitError."""
+    from retrieval import Index
+
+    index = Index.open(path)
+    return index.delete(paths), index.info().items
+
+
 def compact(path: Path, *, progress: Progress = silent) -> CompactReport:
     """See `retrieval.Index.compact`. Raises MatVitError: a damaged index, a full disk, another writer."""
     from retrieval import Index

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from numbers import Real
@@ -48,6 +48,8 @@ from retrieval.writer import GenerationWriter
 
 Selected = int | str | os.PathLike[str]
 """A picture's id, its file, or a folder around it."""
+
+_NAMED = 5  # of what an index does not hold, in the error
 
 
 class Index:
@@ -311,10 +313,18 @@ def items_of(snapshot: Snapshot, wanted: Selected | Iterable[Selected]) -> dict[
         if not at_place:
             missing.add(place)
     if missing:
-        first = next(item for item in asked if item in missing)
-        what = f"holds no item with id {first}" if isinstance(first, int) else f"holds no file {first!r}"
-        raise IngestError(what=what, where=str(snapshot.folder), fix="give ids and paths as a search gives them")
+        raise _not_held([item for item in dict.fromkeys(asked) if item in missing], snapshot.folder)
     return found
+
+
+def _not_held(missing: Sequence[int | str], folder: Path) -> IngestError:
+    named = [f"item with id {one}" if isinstance(one, int) else f"file {one!r}" for one in missing[:_NAMED]]
+    more = f", nor {len(missing) - _NAMED} more of these" if len(missing) > _NAMED else ""
+    return IngestError(
+        what=f"holds no {', no '.join(named)}{more}",
+        where=os.fspath(folder),
+        fix="give ids and paths as a search gives them; nothing was deleted",
+    )
 
 
 def _is_between(value: float, least: int, end: int) -> bool:

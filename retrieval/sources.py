@@ -387,7 +387,9 @@ def _nothing(named: list[str], found: Found, *, delete: bool) -> IngestError:
         )
     fix = "name a folder, a file or a pattern that holds pictures"
     if delete:  # an empty folder may be where a disk is not mounted
-        fix += "; nothing was forgotten, since a disk may be away: if it is not, Index.open(INDEX).delete(PATH) does it"
+        fix += (
+            "; nothing was forgotten, since a disk may be away: if it is not, matvit delete PATH --index INDEX does it"
+        )
     if not named:
         return IngestError(what="no pictures were given", where="images", fix=fix)
     first = named[0]

@@ -101,6 +101,13 @@ def test_search_in_a_folder_that_is_no_index(run, picture, photos):
     refused(run("search", picture, "--index", photos), photos, "no index")
 
 
+def test_delete_names_what_the_index_does_not_hold_and_takes_nothing_out(run, index, picture, photos):
+    missing = [photos / f"none-{number}.png" for number in range(7)]
+    refused(run("delete", picture, *missing[:2], "--index", index), *missing[:2], "nothing was deleted")
+    refused(run("delete", *missing, "--index", index), *missing[:5], "nor 2 more of these")
+    assert run("info", index, "--json").json["items"] == 8
+
+
 def test_search_when_the_checkpoint_of_the_index_is_gone(run, photos, checkpoint, picture, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(checkpoint, moved)
@@ -311,6 +318,7 @@ def test_usage_errors_name_the_argument_and_the_help(run, arguments, words):
         (["app", "--host", ""], "--host"),
         (["demo", "--host", ""], "--host"),
         (["verify", ""], "INDEX"),
+        (["delete", ""], "PATHS"),
     ],
 )
 def test_an_empty_argument_is_not_the_current_folder(run, photos, tmp_path, monkeypatch, arguments, name):

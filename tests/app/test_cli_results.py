@@ -54,6 +54,17 @@ def test_index_again_adds_and_forgets(run, own_index):
     assert (pruned["indexed"], pruned["unchanged"], pruned["deleted"], pruned["gone"]) == (0, 8, 1, 0)
 
 
+def test_delete_takes_pictures_and_folders_out_and_leaves_their_files(run, own_index, monkeypatch):
+    monkeypatch.chdir(own_index.parent)
+    shown = run("delete", "photos/dogs/0.png", "--index", own_index)
+    assert (shown.code, shown.out, shown.err) == (0, f"{own_index}: 1 deleted, 7 pictures left\n", "")
+    assert run("delete", "photos/dogs/1.png", "photos/cats", "--index", own_index, "--json").json == {
+        "deleted": 5,
+        "items": 2,
+    }
+    assert run("index", "photos", "--index", own_index, "--json").json["indexed"] == 6
+
+
 @pytest.mark.parametrize(("flags", "code"), [([], 0), (["--strict"], 1)])
 def test_skipped_files_are_listed_and_fail_only_when_strict(run, own_index, flags, code):
     pictures = own_index.parent / "photos"

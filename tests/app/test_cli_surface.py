@@ -37,6 +37,7 @@ OPTIONS = {
         "--fuse",
         "--json",
     ],
+    "delete": ["paths", "--index", "--json"],
     "info": ["target", "--skipped", "--json"],
     "train": ["recipe", "--out", "--fresh", "--tensorboard", "--json"],
     "extract": ["checkpoint", "--spec", "--out", "--json"],
