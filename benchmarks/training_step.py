@@ -12,7 +12,7 @@ import argparse
 import io
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,15 @@ def without_teacher(recipe: Recipe, steps: int) -> Recipe:
     return Recipe.model_validate(raw)
 
 
-def kernels(table: Any) -> dict[str, float]:
-    """Milliseconds on the device by kind of kernel."""
+def kernels(events: Iterable[Any]) -> dict[str, float]:
+    """Milliseconds on the device by kind of kernel, of what the profiler recorded."""
     totals = dict.fromkeys([*KINDS, REST], 0.0)
-    for event in table:
-        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+    for event in events:
+        if event.device_type() != DeviceType.CUDA or event.is_user_annotation():
             continue
-        name = event.key.lower()
+        name = event.name().lower()
         kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), REST)
-        totals[kind] += event.self_device_time_total / 1e3
+        totals[kind] += event.duration_ns() / 1e6
     return totals
 
 
@@ -103,9 +103,10 @@ def measure(recipe: Recipe, name: str, *, steps: int) -> dict[str, Any]:
         once()
         row = once()
         on_gpu = run.fabric.device.type == "cuda"
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
             once()
-        spent = kernels(profiled.key_averages()) if on_gpu else {}
+        # As recorded: the profiler's own table takes minutes to make of the many small kernels of frozen stages.
+        spent = kernels(profiled.profiler.kineto_results.events()) if on_gpu else {}
     total = sum(spent.values()) or 1.0
     return {
         "stage": name,

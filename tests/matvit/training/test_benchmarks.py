@@ -7,12 +7,15 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from matvit import MatViT
 from matvit.datasets import read_dataset
@@ -197,6 +200,38 @@ def test_a_profile_of_training_steps_leaves_out_what_comes_before_the_first(load
     assert found["stage"] == "nested"
     assert found["pictures_per_second"] > 0
     assert found["device_time"] == {}  # on a CPU
+
+
+def test_a_profile_sums_the_devices_kernels_without_the_profilers_table(load):
+    training_step = load("training_step")
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        torch.randn(4, 4) @ torch.randn(4, 4)
+    recorded = profiled.profiler.kineto_results.events()
+    assert recorded
+    assert not any(training_step.kernels(recorded).values())  # none of these ran on a device
+
+    def kernel(name: str, milliseconds: int, device: DeviceType = DeviceType.CUDA, *, annotation: bool = False):
+        event = Mock()
+        event.name.return_value, event.duration_ns.return_value = name, milliseconds * 1_000_000
+        event.device_type.return_value, event.is_user_annotation.return_value = device, annotation
+        return event
+
+    found = training_step.kernels(
+        [
+            kernel("sm90_xmma_gemm_bf16", 3),
+            kernel("nvjet_hsh_128x256", 2),
+            kernel("pytorch_flash::flash_fwd_kernel", 4),
+            kernel("vectorized_layer_norm_kernel", 5),
+            kernel("aten::mm", 100, device=DeviceType.CPU),
+            kernel("ProfilerStep", 100, annotation=True),
+        ]
+    )
+    assert {kind: time for kind, time in found.items() if time} == {
+        "attention": 4,
+        "matrix products": 5,
+        training_step.REST: 5,
+    }
+    assert profiled.profiler._function_events is None
 
 
 def test_the_teacher_is_measured_at_its_own_resolution_in_its_own_gallery(load, data, tiny, tmp_path, monkeypatch):
