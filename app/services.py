@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Hits,
         IndexInfo,
         IngestReport,
+        MetadataField,
         RepairReport,
         UpgradeReport,
     )
@@ -231,8 +232,6 @@ def info_of(target: str) -> dict[str, Any]:
     if not is_index(Path(target)):
         _checkpoint_at(target)
         return _encoder_info(load_encoder(target))
-    from retrieval.locations import location
-
     index = index_info(Path(target))
     if index.encoder_source is None:
         raise CheckpointError(
@@ -240,17 +239,37 @@ def info_of(target: str) -> dict[str, Any]:
             where=target,
             fix="save it and index the pictures again",
         )
+    encoder = _encoder_info(load_encoder(index.encoder_source, revision=index.encoder_revision))
+    return encoder | contents_of(target)
+
+
+def contents_of(target: str) -> dict[str, Any]:
+    """What an index holds: of `info_of`, what needs no encoder and no torch. Raises IndexFormatError."""
+    from retrieval import Index
+    from retrieval.locations import location
+
+    opened = Index.open(target)
+    index = opened.info()
     return {
-        **_encoder_info(load_encoder(index.encoder_source, revision=index.encoder_revision)),
+        "encoder": index.encoder_name,
+        "embedding_dim": index.embedding_dim,
+        "space_id": index.space_id,
         "path": target,
         "items": index.items,
         "generation": index.generation,
         **search_json(index),
         "bytes": index.bytes,
+        "gallery": {"spec": index.encoder_spec, "resolution": index.encoder_resolution, "source": index.encoder_source},
+        "metadata": {name: _field_json(field) for name, field in opened.fields().items()},
         "skipped": len(index.skipped),
         "skipped_reasons": _reasons(index),
         "skipped_files": [{"path": location(file.path), "reason": file.reason} for file in index.skipped],
     }
+
+
+def _field_json(field: MetadataField) -> dict[str, Any]:
+    common = [{"value": value, "pictures": count} for value, count in field.common]
+    return {"pictures": field.pictures, "values": field.values, "common": common, "range": field.range}
 
 
 def _reasons(index: IndexInfo) -> dict[str, int]:

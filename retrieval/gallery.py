@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,10 @@ from retrieval.errors import SearchError
 from retrieval.exact import Found, Vectors, exact_search
 from retrieval.filters import Column, Where, parse_where
 from retrieval.items import IntArray, Place
-from retrieval.locations import folder_of
 from retrieval.manifest import read_current
+from retrieval.metadata import from_json
 from retrieval.snapshot import Snapshot
 from retrieval.types import Hit
-
-LABEL = "label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +105,8 @@ class Gallery:
         return self.snapshot.full_path(self.places[position])
 
     def metadata(self, position: int) -> dict[str, Any]:
-        """What is stored of one picture; without a label of its own, it has its folder for it (see `folder_of`)."""
-        text = self._metadata[position]
-        stored: dict[str, Any] = {} if text == "{}" else json.loads(text)  # most have none, and parsing takes a while
-        if LABEL not in stored and (folder := folder_of(self.places[position][1].decode(errors="replace"))):
-            stored[LABEL] = folder
-        return stored
+        """What is known of one picture."""
+        return from_json(self._metadata[position], self.places[position][1])
 
     def allowed(self, where: Where | None) -> IntArray | None:
         """Ascending positions of the pictures that `where` allows; None: all of them.

@@ -38,10 +38,11 @@ from retrieval.manifest import (
     read_pointer,
     remove_unpublished,
 )
+from retrieval.metadata import fields, from_json
 from retrieval.repair import repair_index
 from retrieval.snapshot import Snapshot
 from retrieval.sources import Found, Images, find_files
-from retrieval.types import CompactReport, IndexInfo, IngestReport, RepairReport, UpgradeReport
+from retrieval.types import CompactReport, IndexInfo, IngestReport, MetadataField, RepairReport, UpgradeReport
 from retrieval.upgrade import Upgrade, remove_adopted
 from retrieval.verify import verify_index
 from retrieval.writer import GenerationWriter
@@ -255,6 +256,14 @@ class Index:
     def info(self) -> IndexInfo:
         """What this generation holds."""
         return self._snapshot.info()
+
+    def fields(self) -> dict[str, MetadataField]:
+        """The metadata of this generation's pictures by name, as `where` finds it: read from every picture."""
+        return fields(
+            from_json(picture.metadata, picture.place[1])
+            for segment in self._snapshot.segments
+            for picture in map(segment.items.pictures().__getitem__, segment.live_rows().tolist())
+        )
 
     def verify(self, *, sample: int = 0, progress: Progress = silent) -> list[str]:
         """Read the whole index as it lies on the disk now: one sentence per problem, empty when it is sound.

@@ -1,15 +1,23 @@
-"""What a user says of pictures, as a JSON object that an item can hold."""
+"""What a user says of pictures, as a JSON object that an item can hold; and what an index's pictures have of it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
+from retrieval.filters import Scalar
+from retrieval.locations import folder_of
+from retrieval.types import MetadataField
+
+LABEL = "label"
 MAX_METADATA = 64 * 1024  # bytes of one picture's metadata
+_COMMON = 10  # values of a name that are listed
+_KINDS = {str: "text", bool: "truth value", int: "number", float: "number"}  # to Python, True equals 1
 
 
 def to_json(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -22,6 +30,38 @@ def to_json(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
     if len(text) > MAX_METADATA:
         return None, f"its metadata has more than {MAX_METADATA // 1024} KiB"
     return (text, None) if text != "{}" else (None, None)
+
+
+def from_json(text: str, path: bytes) -> dict[str, Any]:
+    """What is stored of the picture at `path`; without a label of its own, it has its folder for it: `folder_of`."""
+    stored: dict[str, Any] = {} if text == "{}" else json.loads(text)  # most have none, and parsing takes a while
+    if LABEL not in stored and (folder := folder_of(path.decode(errors="replace"))):
+        stored[LABEL] = folder
+    return stored
+
+
+def fields(pictures: Iterable[Mapping[str, Any]]) -> dict[str, MetadataField]:
+    """By name, the most frequent first: what `pictures` have, each with its metadata."""
+    found: dict[str, dict[tuple[str, Scalar], int]] = {}  # of each name, how many have a value; "" for what is no value
+    for metadata in pictures:
+        for name, value in metadata.items():
+            kind = _KINDS.get(type(value), "")
+            key = kind, value if kind else ""
+            counts = found.setdefault(name, {})
+            counts[key] = counts.get(key, 0) + 1
+    described = {name: _field(counts) for name, counts in found.items()}
+    return dict(sorted(described.items(), key=lambda one: -one[1].pictures))
+
+
+def _field(counts: Mapping[tuple[str, Scalar], int]) -> MetadataField:
+    values = Counter({key: count for key, count in counts.items() if key[0]})
+    numbers = [value for kind, value in values if kind == "number" and not isinstance(value, str)]
+    return MetadataField(
+        pictures=sum(counts.values()),
+        values=len(values),
+        common=tuple((value, count) for (_, value), count in values.most_common(_COMMON)),
+        range=(min(numbers), max(numbers)) if numbers else None,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -98,6 +98,16 @@ class IndexInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetadataField:
+    """What the pictures of an index have under one metadata name."""
+
+    pictures: int  # that have it
+    values: int  # different texts, numbers and truth values: what `where` can ask for
+    common: tuple[tuple[str | int | float | bool, int], ...]  # the most frequent of them, and of how many pictures
+    range: tuple[float, float] | None  # the least and the largest number, where there are any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
     """Milliseconds that one query took; in a batch, its equal share of the batch."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +13,9 @@ from matvit_app.cli.index import described
 from matvit_app.cli.output import JsonFlag, write_json, write_line, write_table
 
 _SOURCE = "measured on its validation pictures when the encoder was trained (see its training.json), not on yours."
+
+_SHOWN = 20  # metadata names that are listed for people; --json lists all
+_LONG = 40  # characters of a value
 
 
 def info(
@@ -24,32 +29,65 @@ def info(
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Show what an encoder's submodels cost, or what an index holds.
+    """Show what an index holds, or what an encoder's submodels cost.
 
     \b
     Examples:
-      matvit info
       matvit info photos.index
       matvit info photos.index --skipped
+      matvit info matvit-small
     """
-    found = services.info_of(target)
+    # The encoder of an index is part of the document, but not worth the seconds that people would wait for it.
+    is_index = services.is_index(Path(target))
+    found = services.contents_of(target) if is_index and not json else services.info_of(target)
     files = found.pop("skipped_files", [])
     if json:
         write_json(found | {"skipped_files": files} if skipped else found)
+    elif is_index:
+        _show_index(found, files if skipped else [])
     else:
-        _show(found, files if skipped else [])
+        _show_encoder(found)
 
 
-def _show(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
-    if "items" in found:
-        write_line(
-            f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, "
-            f"{described(found)}, generation {found['generation']}"
-        )
-        for reason, count in found["skipped_reasons"].items():
-            write_line(f"skipped {count}: {reason}")
-        for file in skipped:
-            write_line(f"skipped {file['path']}: {file['reason']}")
+def _show_index(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
+    write_line(
+        f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, "
+        f"{described(found)}, generation {found['generation']}"
+    )
+    fields = list(found["metadata"].items())
+    for name, field in fields[:_SHOWN]:
+        write_line(f"{name}: {field['pictures']} pictures, {_values(field)}")
+    if len(fields) > _SHOWN:
+        write_line(f"{len(fields) - _SHOWN} more metadata names: --json lists them")
+    for reason, count in found["skipped_reasons"].items():
+        write_line(f"skipped {count}: {reason}")
+    for file in skipped:
+        write_line(f"skipped {file['path']}: {file['reason']}")
+    gallery = found["gallery"]
+    write_line(
+        f"encoder {found['encoder']}, {gallery['spec']} on pictures of {gallery['resolution']} px, "
+        f"{found['embedding_dim']} numbers a picture"
+    )
+    write_line(f"space {found['space_id']}")
+    if gallery["source"] is not None:
+        write_line(f"submodels that can search it: matvit info {shlex.quote(gallery['source'])}")
+
+
+def _values(field: dict[str, Any]) -> str:
+    """What pictures have under a metadata name, in short."""
+    if field["range"] and all(isinstance(one["value"], float | int) for one in field["common"]):
+        return "{:g} to {:g}".format(*field["range"])
+    common = [f"{_short(one['value'])} ({one['pictures']})" for one in field["common"]]
+    count = f"{field['values']:,} value{'s' * (field['values'] != 1)}"
+    return f"{count}{', most often' if field['values'] > len(common) else ':'} {', '.join(common)}" if common else count
+
+
+def _short(value: object) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
+
+
+def _show_encoder(found: dict[str, Any]) -> None:
     write_line(f"encoder {found['encoder']}, {found['embedding_dim']} numbers a picture")
     write_line(f"space {found['space_id']}")
     write_line(f"cut along: {', '.join(found['axes'])}")

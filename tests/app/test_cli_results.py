@@ -193,14 +193,36 @@ def test_info_of_an_index_tells_of_both(run, index, checkpoint):
     assert "8 pictures" in run("info", index).out
 
 
-def test_info_says_that_the_quality_was_not_measured_on_the_pictures_of_the_index(run, checkpoint, photos, tmp_path):
+def test_info_shows_what_an_index_holds_without_its_encoder(run, photos, checkpoint, tmp_path, monkeypatch):
+    rows = ["path,price,kept,label"]
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        rows.append(f"{path},{number / 2},{'yes' if number else ''},{'cat' if number < 5 else 'dog'}")
+    (tmp_path / "shop.csv").write_text("\n".join(rows))
+    index = tmp_path / "shop.index"
+    assert run("index", tmp_path / "shop.csv", "--index", index, "--encoder", checkpoint).code == 0
+    assert run("info", index, "--json").json["metadata"]["label"] == {
+        "pictures": 8,
+        "values": 2,
+        "common": [{"value": "cat", "pictures": 5}, {"value": "dog", "pictures": 3}],
+        "range": None,
+    }
+    monkeypatch.setattr("matvit_app.services.load_encoder", None)  # any use would fail
+    lines = run("info", index).out.splitlines()
+    assert lines[0].startswith(f"{index}: 8 pictures")
+    assert set(lines[1:4]) == {
+        "price: 8 pictures, 0 to 3.5",
+        "label: 8 pictures, 2 values: cat (5), dog (3)",
+        "kept: 7 pictures, 1 value: yes (7)",
+    }
+    assert lines[-1] == f"submodels that can search it: matvit info {checkpoint}"
+
+
+def test_info_says_that_the_quality_was_not_measured_on_ones_own_pictures(run, checkpoint, tmp_path):
     assert "not on yours" not in run("info", checkpoint).out  # its table is empty
     shutil.copytree(checkpoint, tmp_path / "measured")
     row = {"name": "S", "spec": "S", "flops": 1, "params": 1, "relative_flops": 0.5, "quality": {"recall@1": 0.75}}
     (tmp_path / "measured" / "pareto.json").write_text(json.dumps([row]))
-    index = tmp_path / "own.index"
-    assert run("index", photos, "--index", index, "--encoder", tmp_path / "measured").code == 0
-    shown = run("info", index).out
+    shown = run("info", tmp_path / "measured").out
     assert "0.750" in shown
     assert "recall@1: measured on its validation pictures" in shown
     assert "not on yours" in shown
