@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from matvit import layouts, tars
 from matvit.errors import DatasetError, MissingExtraError
-from matvit.preprocess import ImageSource
+from matvit.preprocess import Absent, ImageSource
 from matvit.regular import check_regular
 from matvit.walk import walk_files
 
@@ -189,7 +189,7 @@ class _Subset(Sequence[T]):
 
 
 class _Members(Sequence[bytes]):
-    """Pictures in tar shards, read on access; one that is gone becomes b"", which no decoder takes for a picture."""
+    """Pictures in tar shards, read on access; `Absent` where that fails."""
 
     def __init__(self, members: Sequence[tars.LabelledMember]) -> None:
         self._members = members
@@ -206,12 +206,12 @@ class _Members(Sequence[bytes]):
             return _Members(self._members[index])
         try:
             return self._members[index].read()
-        except OSError:
-            return b""
+        except OSError as error:
+            return Absent(error.strerror or "cannot be read")
 
 
 class _ArrowBytes(Sequence[bytes]):
-    """A binary arrow column as a sequence of bytes; a null becomes b"", which no decoder takes for a picture."""
+    """A binary arrow column as a sequence of bytes; a null becomes `Absent`."""
 
     def __init__(self, column: Any) -> None:
         self._column = column  # pyarrow.ChunkedArray
@@ -227,7 +227,7 @@ class _ArrowBytes(Sequence[bytes]):
         if isinstance(index, slice):
             return _ArrowBytes(self._column[index])
         content: bytes | None = self._column[index].as_py()
-        return content or b""
+        return content or Absent("the row holds no bytes of a picture")
 
 
 def _read(location: str) -> _Rows:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,20 @@ from PIL.TiffImagePlugin import TiffImageFile
 from matvit.errors import ImageError, NotDecodedError
 
 FloatArray = npt.NDArray[np.float32]
+
+
+class Absent(bytes):
+    """Empty bytes in the place of a picture that cannot be fetched, and why."""
+
+    reason: str
+
+    def __new__(cls, reason: str) -> Self:
+        """`reason`: what an ImageError says of it."""
+        absent = super().__new__(cls)
+        absent.reason = reason
+        return absent
+
+
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
@@ -252,6 +266,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _reason(error: Exception, source: ImageSource) -> str:
+    if isinstance(source, Absent):
+        return source.reason
     if isinstance(error, UnidentifiedImageError) and _is_heic(source):
         return "is a HEIC picture, which needs converting to JPEG first"
     known: dict[type[Exception], str] = {

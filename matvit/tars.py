@@ -19,18 +19,20 @@ from matvit.errors import DatasetError
 from matvit.preprocess import MAX_FILE_BYTES
 
 _MOST_SAID = 2**20  # bytes of a .json, .cls or .txt: far more than any has
+_LINK = "a link in the shard is not followed; write it with: tar --dereference --hard-dereference"
+_NOT_PLAIN = "is no plain file in the shard; write it with tar, without --sparse"
 _DESCRIBES = {".json": "json", ".cls": "label", ".txt": "caption"}  # members beside a picture, as metadata
 
 
 def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar, and links, which hold nothing. What is wrong is added to `damage`, and ends it."""
+    """The members of a tar that are no folders. What is wrong with it is added to `damage`, and ends it."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (entry := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or else it keeps every header
                 if entry.size < 0:
                     raise tarfile.HeaderError("negative size")
-                if (entry.isreg() and not entry.issparse()) or entry.islnk() or entry.issym():
+                if not entry.isdir():
                     yield entry
             # tarfile takes damage for the end, and the end of the file, too: a whole tar ends with blocks of zeros.
             file.seek(tar.offset)
@@ -45,6 +47,13 @@ def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
 def name_of(entry: tarfile.TarInfo) -> str:
     """A member's name as users write it."""
     return entry.name.removeprefix("./")
+
+
+def problem_of(entry: tarfile.TarInfo) -> str | None:
+    """Why a member's bytes do not lie in the tar as they are; None where they do."""
+    if entry.islnk() or entry.issym():
+        return _LINK
+    return None if entry.isreg() and not entry.issparse() else _NOT_PLAIN
 
 
 def samples(file: BinaryIO, damage: list[str]) -> Iterator[list[tarfile.TarInfo]]:
@@ -68,11 +77,13 @@ def _sample_of(entry: tarfile.TarInfo) -> str:
 
 def describes(entry: tarfile.TarInfo) -> bool:
     """Whether a member says something of the picture beside it."""
-    return entry.isreg() and PurePosixPath(entry.name).suffix.lower() in _DESCRIBES
+    return PurePosixPath(entry.name).suffix.lower() in _DESCRIBES
 
 
 def description(entry: tarfile.TarInfo, content: bytes) -> dict[str, Any]:
     """What such a member says: a JSON object's fields, `label` or `caption`. Raises ValueError, RecursionError."""
+    if (problem := problem_of(entry)) is not None:
+        raise ValueError(problem)
     kind, text = _DESCRIBES[PurePosixPath(entry.name).suffix.lower()], content.decode("utf-8")
     if kind == "json":
         value = json.loads(text)
@@ -90,9 +101,12 @@ class LabelledMember:
     label: str
     offset: int  # of its bytes
     size: int
+    problem: str | None  # why these are no picture's
 
     def read(self) -> bytes:
         """Its encoded bytes. Raises OSError."""
+        if self.problem is not None:
+            raise OSError(errno.EINVAL, self.problem, str(self.shard))
         if self.size > MAX_FILE_BYTES:
             raise OSError(errno.EFBIG, "larger than any picture", str(self.shard))
         with self.shard.open("rb") as file:
@@ -108,7 +122,7 @@ def labelled_members(shard: Path, *, suffixes: Collection[str]) -> Iterator[Labe
     damage: list[str] = []
     with shard.open("rb") as file:
         for entries in samples(file, damage):
-            pictures = [one for one in entries if one.isreg() and PurePosixPath(one.name).suffix.lower() in suffixes]
+            pictures = [one for one in entries if PurePosixPath(one.name).suffix.lower() in suffixes]
             if not pictures:
                 continue
             found: dict[str, Any] = {}
@@ -127,6 +141,7 @@ def labelled_members(shard: Path, *, suffixes: Collection[str]) -> Iterator[Labe
                     label=_label(shard, one, found),
                     offset=one.offset_data,
                     size=one.size,
+                    problem=problem_of(one),
                 )
     if damage:
         raise _error(shard, damage[0], "fetch it again")

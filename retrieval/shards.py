@@ -20,7 +20,6 @@ from retrieval.locations import NO_TIME, Status, one_line, open_file, status_of,
 from retrieval.metadata import MAX_METADATA, to_json
 
 _ROWS = 64  # of a table, read together
-_LINK = "a link in the shard is not followed; write it with: tar --dereference --hard-dereference"
 _LONGEST_ROW = 19  # digits; Python refuses to read thousands
 
 
@@ -76,7 +75,7 @@ def read_member(container: str, name: str) -> bytes:
 @lru_cache(maxsize=4)
 def _offsets(container: str, size: int, mtime_ns: int) -> dict[str, tuple[int, int]]:  # noqa: ARG001 (a changed file is read anew)
     with open_file(container) as file:
-        files = (entry for entry in tars.headers(file, []) if entry.isreg())
+        files = (entry for entry in tars.headers(file, []) if tars.problem_of(entry) is None)
         return {tars.name_of(entry): (entry.offset_data, entry.size) for entry in files}
 
 
@@ -99,14 +98,13 @@ def tar_members(container: str) -> Iterator[Member]:
                     continue
                 twice = "the shard has two members of this name" if name in seen else None
                 leads_out = "its name leads out of the shard" if ".." in name.split("/") or "\0" in name else None
-                link = None if entry.isreg() else _LINK
                 seen.add(name)
                 yield Member(
                     name=name,
                     metadata=metadata,
                     offset=entry.offset_data,
                     size=entry.size,
-                    problem=leads_out or twice or link or problem,
+                    problem=leads_out or twice or tars.problem_of(entry) or problem,
                 )
     if damage:
         raise ShardError(one_line(damage[0]))

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from matvit.datasets import read_dataset
-from matvit.errors import DatasetError
+from matvit.errors import DatasetError, ImageError
+from matvit.preprocess import open_image
 
 
 def picture(shade: int) -> bytes:
@@ -140,6 +141,40 @@ def _write_sparse(path: Path, name: str, size: int) -> None:
             entry.size = len(content)
             file.write(entry.tobuf() + content.ljust(512, b"\0"))
         file.write(bytes(1024))
+
+
+def test_links_and_sparse_members_are_unreadable_pictures_with_their_reason(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "birds.tar", {"fox/a.png": picture(0)})
+    kinds = {
+        "hard": tarfile.LNKTYPE,
+        "soft": tarfile.SYMTYPE,
+        "holes": tarfile.GNUTYPE_SPARSE,
+        "pipe": tarfile.FIFOTYPE,
+    }
+    with tarfile.open(shard, "a") as tar:
+        for name, kind in kinds.items():
+            entry = tarfile.TarInfo(f"fox/{name}.png")
+            entry.type, entry.linkname = kind, "fox/a.png"
+            tar.addfile(entry)
+    found = read_dataset(shard)
+    assert len(found) == 5
+    reasons = []
+    for image in found.images[1:]:
+        with pytest.raises(ImageError) as caught:
+            open_image(image)
+        reasons.append(caught.value.what)
+    link = "a link in the shard is not followed; write it with: tar --dereference --hard-dereference"
+    assert reasons == [link, link, *["is no plain file in the shard; write it with tar, without --sparse"] * 2]
+
+
+def test_a_class_that_is_a_link_in_a_shard_is_told(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "birds.tar", {"fox/a.png": picture(0)})
+    with tarfile.open(shard, "a") as tar:
+        entry = tarfile.TarInfo("fox/a.cls")
+        entry.type, entry.linkname = tarfile.LNKTYPE, "b.cls"
+        tar.addfile(entry)
+    with pytest.raises(DatasetError, match=r"fox/a\.cls in it cannot be read"):
+        read_dataset(shard)
 
 
 def test_members_larger_than_any_are_not_read(tmp_path: Path) -> None:

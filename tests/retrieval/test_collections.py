@@ -292,13 +292,19 @@ def test_a_shard_or_table_without_pictures_is_named(tmp_path, photos, build):
 def test_pictures_that_are_links_in_a_shard_are_skipped_with_their_reason(tmp_path, picture, build):
     path = write_tar(tmp_path / "s.tar", {"0.png": picture(0)})
     with tarfile.open(path, "a") as tar:
-        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE), ("said.txt", tarfile.LNKTYPE)):
+        for name, kind in (
+            ("hard.png", tarfile.LNKTYPE),
+            ("soft.png", tarfile.SYMTYPE),
+            ("said.txt", tarfile.LNKTYPE),
+            ("holes.png", tarfile.GNUTYPE_SPARSE),
+        ):
             entry = tarfile.TarInfo(name)
             entry.type, entry.linkname = kind, "0.png"
             tar.addfile(entry)
     index = build(path)
     assert sorted(location(file.path).rpartition("#")[2] for file in index.ingest(path).skipped) == [
         "hard.png",
+        "holes.png",
         "soft.png",
     ]
     assert metadata(index) == {"s.tar#0.png": {}}
