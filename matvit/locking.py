@@ -8,6 +8,7 @@ import stat
 import sys
 from pathlib import Path
 
+from matvit.durable import temporary_name
 from matvit.regular import NotOursError
 
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -33,17 +34,28 @@ else:
 def open_lock(path: Path) -> int:
     """The descriptor of a lock file, made if it is missing, for `lock`. Raises OSError.
 
-    It will be overwritten: NotOursError where it is a link or of two names, which leads to a file of someone else's.
+    NotOursError where it is a symbolic link, which leads to a file of someone else's, or no file.
     """
     if path.is_symlink():
         raise NotOursError(errno.ELOOP, "a link", str(path))
     descriptor = os.open(path, _OPEN, 0o644)
-    found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # 0: another process has just removed it
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    reason = "a file of two names" if stat.S_ISREG(found.st_mode) else "not a regular file"
-    raise NotOursError(errno.EINVAL, reason, str(path))
+    raise NotOursError(errno.EINVAL, "not a regular file", str(path))
+
+
+def is_still(path: Path, descriptor: int) -> bool:
+    """Whether the file that was opened and locked is the one that others would: none has removed or replaced it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def is_shared(descriptor: int) -> bool:
+    """Whether the file has another name: a folder that was copied by hard links shares its lock with its original."""
+    return os.fstat(descriptor).st_nlink > 1
 
 
 def holder_of(path: Path) -> str:
@@ -51,10 +63,22 @@ def holder_of(path: Path) -> str:
     return path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
 
 
-def sign(descriptor: int) -> None:
+def sign(path: Path, descriptor: int) -> None:
     """Name this process in a lock file that it holds. Raises OSError.
 
-    The file stays when the lock goes: removing it would let two processes lock two files of one name.
+    One that is shared is left as it is, and `descriptor` becomes that of a locked one of our own in its place: who has
+    opened the one before finds that it `is_still` no more. The file stays when the lock goes: removing it would let two
+    processes lock two files of one name.
     """
+    if is_shared(descriptor):
+        unfinished = temporary_name(path)
+        unfinished.unlink(missing_ok=True)
+        own = os.open(unfinished, _OPEN | os.O_EXCL, 0o644)
+        try:
+            lock(own)
+            os.replace(unfinished, path)  # noqa: PTH105 - tests inject failures into os
+            os.dup2(own, descriptor, inheritable=False)  # the lock goes with it
+        finally:
+            os.close(own)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))

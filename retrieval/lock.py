@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from matvit.locking import HELD, holder_of, lock, open_lock, sign
+from matvit.locking import HELD, holder_of, is_shared, is_still, lock, open_lock, sign
 from matvit.regular import NotOursError
 from retrieval.errors import IndexLockedError, IngestError
 from retrieval.files import check_kind, writing, wrong_kind
@@ -18,7 +18,7 @@ from retrieval.manifest import LOCK
 def writer_lock(folder: Path) -> Iterator[None]:
     """Hold the index for writing. Raises IndexLockedError (names the holder's process id) or IngestError.
 
-    DamagedFileError where the lock is no file, or a link to one: it is overwritten.
+    DamagedFileError where the lock is no file, or a link to one: it would be overwritten.
     """
     path = folder / LOCK
     check_kind(path, folder=False)
@@ -37,24 +37,18 @@ def writer_lock(folder: Path) -> Iterator[None]:
                     where=str(folder),
                     fix="put it where the file system has locks, such as a local disk",
                 ) from error
+            or_other = ", or to one that shares files with it (cp -l)" if is_shared(descriptor) else ""
             raise IndexLockedError(
-                what=f"process {holder_of(path)} is writing to this index",
+                what=f"process {holder_of(path)} is writing to this index{or_other}",
                 where=str(folder),
                 fix="wait until it is done, or stop it",
             ) from error
-        if not _is_still(path, descriptor):
+        if not is_still(path, descriptor):
             raise IndexLockedError(
                 what="another process has just removed this index", where=str(folder), fix="run the same again"
             )
         with writing(folder):
-            sign(descriptor)
+            sign(path, descriptor)
         yield
     finally:
         os.close(descriptor)
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

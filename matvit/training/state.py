@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from torch import Tensor
 from matvit.datasets import LabelledImages
 from matvit.durable import remove_unfinished, write_atomic
 from matvit.errors import RecipeError
-from matvit.locking import HELD, holder_of, lock, open_lock, sign
+from matvit.locking import HELD, holder_of, is_still, lock, open_lock, sign
 from matvit.model import AxesConfig, MatViT
 from matvit.private import PrivateConfig
 from matvit.progress import Progress
@@ -129,6 +130,8 @@ def only_run(out: Path, *, resume: bool) -> Iterator[None]:
     try:
         try:
             lock(descriptor)
+            if not is_still(path, descriptor):
+                raise OSError(errno.EWOULDBLOCK, "replaced by another process")
         except OSError as error:  # some network disks have no locks
             if error.errno in HELD:
                 raise RecipeError(
@@ -137,7 +140,7 @@ def only_run(out: Path, *, resume: bool) -> Iterator[None]:
                     fix="wait until it is done, stop it, or choose another --out",
                 ) from error
         with writing(path):
-            sign(descriptor)
+            sign(path, descriptor)
         yield
     finally:
         os.close(descriptor)

@@ -17,7 +17,8 @@ import pytest
 import retrieval.backends.cache
 from matvit.errors import MatVitError
 from retrieval import Index, IndexFormatError, IngestError, Retriever
-from retrieval.errors import DamagedFileError
+from retrieval.errors import DamagedFileError, IndexLockedError
+from retrieval.lock import writer_lock
 from retrieval.manifest import read_manifest, read_pointer
 from retrieval.writer import GenerationWriter
 
@@ -320,13 +321,30 @@ def test_a_link_in_an_index_is_refused_and_what_it_leads_to_stays(tmp_path, inde
     assert (victim / "CURRENT" if victim.is_dir() else victim).read_text() == "precious"
 
 
-def test_a_lock_of_two_names_is_never_overwritten(tmp_path, index):
+def test_a_lock_of_two_names_is_replaced_and_never_overwritten(tmp_path, index):
     (tmp_path / "precious").write_text("precious")
     (index.path / "writer.lock").unlink()
     (index.path / "writer.lock").hardlink_to(tmp_path / "precious")
-    with pytest.raises(DamagedFileError, match=r"writer\.lock: is a file of two names"):
-        index.compact()
+    index.compact()
+    assert (index.path / "writer.lock").read_text() == f"{os.getpid()}\n"
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_an_index_and_its_copy_by_hard_links_are_written_apart(tmp_path, index, photos, elastic):
+    copy = tmp_path / "copy.index"
+    with writer_lock(index.path):
+        shutil.copytree(index.path, copy, copy_function=os.link)
+        with pytest.raises(IndexLockedError, match=r"to this index, or to one that shares files with it \(cp -l\)"):
+            Index.open(copy).compact()
+    before = {path: path.read_bytes() for path in index.path.rglob("*") if path.is_file()}
+    with writer_lock(copy):
+        Index.open(copy)
+        with writer_lock(index.path):
+            pass
+    Index.open(copy).set_search("exact")
+    Index.open(copy).delete(Index.open(copy)._snapshot.segments[0].live_ids()[0])
+    assert {path: path.read_bytes() for path in index.path.rglob("*") if path.is_file()} == before
+    assert index.verify() == Index.open(copy).verify() == []
 
 
 def test_a_stray_link_in_an_index_is_removed_and_not_what_it_leads_to(tmp_path, index):
