@@ -173,8 +173,8 @@ def _is_stale(snapshot: Snapshot, *, thorough: bool) -> bool:
             check_size(snapshot.folder / CACHE / entry.file, size=entry.bytes)
     except IndexFormatError:
         return True
-    live = sum(len(segment.live_rows()) for segment in snapshot.segments)
-    held = int((_positions(snapshot.segments, entry) >= 0).sum())
+    live_rows = {segment.entry.name: len(segment.live_rows()) for segment in snapshot.segments}
+    live, held = sum(live_rows.values()), sum(live_rows.get(name, 0) for name in entry.segments)
     return live - held > _STALE * live or entry.rows - held > _STALE * entry.rows
 
 

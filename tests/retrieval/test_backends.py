@@ -254,13 +254,20 @@ def found_by_item(retriever, number, *, k):
     return gallery.ids[positions].tolist()
 
 
-def set_held_out(index, held_out):
-    pointer = read_pointer(index.path)
-    path = index.path / "generations" / pointer.name
-    raw = json.loads(path.read_bytes())
-    raw["approximate"]["held_out"] = held_out
+def manifest_of(index):
+    path = index.path / "generations" / read_pointer(index.path).name
+    return path, json.loads(path.read_bytes())
+
+
+def publish(index, path, raw):
     path.write_text(json.dumps(raw))
-    (index.path / "CURRENT").write_text(f"{pointer.name} {sha256_file(path)}\n")
+    (index.path / "CURRENT").write_text(f"{path.name} {sha256_file(path)}\n")
+
+
+def set_held_out(index, held_out):
+    path, raw = manifest_of(index)
+    raw["approximate"]["held_out"] = held_out
+    publish(index, path, raw)
 
 
 @pytest.mark.parametrize("held_out", [151, 1501, 10**10])
@@ -268,6 +275,17 @@ def test_more_held_out_rows_than_any_version_takes_are_refused(index, held_out):
     index.set_search("sq")
     set_held_out(index, held_out)
     assert "bad field 'approximate'" in index.verify()[0]
+
+
+def test_a_wrong_number_of_rows_in_a_manifest_allocates_nothing(index, elastic):
+    index.set_search("sq")
+    path, raw = manifest_of(index)
+    raw["approximate"]["segments"]["0" * 16] = 2**60  # a segment that was merged away
+    publish(index, path, raw)
+    assert "does not hold 1152921504606848476 vectors" in index.verify()[0]
+    index.delete([0])
+    index.compact()  # which builds what is stale again
+    assert index.verify() == []
 
 
 @pytest.mark.parametrize("index_type", KINDS)
