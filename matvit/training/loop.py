@@ -137,8 +137,13 @@ def _carry_out(
             optimiser_state = None
         if not fabric.is_global_zero:
             raise SystemExit(0)
-        encoder = None if left else finished_before(run)
-        return Trained(encoder=encoder or finish(run, validation), already_complete=not left)
+        with room_for(
+            f"measuring and saving it does not fit into the memory of {fabric.device}",
+            where=str(out / "encoder"),
+            fix="free some, and the same command goes on: its training is done",
+        ):
+            encoder = (None if left else finished_before(run)) or finish(run, validation)
+        return Trained(encoder=encoder, already_complete=not left)
 
 
 def _prepare(recipe: Recipe, fabric: Fabric, labelled: Sequence[LabelledImages], out: Path, progress: Progress) -> Run:

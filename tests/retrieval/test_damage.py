@@ -35,7 +35,7 @@ from retrieval.errors import DamagedFileError
 from retrieval.files import sha256_bytes
 from retrieval.lock import writer_lock
 from retrieval.manifest import UPGRADES, publish_manifest, read_manifest, read_pointer
-from retrieval.writer import GenerationWriter
+from retrieval.writer import Entry, GenerationWriter
 
 QUERIES = [runpy.run_path(str(Path(__file__).with_name("conftest.py")))["picture_bytes"](seed) for seed in (1, 2)]
 FLIPS = int(os.environ.get("MATVIT_SOAK_FLIPS", "20"))  # in each kind of file
@@ -182,6 +182,16 @@ def test_a_lost_or_cut_file_is_named_in_one_sentence(index, harm):
         assert path.name in str(caught.value) or "holds no index" in str(caught.value)
         assert "\n" not in str(caught.value)
         path.write_bytes(whole)
+
+
+def test_an_id_of_two_items_is_told(index):
+    segment = index._snapshot.segments[0]
+    twice = next(item for item in segment.live(segment.items.all()) if item.row is not None)
+    again = Entry(item=twice, embedding=segment.embeddings()[twice.row], replaces=None)
+    with index._writing() as writer:
+        manifest = writer.manifest
+        writer.publish([again], deleted={}, roots=manifest.roots, next_id=manifest.next_id)
+    assert index.verify() == [f"id {twice.id} belongs to several items"]
 
 
 def rewrite_manifest(index, change):

@@ -228,13 +228,14 @@ def out_of_memory(*_, **__):
     [
         (torch, "save", r"state\.pt: the host's memory has no room to make it; free some, and the same command"),
         (loop, "begin_stage", r"stage 'full': what it begins with \(order, averages, optimiser\) does not fit"),
+        (record, "cross_test", r"encoder: measuring and saving it does not fit into the memory of cpu; free some, and"),
         (stages, "teach", "teacher: what it says of all pictures does not fit into the memory of cpu beside them"),
     ],
 )
 def test_what_has_no_room_in_memory_is_not_blamed_on_the_batch(
     data, make_recipe, teacher, monkeypatch, tmp_path, module, name, sentence
 ):
-    recipe = make_recipe(teacher=teacher, stages=label_free())
+    recipe = make_recipe(teacher=teacher, stages=label_free(), validation={"queries": "shapes"})
     monkeypatch.setattr(module, name, out_of_memory)
     with pytest.raises(RecipeError, match=sentence):
         train(recipe, out=tmp_path / "run")
