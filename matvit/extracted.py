@@ -69,7 +69,7 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
         preprocessing=model.preprocessing.to_json(),
         architecture=architecture,
         timm_class=_TIMM_CLASSES[architecture.family],
-        timm_arguments=_timm_arguments(architecture),
+        timm_arguments=backbone.plain_arguments(architecture),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     for path in (sidecar, out):
@@ -116,47 +116,6 @@ def _is_ours(sidecar: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and raw.get("format") == FORMAT
-
-
-def _timm_arguments(config: backbone.ViTConfig) -> dict[str, Any] | None:
-    """Keyword arguments of timm's class in JSON types; None when they cannot say it."""
-    width = config.ffn_widths[0]
-    ratio = width / config.embed_dim
-    expressible = (
-        config.family == "vit"
-        and set(config.ffn_widths) == {width}
-        and int(config.embed_dim * ratio) == width
-        and config.norm_eps == 1e-6  # timm's default; another one would need a Python object
-        and config.patch_bias
-        and config.head_dim is None
-        and config.ffn == "mlp"  # timm names no other layer by text
-        and (config.pool != "map" or config.pool_ffn_width == width)  # one ratio for blocks and pooling
-    )
-    if not expressible:
-        return None
-    return {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_classes": 0,
-        "global_pool": config.pool,
-        "embed_dim": config.embed_dim,
-        "depth": len(config.ffn_widths),
-        "num_heads": config.num_heads,
-        "mlp_ratio": ratio,
-        "qkv_bias": config.qkv_bias,
-        "qk_norm": config.qk_norm,
-        "proj_bias": config.proj_bias,
-        "init_values": 1.0 if config.layer_scale else None,
-        "class_token": config.class_token,
-        "pos_embed": config.pos_embed,
-        "no_embed_class": config.no_embed_class,
-        "reg_tokens": config.reg_tokens,
-        "pre_norm": config.pre_norm,
-        "final_norm": config.final_norm,
-        "fc_norm": config.fc_norm,
-        "pool_include_prefix": config.pool_include_prefix,
-        "act_layer": config.activation,
-    }
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

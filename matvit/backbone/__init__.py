@@ -11,7 +11,7 @@ from torch import Tensor
 from matvit.backbone import eva, vit
 from matvit.backbone.config import TimmBlock, TimmViT, ViTConfig, refusal
 
-__all__ = ["TimmBlock", "TimmViT", "ViTConfig", "build", "describe"]
+__all__ = ["TimmBlock", "TimmViT", "ViTConfig", "build", "describe", "plain_arguments"]
 
 
 def describe(model: Any) -> ViTConfig:
@@ -29,3 +29,8 @@ def build(config: ViTConfig, state: dict[str, Tensor]) -> TimmViT:
     Raises BackboneError when names or shapes do not match.
     """
     return eva.build(config, state) if config.family == "eva" else vit.build(config, state)
+
+
+def plain_arguments(config: ViTConfig) -> dict[str, Any] | None:
+    """Keyword arguments, in JSON types, with which timm's class alone builds such a module; None: none can say it."""
+    return None if config.family == "eva" else vit.plain_arguments(config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
 import timm.layers.activations
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
@@ -106,6 +107,18 @@ def patch_sizes(vit: TimmViT) -> tuple[int, int]:
     if not square or not side or side % patch_side or vit.in_chans != 3:
         raise refusal("it does not take square RGB pictures of one size in whole square patches")
     return side, patch_side
+
+
+def shared_by_blocks(vit: TimmViT, kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The config's fields of each block's FFN width, and of what `kinds`, one for each block, agree in.
+
+    Raises BackboneError when the blocks, or the norms' eps, differ in more.
+    """
+    eps = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
+    if len(eps) != 1 or any(kind != kinds[0] for kind in kinds):
+        raise refusal("its blocks or norms differ in more than FFN width")
+    widths = tuple(block.mlp.fc2.in_features for block in vit.blocks)
+    return {"ffn_widths": widths, "norm_eps": eps.pop(), **kinds[0]}
 
 
 def fill(vit: TimmViT, state: dict[str, Tensor]) -> None:

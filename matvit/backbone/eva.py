@@ -15,7 +15,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from matvit import feed_forward
-from matvit.backbone.config import ACTIVATIONS, ViTConfig, activation_name, fill, patch_sizes, refusal
+from matvit.backbone.config import ACTIVATIONS, ViTConfig, activation_name, fill, patch_sizes, refusal, shared_by_blocks
 
 
 def describe(vit: Eva) -> ViTConfig:
@@ -113,11 +113,7 @@ def _describe_blocks(vit: Eva) -> dict[str, Any]:
         }
         for block in vit.blocks
     ]
-    eps = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
-    if len(eps) != 1 or any(kind != kinds[0] for kind in kinds):
-        raise refusal("its blocks or norms differ in more than FFN width")
-    widths = tuple(block.mlp.fc2.in_features for block in vit.blocks)
-    return {"ffn_widths": widths, "norm_eps": eps.pop(), **kinds[0]}
+    return shared_by_blocks(vit, kinds)
 
 
 def _check_block(block: Any, index: int, vit: Eva) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from matvit import feed_forward
 from matvit.backbone import attention_pool
-from matvit.backbone.config import ACTIVATIONS, ViTConfig, activation_name, fill, patch_sizes, refusal
+from matvit.backbone.config import ACTIVATIONS, ViTConfig, activation_name, fill, patch_sizes, refusal, shared_by_blocks
 
 
 def describe(vit: VisionTransformer) -> ViTConfig:
@@ -49,33 +49,60 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
 
     Raises BackboneError when names or shapes do not match.
     """
-    activation = ACTIVATIONS[config.activation]
-    vit = VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=0,
-        global_pool=config.pool,
-        embed_dim=config.embed_dim,
-        depth=len(config.ffn_widths),
-        num_heads=1 if config.head_dim else config.num_heads,  # timm's class has no head_dim: replaced below
-        mlp_ratio=1.0,  # every FFN is replaced below: timm has one ratio for all blocks
-        qkv_bias=config.qkv_bias,
-        qk_norm=config.qk_norm,
-        proj_bias=config.proj_bias,
-        init_values=1.0 if config.layer_scale else None,
-        class_token=config.class_token,
-        pos_embed=config.pos_embed,
-        no_embed_class=config.no_embed_class,
-        reg_tokens=config.reg_tokens,
-        pre_norm=config.pre_norm,
-        final_norm=config.final_norm,
-        fc_norm=config.fc_norm,
-        pool_include_prefix=config.pool_include_prefix,
-        norm_layer=partial(LayerNorm, eps=config.norm_eps),
-        act_layer=activation,
-        weight_init="skip",
-        device="meta",
+    own = {
+        "num_heads": 1 if config.head_dim else config.num_heads,  # timm's class has no head_dim: replaced below
+        "mlp_ratio": 1.0,  # every FFN is replaced below: timm has one ratio for all blocks
+        "norm_layer": partial(LayerNorm, eps=config.norm_eps),
+    }
+    vit = VisionTransformer(**_timm_arguments(config) | own, weight_init="skip", device="meta")
+    _replace_what_timm_cannot_say(vit, config)
+    fill(vit, state)
+    return vit.eval().requires_grad_(True)
+
+
+def plain_arguments(config: ViTConfig) -> dict[str, Any] | None:
+    """Keyword arguments, in JSON types, with which timm's class alone builds such a module; None: none can say it."""
+    width = config.ffn_widths[0]
+    ratio = width / config.embed_dim
+    expressible = (
+        set(config.ffn_widths) == {width}
+        and int(config.embed_dim * ratio) == width
+        and config.norm_eps == 1e-6  # timm's default; another one would need a Python object
+        and config.patch_bias
+        and config.head_dim is None
+        and config.ffn == "mlp"  # timm names no other layer by text
+        and (config.pool != "map" or config.pool_ffn_width == width)  # one ratio for blocks and pooling
     )
+    return _timm_arguments(config) | {"mlp_ratio": ratio} if expressible else None
+
+
+def _timm_arguments(config: ViTConfig) -> dict[str, Any]:
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_classes": 0,
+        "global_pool": config.pool,
+        "embed_dim": config.embed_dim,
+        "depth": len(config.ffn_widths),
+        "num_heads": config.num_heads,
+        "qkv_bias": config.qkv_bias,
+        "qk_norm": config.qk_norm,
+        "proj_bias": config.proj_bias,
+        "init_values": 1.0 if config.layer_scale else None,
+        "class_token": config.class_token,
+        "pos_embed": config.pos_embed,
+        "no_embed_class": config.no_embed_class,
+        "reg_tokens": config.reg_tokens,
+        "pre_norm": config.pre_norm,
+        "final_norm": config.final_norm,
+        "fc_norm": config.fc_norm,
+        "pool_include_prefix": config.pool_include_prefix,
+        "act_layer": config.activation,
+    }
+
+
+def _replace_what_timm_cannot_say(vit: VisionTransformer, config: ViTConfig) -> None:
+    activation = ACTIVATIONS[config.activation]
     if not config.patch_bias:
         vit.patch_embed.proj.bias = None
     for block, width in zip(vit.blocks, config.ffn_widths, strict=True):
@@ -102,8 +129,6 @@ def build(config: ViTConfig, state: dict[str, torch.Tensor]) -> VisionTransforme
             norm_eps=config.norm_eps,
             activation=activation,
         )
-    fill(vit, state)
-    return vit.eval().requires_grad_(True)
 
 
 def _describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
@@ -123,11 +148,7 @@ def _describe_blocks(vit: VisionTransformer) -> dict[str, Any]:
         }
         for block in vit.blocks
     ]
-    eps = {module.eps for module in vit.modules() if isinstance(module, nn.LayerNorm)}
-    if len(eps) != 1 or any(kind != kinds[0] for kind in kinds):
-        raise refusal("its blocks or norms differ in more than FFN width")
-    widths = tuple(block.mlp.fc2.in_features for block in vit.blocks)
-    return {"ffn_widths": widths, "norm_eps": eps.pop(), **kinds[0]}
+    return shared_by_blocks(vit, kinds)
 
 
 def _check_block(block: Any, index: int) -> None:
