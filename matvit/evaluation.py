@@ -12,28 +12,13 @@ import numpy as np
 from matvit.datasets import GroundTruth, LabelledImages, Pictures
 from matvit.encoder import ImageEncoder
 from matvit.errors import DatasetError
-from matvit.metrics import (
-    NO_HIT,
-    RECALL,
-    BoolArray,
-    IntArray,
-    Values,
-    agreement,
-    average_precision,
-    bootstrap_intervals,
-    interpolated_average_precision,
-    recall_at_k,
-    top_k,
-)
+from matvit.metrics import NO_HIT, BoolArray, IntArray
 from matvit.near_copies import near_copies
-from matvit.preprocess import FloatArray
 from matvit.progress import Progress, silent
+from matvit.quality import Quality, measure
 from matvit.relevance import ByClass, ByList, Relevance
 from matvit.spec import EncoderShape, SubmodelSpec
-from matvit.streaming import SkippedPicture, embed_pictures
-
-_DEPTH = 100  # hits that are looked at, at least
-_BLOCK_HITS = 1 << 22  # hits held at a time
+from matvit.streaming import EmbeddedPictures, SkippedPicture, embed_pictures
 
 
 class Submodels(Protocol):
@@ -45,43 +30,6 @@ class Submodels(Protocol):
 
     def encoder(self, spec: str | SubmodelSpec | None = None) -> ImageEncoder:
         """The submodel `spec`, ready to embed pictures."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A mean over queries, or a difference of two in points (100 x), with its 95 % bootstrap interval over queries."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """What one query encoder finds in one gallery."""
-
-    measures: Mapping[str, Estimate]  # means, each 0 to 1: recall@1, recall@10, map@100, map@r, agreement@10, ...
-    n_queries: int
-    loss: Estimate  # recall@1 of the full encoder in the same gallery minus this one's, points
-    difference: Mapping[str, Estimate]  # each measure minus the reference's (full encoder, first gallery), points
-
-    def __getitem__(self, measure: str) -> float:
-        """The mean of a measure."""
-        return self.measures[measure].value
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types under the names that tables use."""
-        return {
-            **{name: mean.value for name, mean in self.measures.items()},
-            "n_queries": self.n_queries,
-            "intervals": {name: [mean.low, mean.high] for name, mean in self.measures.items()},
-            "loss": _points(self.loss),
-            "difference": {name: _points(found) for name, found in self.difference.items()},
-        }
-
-
-def _points(found: Estimate) -> dict[str, float]:
-    return {"points": found.value, "low": found.low, "high": found.high}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,49 +94,41 @@ def cross_test(
     asked = list(dict.fromkeys(submodels.shape.spec(spec) for spec in query_specs))
     indexed = list(dict.fromkeys(submodels.shape.spec(spec) for spec in gallery_specs))
     encoders = {spec: submodels.encoder(spec) for spec in dict.fromkeys([full, *asked, *indexed])}
+    searching, indexing = ({spec: encoders[spec] for spec in specs} for specs in ([full, *asked], indexed))
     embed = partial(
         embed_pictures,
         hashing=drop_near_copies and gallery is not None and truth is None,
         batch_size=batch_size,
         progress=progress,
     )
-    searching, indexing = ({spec: encoders[spec] for spec in specs} for specs in ([full, *asked], indexed))
     if gallery is None:
-        everything, few = np.arange(len(queries)), limit is not None and limit < len(queries)
-        found = embed(queries, everything, encoders=indexing if few else encoders, stage="embed pictures")
-        own = _evenly(len(found), limit)  # the queries' own rows in the gallery
-        asking, skipped = found.take(own), found.skipped
-        if few:  # what searches embeds these alone
-            asking = embed(queries, asking.rows, encoders=searching, stage="embed queries")
-            own = np.flatnonzero(np.isin(found.rows, asking.rows))  # a file may be gone by now
+        sides = _among_themselves(queries, limit, embed=embed, searching=searching, indexing=indexing)
     else:
-        asking = embed(queries, _evenly(len(queries), limit), encoders=searching, stage="embed queries")
-        found = embed(gallery, np.arange(len(gallery)), encoders=indexing, stage="embed gallery")
-        own = np.full(len(asking), NO_HIT, dtype=np.int64)
-        skipped = asking.skipped + found.skipped
+        sides = _against(queries, gallery, limit, embed=embed, searching=searching, indexing=indexing)
 
-    relevance = _relevance(queries, gallery or queries, truth, query_rows=asking.rows, gallery_rows=found.rows, own=own)
-    copies = near_copies(asking.hashes, found.hashes)
+    relevance = _relevance(queries, gallery or queries, truth, sides)
+    copies = near_copies(sides.queries.hashes, sides.gallery.hashes)
     matched = relevance.relevant > 0
     kept = np.flatnonzero(matched & ~copies)
     if not len(kept):
-        raise _no_query(queries.name, copies=copies, matched=matched, unreadable=len(skipped))
+        raise _no_query(queries.name, copies=copies, matched=matched, unreadable=len(sides.skipped))
     return CrossTest(
         queries=queries.name,
         gallery=(gallery or queries).name,
-        matrix=_matrix(
+        matrix=measure(
             relevance.take(kept),
-            asking.take(kept).vectors,
-            found.vectors,
+            sides.queries.take(kept).vectors,
+            sides.gallery.vectors,
             asked=asked,
             indexed=indexed,
-            search=partial(_search, recall_at=tuple(dict.fromkeys((1, *recall_at))), whole_ranking=truth is not None),
+            recall_at=tuple(dict.fromkeys((1, *recall_at))),
+            whole_ranking=truth is not None,
         ),
         reference=(str(full), str(indexed[0])),
         flops={str(spec): flops[str(spec)] for spec in encoders if flops and str(spec) in flops},
         near_copies=int(copies.sum()),
         without_match=int((~matched & ~copies).sum()),
-        skipped=skipped,
+        skipped=sides.skipped,
     )
 
 
@@ -201,24 +141,68 @@ def _no_query(name: str, *, copies: BoolArray, matched: BoolArray, unreadable: i
     )
 
 
+# --- embedding ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sides:
+    """Q queries and M gallery pictures, embedded."""
+
+    queries: EmbeddedPictures
+    gallery: EmbeddedPictures
+    own: IntArray  # (Q,) each query's own row in the gallery, NO_HIT where it is not there
+    skipped: tuple[SkippedPicture, ...]
+
+
+_Encoders = Mapping[SubmodelSpec, ImageEncoder]
+
+
+def _among_themselves(
+    pictures: Pictures,
+    limit: int | None,
+    *,
+    embed: Callable[..., EmbeddedPictures],
+    searching: _Encoders,
+    indexing: _Encoders,
+) -> _Sides:
+    """Leave-one-out: all pictures are the gallery, `limit` of them the queries."""
+    everything = np.arange(len(pictures))
+    if limit is None or limit >= len(pictures):
+        found = embed(pictures, everything, encoders={**searching, **indexing}, stage="embed pictures")
+        return _Sides(queries=found, gallery=found, own=np.arange(len(found)), skipped=found.skipped)
+    found = embed(pictures, everything, encoders=indexing, stage="embed pictures")
+    few = found.take(_evenly(len(found), limit)).rows
+    asking = embed(pictures, few, encoders=searching, stage="embed queries")  # what searches embeds these alone
+    own = np.flatnonzero(np.isin(found.rows, asking.rows))  # a file may be gone by now
+    return _Sides(queries=asking, gallery=found, own=own, skipped=found.skipped)
+
+
+def _against(
+    queries: Pictures,
+    gallery: Pictures,
+    limit: int | None,
+    *,
+    embed: Callable[..., EmbeddedPictures],
+    searching: _Encoders,
+    indexing: _Encoders,
+) -> _Sides:
+    asking = embed(queries, _evenly(len(queries), limit), encoders=searching, stage="embed queries")
+    found = embed(gallery, np.arange(len(gallery)), encoders=indexing, stage="embed gallery")
+    nowhere = np.full(len(asking), NO_HIT, dtype=np.int64)
+    return _Sides(queries=asking, gallery=found, own=nowhere, skipped=asking.skipped + found.skipped)
+
+
 # --- what is right ------------------------------------------------------------------------------
 
 
-def _relevance(
-    queries: Pictures,
-    gallery: Pictures,
-    truth: GroundTruth | None,
-    *,
-    query_rows: IntArray,
-    gallery_rows: IntArray,
-    own: IntArray,
-) -> Relevance:
+def _relevance(queries: Pictures, gallery: Pictures, truth: GroundTruth | None, sides: _Sides) -> Relevance:
+    query_rows, gallery_rows = sides.queries.rows, sides.gallery.rows
     if truth is not None:
         return ByList.of(truth.positives, truth.junk, queries=query_rows, gallery=gallery_rows)
     assert isinstance(queries, LabelledImages)
     assert isinstance(gallery, LabelledImages)
     labels = _gallery_labels(queries.labels[query_rows], queries.class_names, gallery.class_names)
-    return ByClass(labels=labels, gallery_labels=gallery.labels[gallery_rows], own=own)
+    return ByClass(labels=labels, gallery_labels=gallery.labels[gallery_rows], own=sides.own)
 
 
 def _gallery_labels(labels: IntArray, names: Sequence[str], gallery_names: Sequence[str]) -> IntArray:
@@ -230,85 +214,3 @@ def _gallery_labels(labels: IntArray, names: Sequence[str], gallery_names: Seque
 def _evenly(count: int, limit: int | None) -> IntArray:
     """`limit` (None: all) of `count` positions, evenly spread: a sorted data set keeps all its classes."""
     return np.linspace(0, count - 1, min(count, limit or count)).round().astype(np.int64)
-
-
-# --- measuring ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What one encoder found in one gallery, query by query."""
-
-    first_ten: IntArray  # (Q, 10) gallery rows
-    values: Mapping[str, Values]  # per measure (Q,)
-
-
-def _matrix(
-    relevance: Relevance,
-    queries: Mapping[SubmodelSpec, FloatArray],
-    gallery: Mapping[SubmodelSpec, FloatArray],
-    *,
-    asked: Sequence[SubmodelSpec],
-    indexed: Sequence[SubmodelSpec],
-    search: Callable[[Relevance, FloatArray, FloatArray], _Found],
-) -> dict[str, dict[str, Quality]]:
-    full = next(iter(queries)).shape.spec()
-    matrix: dict[str, dict[str, Quality]] = {str(query): {} for query in asked}
-    reference: _Found | None = None
-    for index in indexed:
-        best = search(relevance, queries[full], gallery[index])
-        reference = reference or best
-        for query in asked:
-            found = best if query == full else search(relevance, queries[query], gallery[index])
-            matrix[str(query)][str(index)] = _quality(found, best, reference)
-    return matrix
-
-
-def _search(
-    relevance: Relevance, queries: FloatArray, gallery: FloatArray, *, recall_at: Sequence[int], whole_ranking: bool
-) -> _Found:
-    """(Q, D), (M, D) -> what is found, measured block by block: whole rankings of all queries would fill the memory."""
-    relevant, excluded = relevance.relevant, relevance.excluded
-    depth = len(gallery) if whole_ranking else max(_DEPTH, *recall_at, int(relevant.max()))
-    first_ten: list[IntArray] = []
-    values: list[dict[str, Values]] = []
-    step = max(1, _BLOCK_HITS // depth)
-    for start in range(0, len(queries), step):
-        block = slice(start, start + step)
-        hits = top_k(queries[block], gallery, depth, exclude=excluded[block])[1]
-        right, there = relevance.right(hits, first=start), relevant[block]
-        measured = {
-            **{f"recall@{k}": recall_at_k(right, k).astype(np.float64) for k in recall_at},
-            "map@100": average_precision(right, there, k=_DEPTH),
-            "map@r": average_precision(right, there, k=None),
-        }
-        if whole_ranking:
-            measured["map"] = interpolated_average_precision(right, there)
-        first_ten.append(hits[:, :10])
-        values.append(measured)
-    return _Found(
-        first_ten=np.concatenate(first_ten),
-        values={name: np.concatenate([block[name] for block in values]) for name in values[0]},
-    )
-
-
-def _quality(found: _Found, best: _Found, reference: _Found) -> Quality:
-    """Measures of one encoder, beside the full encoder's in the same gallery (`best`) and in the first one."""
-    means = {**found.values, "agreement@10": agreement(found.first_ten, best.first_ten)}
-    differences = {name: 100.0 * (values - reference.values[name]) for name, values in found.values.items()}
-    loss = 100.0 * (best.values[RECALL] - found.values[RECALL])
-    estimates = _estimates(np.stack([*means.values(), *differences.values(), loss], axis=1))
-    return Quality(
-        measures=dict(zip(means, estimates[: len(means)], strict=True)),
-        n_queries=len(loss),
-        loss=estimates[-1],
-        difference=dict(zip(differences, estimates[len(means) : -1], strict=True)),
-    )
-
-
-def _estimates(values: Values) -> list[Estimate]:
-    """(Q, C) -> C estimates of the columns' means."""
-    return [
-        Estimate(value=float(mean), low=float(low), high=float(high))
-        for mean, (low, high) in zip(values.mean(axis=0), bootstrap_intervals(values), strict=True)
-    ]

@@ -15,7 +15,7 @@ from matvit_app.cli.output import JsonFlag, say, write_json, write_table
 from matvit_app.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from matvit.evaluation import Quality
+    from matvit.quality import Quality
     from matvit_app.evaluation import Evaluation
 
 
