@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -16,12 +17,14 @@ from matvit.preprocess import FloatArray
 from retrieval.backends.cache import open_search
 from retrieval.errors import SearchError
 from retrieval.exact import Found, Vectors, exact_search
-from retrieval.filters import Column, Where, parse_where
+from retrieval.filters import Column, Scalar, Where, parse_where
 from retrieval.items import IntArray, Place
 from retrieval.manifest import read_current
 from retrieval.metadata import from_json
 from retrieval.snapshot import Snapshot
 from retrieval.types import Hit
+
+_NAMED = 20  # metadata names, for one that no picture has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,15 +157,22 @@ class Gallery:
             for rank, (position, score) in enumerate(zip(positions.tolist(), scores.tolist(), strict=True), start=1)
         )
 
+    def values(self, name: str) -> list[Scalar]:
+        """What pictures have under a metadata name, the most frequent first. Raises SearchError if none has it."""
+        positions = self._column(name).positions if len(self.ids) else {}
+        return [value for _, value in sorted(positions, key=lambda key: -len(positions[key]))]
+
     def _column(self, name: str) -> Column:
         if name not in self._columns:  # two threads may both read it, and find the same
             column = Column.of([self.metadata(position).get(name) for position in range(len(self.ids))])
             if not column.positions:
                 known = sorted({key for position in range(len(self.ids)) for key in self.metadata(position)})
+                known = list(dict.fromkeys([*get_close_matches(name, known), *known]))  # the nearest first
+                named = ", ".join(known[:_NAMED]) + (f" and {len(known) - _NAMED} more" if len(known) > _NAMED else "")
                 raise SearchError(
                     what=f"no picture has '{name}'",
                     where="where",
-                    fix=f"use one of: {', '.join(known)}" if known else "index the pictures with metadata",
+                    fix=f"use one of: {named}" if known else "index the pictures with metadata",
                 )
             self._columns[name] = column
         return self._columns[name]

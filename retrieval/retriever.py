@@ -25,7 +25,7 @@ from retrieval.encoders import EncoderCache, check_shape, check_space, load_enco
 from retrieval.errors import EmbeddingError, SearchError
 from retrieval.exact import Found
 from retrieval.files import index_folder
-from retrieval.filters import Where
+from retrieval.filters import Scalar, Where
 from retrieval.flat import exact_scores
 from retrieval.gallery import Gallery, is_whole
 from retrieval.items import IntArray
@@ -226,6 +226,13 @@ class Retriever:
         """The file of every picture that can be found, by id."""
         gallery = self._gallery
         return {number: gallery.path(position) for number, position in gallery.positions.items()}
+
+    def values(self, name: str) -> list[Scalar]:
+        """What pictures have under a metadata name and `where` can ask for, the most frequent first.
+
+        Raises SearchError for a name that no picture has, if there are pictures.
+        """
+        return self._gallery.values(name)
 
     def query_encoder(
         self,

@@ -11,11 +11,11 @@ import typer
 from matvit_app import services
 from matvit_app.cli.index import described
 from matvit_app.cli.output import JsonFlag, write_json, write_line, write_table
+from matvit_app.cli.where import typed
 
 _SOURCE = "measured on its validation pictures when the encoder was trained (see its training.json), not on yours."
 
 _SHOWN = 20  # metadata names that are listed for people; --json lists all
-_LONG = 40  # characters of a value
 
 
 def info(
@@ -77,14 +77,9 @@ def _values(field: dict[str, Any]) -> str:
     """What pictures have under a metadata name, in short."""
     if field["range"] and all(isinstance(one["value"], float | int) for one in field["common"]):
         return "{:g} to {:g}".format(*field["range"])
-    common = [f"{_short(one['value'])} ({one['pictures']})" for one in field["common"]]
+    common = [f"{typed(one['value'])} ({one['pictures']})" for one in field["common"]]
     count = f"{field['values']:,} value{'s' * (field['values'] != 1)}"
     return f"{count}{', most often' if field['values'] > len(common) else ':'} {', '.join(common)}" if common else count
-
-
-def _short(value: object) -> str:
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
 
 
 def _show_encoder(found: dict[str, Any]) -> None:

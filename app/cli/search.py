@@ -8,82 +8,97 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, short_path, write_json, write_table
-from matvit_app.cli.where import parse_conditions
+from matvit_app.cli.output import JsonFlag, say, short_path, write_json, write_table
+from matvit_app.cli.where import parse_conditions, unknown_values
 
 if TYPE_CHECKING:
+    from matvit.encoder import ImageEncoder
     from retrieval.types import Hits
 
 
+Images = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[IMAGES...]",
+        show_default=False,
+        help="The pictures to search with, each on its own: files, places such as shard.tar#name, or URLs.",
+    ),
+]
+Items = Annotated[
+    list[int] | None, typer.Option("--item", metavar="ID", help="Search with a picture of the index; repeatable.")
+]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="The submodel that searches: S, M, L, XL, a spec such as 6S.6XL, or auto.",
+        show_default="XL",
+    ),
+]
+MaxLatency = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MS",
+        help="The best submodel that encodes a picture in this time, measured once on this machine: to measure "
+        "again, delete latency-*.json in the cache folder (MATVIT_CACHE, or ~/.cache/matvit).",
+        show_default=False,
+    ),
+]
+MinRecall = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", help="The cheapest submodel that keeps this share of XL's recall.", show_default=False
+    ),
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="What SPEC is cut from, such as an adapted checkpoint.",
+        show_default="the one that built the index",
+    ),
+]
+Depth = Annotated[
+    int | None,
+    typer.Option("-k", "--k", min=1, help="Hits for each query.", show_default="10; with --min-score: all"),
+]
+MinScore = Annotated[
+    float | None, typer.Option(min=-1, max=1, help="Only hits that score at least this.", show_default=False)
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CONDITION",
+        help='Only pictures whose metadata is so: label=dog, "price>=3". Repeatable; several = mean any of them.',
+    ),
+]
+ExcludeSelf = Annotated[
+    bool, typer.Option("--exclude-self", help="Leave out the query's own file, and files with its content.")
+]
+Unlike = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="IMAGE", help="Less like this picture; repeatable. Makes all pictures one query."),
+]
+Fuse = Annotated[
+    Literal["mean", "rank"] | None,
+    typer.Option(help="All pictures are one query: by their mean, or by the rank in the answer to each."),
+]
+
+
 def search(
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[IMAGES...]",
-            show_default=False,
-            help="The pictures to search with, each on its own: files, places such as shard.tar#name, or URLs.",
-        ),
-    ] = None,
+    images: Images = None,
     *,
     path: Annotated[Path, typer.Option("--index", help="The index to search.")] = services.DEFAULT_INDEX,
-    items: Annotated[
-        list[int] | None, typer.Option("--item", metavar="ID", help="Search with a picture of the index; repeatable.")
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="The submodel that searches: S, M, L, XL, a spec such as 6S.6XL, or auto.",
-            show_default="XL",
-        ),
-    ] = None,
-    max_latency_ms: Annotated[
-        float | None,
-        typer.Option(
-            metavar="MS",
-            help="The best submodel that encodes a picture in this time, measured once on this machine: to measure "
-            "again, delete latency-*.json in the cache folder (MATVIT_CACHE, or ~/.cache/matvit).",
-            show_default=False,
-        ),
-    ] = None,
-    min_recall: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="The cheapest submodel that keeps this share of XL's recall.", show_default=False
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="What SPEC is cut from, such as an adapted checkpoint.",
-            show_default="the one that built the index",
-        ),
-    ] = None,
-    k: Annotated[
-        int | None,
-        typer.Option("-k", "--k", min=1, help="Hits for each query.", show_default="10; with --min-score: all"),
-    ] = None,
-    min_score: Annotated[
-        float | None, typer.Option(min=-1, max=1, help="Only hits that score at least this.", show_default=False)
-    ] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CONDITION",
-            help='Only pictures whose metadata is so: label=dog, "price>=3". Repeatable; several = mean any of them.',
-        ),
-    ] = None,
-    exclude_self: Annotated[
-        bool, typer.Option("--exclude-self", help="Leave out the query's own file, and files with its content.")
-    ] = False,
-    unlike: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="IMAGE", help="Less like this picture; repeatable. Makes all pictures one query."),
-    ] = None,
-    fuse: Annotated[
-        Literal["mean", "rank"] | None,
-        typer.Option(help="All pictures are one query: by their mean, or by the rank in the answer to each."),
-    ] = None,
+    items: Items = None,
+    encoder: Encoder = None,
+    max_latency_ms: MaxLatency = None,
+    min_recall: MinRecall = None,
+    checkpoint: Checkpoint = None,
+    k: Depth = None,
+    min_score: MinScore = None,
+    where: Where = None,
+    exclude_self: ExcludeSelf = False,
+    unlike: Unlike = None,
+    fuse: Fuse = None,
     json: JsonFlag = False,
 ) -> None:
     """Find the pictures of an index that look most like the given ones.
@@ -98,23 +113,16 @@ def search(
       matvit search picture.jpg --where label=dog --where "year>=2020" --min-score 0.5
       matvit search this.jpg that.jpg --unlike other.jpg --fuse rank
     """
-    from PIL import Image
-
     from retrieval import Blend
 
     like = [*(images or ()), *(items or ())]
     if not like:
         raise typer.BadParameter("there is nothing to search with; name pictures, or give --item")
-    if encoder == services.DEFAULT_CHECKPOINT or (encoder and (Path(encoder) / "config.json").is_file()):
-        raise typer.BadParameter(
-            f"'{encoder}' is a checkpoint, no submodel spec; did you mean --checkpoint {encoder}?",
-            param_hint="--encoder",
-        )
+    _refuse_checkpoint(encoder)
     conditions = parse_conditions(where or ())
     retriever = services.open_retriever(path, checkpoint=checkpoint, pictures=[*like, *(unlike or ())])
-    if images or unlike:  # the first picture of a process takes many times as long: not what a query takes
-        ready = retriever.query_encoder(encoder, max_latency_ms=max_latency_ms, min_recall=min_recall)
-        ready.embed([Image.new("RGB", (256, 256))])
+    if images or unlike:
+        _warm_up(retriever.query_encoder(encoder, max_latency_ms=max_latency_ms, min_recall=min_recall))
     answers = retriever.search_many(
         [Blend(like, unlike=unlike or (), fusion=fuse or "mean")] if fuse or unlike else like,
         encoder=encoder,
@@ -125,6 +133,8 @@ def search(
         where=conditions,
         exclude_self=exclude_self,
     )
+    for note in unknown_values(where or (), retriever.values):
+        say(note)
     if json:
         limited = max_latency_ms is not None or min_recall is not None
         encoder = encoder or ("auto" if limited else "XL")
@@ -132,6 +142,21 @@ def search(
         return
     for hits in answers:
         _show(hits)
+
+
+def _refuse_checkpoint(encoder: str | None) -> None:
+    if encoder == services.DEFAULT_CHECKPOINT or (encoder and (Path(encoder) / "config.json").is_file()):
+        raise typer.BadParameter(
+            f"'{encoder}' is a checkpoint, no submodel spec; did you mean --checkpoint {encoder}?",
+            param_hint="--encoder",
+        )
+
+
+def _warm_up(encoder: ImageEncoder) -> None:
+    """Embed any picture: the first one of a process takes many times as long, which is not what a query takes."""
+    from PIL import Image
+
+    encoder.embed([Image.new("RGB", (256, 256))])
 
 
 def _show(hits: Hits) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any
 
 import typer
 
 _CONDITION = re.compile(r"([^<>=]+)(<=|>=|<|>|=)(.+)", re.DOTALL)
+_NAMED = 5  # values that are named for one that no picture has
+_COMPARED = 1000  # of which the nearest are named, the most frequent: a million captions would take minutes
+_LONG = 40  # characters of a value
 
 
 def parse_conditions(texts: Sequence[str]) -> dict[str, Any] | None:
@@ -19,10 +23,7 @@ def parse_conditions(texts: Sequence[str]) -> dict[str, Any] | None:
     """
     where: dict[str, Any] = {}
     for text in texts:
-        match = _CONDITION.fullmatch(text)
-        if match is None:
-            raise typer.BadParameter(f"--where {text!r} is no condition; give one such as label=dog or price>=3")
-        name, sign, value = match[1].strip(), match[2], match[3].strip()
+        name, sign, value = _parts(text)
         if name.endswith("!") or value[:1] in ("=", "<", ">"):
             raise typer.BadParameter(f"--where {text!r} compares by an unknown sign; use one of =, <, <=, > and >=")
         known = where.setdefault(name, [] if sign == "=" else {})
@@ -33,6 +34,35 @@ def parse_conditions(texts: Sequence[str]) -> dict[str, Any] | None:
         else:
             known[sign] = _readings(value)[-1]
     return where or None
+
+
+def unknown_values(texts: Sequence[str], values_of: Callable[[str], Sequence[object]]) -> Iterator[str]:
+    """One sentence for each value that is asked for and that no picture has; it names some that there are.
+
+    `values_of`: what pictures have under a name, the most frequent first.
+    """
+    for name, sign, value in map(_parts, texts):
+        known = values_of(name) if sign == "=" else ()
+        if known and not any(reading in known for reading in _readings(value)):
+            by_text = {typed(one).lower(): typed(one) for one in reversed(known[:_COMPARED])}
+            near = [by_text[text] for text in get_close_matches(value.lower(), by_text, n=_NAMED)]
+            named = list(dict.fromkeys([*near, *map(typed, known[:_NAMED])]))[:_NAMED]
+            more = f", and {len(known) - len(named)} more" if len(known) > len(named) else ""
+            yield f"no picture has {name}={value}; there {'is' if len(known) == 1 else 'are'} {', '.join(named)}{more}"
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    """Name, sign and value of one condition."""
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"--where {text!r} is no condition; give one such as label=dog or price>=3")
+    return match[1].strip(), match[2], match[3].strip()
+
+
+def typed(value: object) -> str:
+    """A value of the metadata as people type it."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
 
 
 def _readings(text: str) -> list[str | float | bool]:

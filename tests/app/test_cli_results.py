@@ -154,6 +154,16 @@ def test_search_takes_conditions_thresholds_items_and_several_pictures_as_one_qu
         assert (query["query"], len(query["hits"])) == (name, 3)
 
 
+def test_a_value_that_no_picture_has_finds_nothing_and_a_note_names_the_nearest(run, index, photos):
+    picture = photos / "cats" / "0.png"
+    shown = run("search", picture, "--index", index, "--where", "label=Dogz", "--json")
+    assert (shown.code, shown.json["queries"][0]["hits"]) == (0, [])
+    assert shown.err == "no picture has label=Dogz; there are dogs, cats\n"
+    some = run("search", picture, "--index", index, "--where", "label=cats", "--where", "label=birds", "--json")
+    assert (len(some.json["queries"][0]["hits"]), some.err) == (4, "no picture has label=birds; there are cats, dogs\n")
+    assert run("search", picture, "--index", index, "--where", "label=cats").err == ""
+
+
 def test_duplicates_are_listed_in_groups(run, own_index):
     pictures = own_index.parent / "photos"
     shutil.copy(pictures / "cats" / "0.png", pictures / "dogs" / "copy.png")
