@@ -24,7 +24,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from matvit import CheckpointError, MatViT, checkpoint
-from matvit.checkpoint import Storage
+from matvit.bundled import bundled_folders
+from matvit.checkpoint import Storage, forms, reading
+from matvit.checkpoint import swap as swap_module
 from matvit.model import AxesConfig
 from matvit.model_card import model_card
 from matvit.preprocess import Preprocessing
@@ -78,7 +80,7 @@ def test_the_folder_holds_the_documented_files(saved: Path) -> None:
     page = Path(__file__).parents[2].joinpath("docs/formats/checkpoint.md").read_text()
     config = json.loads((saved / "config.json").read_text())
     fields = [*config, *config["encoder"], *config["axes"], *config["preprocessing"], *config["weights"]]
-    fields += checkpoint.ParetoRow.model_fields
+    fields += forms.ParetoRow.model_fields
     assert [name for name in {*fields, *FILES} if f"`{name}`" not in page] == []
 
 
@@ -147,7 +149,7 @@ def test_source_is_the_absolute_folder(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_bundled_name_is_found_and_stays_the_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.resources.files", lambda _: folder.parent)
-    assert checkpoint.bundled_folders() == {"copy": folder}
+    assert bundled_folders() == {"copy": folder}
     assert MatViT.from_pretrained("copy").source == "copy"
     monkeypatch.chdir("/")
     _refused(Path("copy"), "no such checkpoint")  # a Path is a folder, never a name
@@ -223,7 +225,7 @@ def test_every_damaged_byte_of_the_weights_is_caught(saved: Path, tmp_path_facto
         damaged[position] ^= flip
         (copy / "model.safetensors").write_bytes(damaged)
         with pytest.raises(CheckpointError, match="sha256"):
-            checkpoint.read_tensors(copy, config)
+            reading.read_tensors(copy, config)
 
     flipped()
 
@@ -568,14 +570,14 @@ def test_what_killed_saves_left_goes_with_the_next_save(tiny: MatViT, folder: Pa
 def test_what_another_process_is_saving_in_the_same_place_is_left_to_it(
     tiny: MatViT, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    swap = checkpoint._swap
+    swap = swap_module._swap
 
     def save_another_first(new: Path, target: Path) -> None:
-        monkeypatch.setattr(checkpoint, "_swap", swap)
+        monkeypatch.setattr(swap_module, "_swap", swap)
         tiny.save_pretrained(folder)
         swap(new, target)
 
-    monkeypatch.setattr(checkpoint, "_swap", save_another_first)
+    monkeypatch.setattr(swap_module, "_swap", save_another_first)
     tiny.save_pretrained(folder)
     assert MatViT.from_pretrained(folder).space_id == tiny.space_id
 
@@ -583,7 +585,7 @@ def test_what_another_process_is_saving_in_the_same_place_is_left_to_it(
 @pytest.fixture
 def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system, or a file system, where two folders cannot change names in one step."""
-    monkeypatch.setattr(checkpoint, "_exchange", lambda *_: False)
+    monkeypatch.setattr(swap_module, "_exchange", lambda *_: False)
 
 
 @pytest.mark.usefixtures("without_exchange")

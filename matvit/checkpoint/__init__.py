@@ -1,0 +1,25 @@
+"""Checkpoints: a folder (or hub repository) that holds one trained elastic encoder.
+
+config.json          format version, name, architecture, axes, preprocessing, weight file, space_id
+model.safetensors    the full encoder's tensors, of which submodels are slices, and what these own besides
+pareto.json          per submodel: FLOPs, parameters, measured quality and latency
+training.json        recipe, data, seed, code version and metrics of the run that made it
+README.md            model card
+"""
+
+from matvit.checkpoint.forms import Storage, pareto_row, read_config
+from matvit.checkpoint.places import NO_SUCH, locate, refuse_inside, refuse_to_replace
+from matvit.checkpoint.reading import load
+from matvit.checkpoint.writing import save
+
+__all__ = [
+    "NO_SUCH",
+    "Storage",
+    "load",
+    "locate",
+    "pareto_row",
+    "read_config",
+    "refuse_inside",
+    "refuse_to_replace",
+    "save",
+]
