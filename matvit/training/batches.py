@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matvit.training.data import DeviceImages, colour_jitter, cut, random_crops
+from matvit.training.crops import colour_jitter, cut, random_crops
+from matvit.training.data import DeviceImages
 from matvit.training.recipe import Augmentation
 from matvit.training.teacher import TeacherTargets
 

@@ -10,7 +10,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from matvit.progress import Progress, ProgressEvent
-from matvit.training.data import DeviceImages, cut, random_crops
+from matvit.training.crops import cut, random_crops
+from matvit.training.data import DeviceImages
 from matvit.training.recipe import Augmentation, TeacherRecipe
 
 

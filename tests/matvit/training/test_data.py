@@ -18,7 +18,8 @@ from matvit.datasets import read_dataset
 from matvit.errors import DatasetError
 from matvit.training import data as training_data
 from matvit.training.batches import TrainingSet, _mosaic, draw_batch
-from matvit.training.data import colour_jitter, cut, random_crops, to_device
+from matvit.training.crops import colour_jitter, cut, random_crops
+from matvit.training.data import to_device
 from matvit.training.recipe import Augmentation
 
 FULL = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
