@@ -285,11 +285,20 @@ def _runs(widths: Sequence[int], full_widths: Sequence[int]) -> str:
 
 
 def _spec_error(what: str, shape: EncoderShape) -> SpecError:
-    half = shape.num_blocks // 2
-    return SpecError(
-        what=what,
-        where="encoder spec",
-        fix=f"use S, M, L, XL, a width for all {shape.num_blocks} blocks such as "
-        f"{shape.num_blocks}w{shape.ffn_widths[0] // 2}, or runs such as {half}S.{shape.num_blocks - half}XL "
-        f"(this encoder's axes: {', '.join(shape.axes)})",
-    )
+    *examples, last = (f"{meant} such as {example}" for meant, example in _examples(shape))
+    return SpecError(what=what, where="encoder spec", fix=f"use {', '.join(['S, M, L, XL', *examples])}, or {last}")
+
+
+def _examples(shape: EncoderShape) -> Iterator[tuple[str, str]]:
+    """What each axis of the encoder offers, in words and as a spec."""
+    blocks, half = shape.num_blocks, shape.num_blocks // 2
+    yield f"a width for all {blocks} blocks", f"{blocks}w{max(1, min(shape.ffn_widths) // 2)}"
+    if half:
+        yield "runs of blocks", f"{half}S.{blocks - half}XL"
+    if shape.head_axis and shape.num_heads > 1:
+        yield "fewer heads", f"XL-h{shape.num_heads // 2}"
+    if shape.keep_order and blocks > 1:
+        yield "fewer blocks", f"M-d{min(len(shape.keep_order), max(1, blocks - 2))}"
+    if step := shape.image_size_step:
+        smaller = step * max(1, shape.image_size // step // 2)
+        yield "other pictures", f"XL-r{smaller if smaller != shape.image_size else 2 * step}"
