@@ -28,6 +28,7 @@ from matvit.training import loop
 from matvit.training.processes import start_fabric
 from matvit.training.recipe import Recipe, Stage, load_recipe
 from matvit.training.state import LOG
+from matvit.training.steps import optimise
 
 KINDS = {  # of kernels, by parts of their names; the first that fits
     "attention": ("attention", "flash", "fmha", "sdpa", "cudnn::fusion", "cudnn_generated"),
@@ -88,15 +89,15 @@ def measure(recipe: Recipe, name: str, *, steps: int) -> dict[str, Any]:
     labelled = [generated(one.path, pixels=one.resolution) for one in recipe.data]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         fabric = start_fabric(recipe)
-        opened.enter_context(loop._many_graphs(recipe, fabric))
-        run = loop._prepare(recipe, fabric, labelled, Path(folder), silent)
+        opened.enter_context(loop.many_graphs(recipe, fabric))
+        run = loop.prepare(recipe, fabric, labelled, Path(folder), silent)
         stage: Stage = recipe.stages[number]
         run.stage = number
-        optimiser, schedule = loop._enter(run, stage)
+        optimiser, schedule = loop.enter_stage(run, stage)
 
         def once() -> Mapping[str, Any]:
             run.step = 0
-            loop._optimise(run, stage, optimiser, schedule)
+            optimise(run, stage, optimiser, schedule)
             row: dict[str, Any] = json.loads((Path(folder) / LOG).read_text().splitlines()[-1])
             return row
 

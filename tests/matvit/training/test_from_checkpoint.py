@@ -10,7 +10,7 @@ from matvit import MatViT
 from matvit.checkpoint import read_config
 from matvit.errors import CheckpointError, RecipeError
 from matvit.private import OWNERS, PrivateConfig
-from matvit.training import loop, record
+from matvit.training import record, steps
 from matvit.training.loop import train
 
 OWN = {
@@ -98,12 +98,12 @@ def test_what_adapting_fitted_is_trained_further_and_resumed(checkpoint, make_re
 
     recipe = make_recipe(**going_on(adapted(checkpoint, tmp_path / "adapted", rank=2), OWN))
     whole = train(recipe, out=tmp_path / "whole")
-    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
-    monkeypatch.setattr(loop, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(steps, "_LOG_STEPS", 1)
+    monkeypatch.setattr(steps, "_SAVE_SECONDS", 0.0)
     for _ in range(2):  # at the first step, which was not saved, and at the second
         with pytest.raises(InterruptedError):
             train(recipe, out=tmp_path / "parts", progress=stop_in_own)
-        monkeypatch.setattr(loop, "_LOG_STEPS", 2)
+        monkeypatch.setattr(steps, "_LOG_STEPS", 2)
     parts = train(recipe, out=tmp_path / "parts")
     assert parts.weights_sha256 == whole.weights_sha256
     assert parts.private.config == PrivateConfig(rank=2, last=True)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from matvit.errors import RecipeError
-from matvit.training import loop
+from matvit.training import steps
 from matvit.training.loop import train
 from matvit.training.processes import average_gradients
 from matvit.training.state import only_run
@@ -32,10 +32,10 @@ OWN = {
 PROGRAM = """
 import sys
 from pathlib import Path
-from matvit.training import loop
+from matvit.training import loop, steps
 from matvit.training.recipe import Recipe
 
-clip, norms = loop.nn.utils.clip_grad_norm_, []
+clip, norms = steps.nn.utils.clip_grad_norm_, []
 
 
 def note(*arguments):
@@ -43,7 +43,7 @@ def note(*arguments):
 
 
 if __name__ == "__main__":
-    loop.nn.utils.clip_grad_norm_ = note
+    steps.nn.utils.clip_grad_norm_ = note
     loop.train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), out=Path(sys.argv[2]))
     print("returned", norms, flush=True)
 """
@@ -70,9 +70,9 @@ def test_two_processes_train_as_one_with_both_shares(data, tmp_path, make_recipe
         targets = [torch.cat(pair) for pair in zip(first.targets, second.targets, strict=True)]
         return replace(first, images=torch.cat([first.images, second.images]), targets=targets)
 
-    draw, clip = loop.draw_batch, torch.nn.utils.clip_grad_norm_
+    draw, clip = steps.draw_batch, torch.nn.utils.clip_grad_norm_
     norms: list[float] = []
-    monkeypatch.setattr(loop, "draw_batch", both_shares)
+    monkeypatch.setattr(steps, "draw_batch", both_shares)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: norms.append(float(clip(*given))))
     train(make_recipe(stages=stages), out=tmp_path / "alone")
     # AdamW's steps are the same for a gradient twice as long, so the gradients are compared, too.

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from matvit.errors import RecipeError
-from matvit.training import loop, record, state
+from matvit.training import loop, record, state, steps
 from matvit.training.loop import train
 
 AUGMENTED_TWICE = [
@@ -41,8 +41,8 @@ THEN_OWNING = [
 
 @pytest.fixture(autouse=True)
 def _log_and_save_every_step(monkeypatch):
-    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
-    monkeypatch.setattr(loop, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(steps, "_LOG_STEPS", 1)
+    monkeypatch.setattr(steps, "_SAVE_SECONDS", 0.0)
 
 
 def log_of(folder: Path) -> list[dict[str, object]]:
@@ -113,9 +113,9 @@ def test_a_run_that_is_killed_in_mid_stage_continues_to_the_same_log_and_weights
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
     script = f"""
 from pathlib import Path
-from matvit.training import loop
+from matvit.training import loop, steps
 from matvit.training.recipe import Recipe
-loop._LOG_STEPS, loop._SAVE_SECONDS = 1, 0.0
+steps._LOG_STEPS, steps._SAVE_SECONDS = 1, 0.0
 recipe = Recipe.model_validate_json(Path({str(tmp_path / "recipe.json")!r}).read_text())
 loop.train(recipe, out=Path({str(tmp_path / "parts")!r}))
 """
@@ -155,7 +155,8 @@ def small_disk(monkeypatch):
         save(*arguments)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
 
-    monkeypatch.setattr(loop, "save", save_then_limit)
+    for module in (loop, steps):
+        monkeypatch.setattr(module, "save", save_then_limit)
     try:
         yield
     finally:
@@ -467,7 +468,7 @@ def test_a_complete_run_leaves_its_encoder_as_it_was_changed_since_and_mends_a_d
 
 def test_the_time_that_saves_take_is_not_counted_as_optimisation(data, make_recipe, tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    save, step = loop.save, loop._step
+    save, step = loop.save, steps._step
 
     def save_slowly(*given):
         save(*given)
@@ -477,9 +478,10 @@ def test_the_time_that_saves_take_is_not_counted_as_optimisation(data, make_reci
         clock.now += 1
         return step(*given)
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
-    monkeypatch.setattr(loop, "save", save_slowly)
-    monkeypatch.setattr(loop, "_step", step_in_a_second)
+    monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    for module in (loop, steps):
+        monkeypatch.setattr(module, "save", save_slowly)
+    monkeypatch.setattr(steps, "_step", step_in_a_second)
     assert train(make_recipe(), out=tmp_path).record["seconds"] == 8
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from matvit.errors import DatasetError, RecipeError
-from matvit.training import loop, record, sampling, stages
+from matvit.training import loop, record, sampling, stages, steps
 from matvit.training.heads import Heads
 from matvit.training.loop import train
 from matvit.training.recipe import TeacherRecipe
@@ -91,14 +91,14 @@ def test_what_is_aligned_to_is_the_encoder_before_it_was_first_nested(data, make
     stages = make_recipe().model_dump(mode="json")["stages"]
     stages.append(stages[1] | {"name": "longer"})
     anchors: dict[str, list[torch.Tensor]] = {}
-    step = loop._step
+    step = steps._step
 
     def look(run, stage, *rest):
         if run.anchor is not None:
             anchors.setdefault(stage.name, [tensor.clone() for tensor in run.anchor.vit.state_dict().values()])
         return step(run, stage, *rest)
 
-    monkeypatch.setattr(loop, "_step", look)
+    monkeypatch.setattr(steps, "_step", look)
     train(make_recipe(stages=stages), out=tmp_path / "run")
     alone = train(make_recipe(stages=stages[:1]), out=tmp_path / "alone").vit.state_dict().values()
     assert list(anchors) == ["nested", "longer"]
@@ -112,7 +112,7 @@ def test_a_stage_before_nesting_is_held_to_the_encoder_that_it_began_with(data, 
     held = common | {"name": "held", "full": {"classification": 1, "cosine": 1}}
     nested = common | {"name": "nested", "full": {"cosine": 1}, "submodels": {"cosine": 1}}
     anchors: dict[str, list[torch.Tensor]] = {}
-    step = loop._step
+    step = steps._step
 
     def look(run, stage, *rest):
         if run.anchor is not None:
@@ -120,7 +120,7 @@ def test_a_stage_before_nesting_is_held_to_the_encoder_that_it_began_with(data, 
         return step(run, stage, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", look)
+        patch.setattr(steps, "_step", look)
         train(make_recipe(stages=[first, held, nested]), out=tmp_path / "run")
     for chain, aligned in (([first], "held"), ([first, held], "nested")):
         begun = train(make_recipe(stages=chain), out=tmp_path / aligned).vit.state_dict().values()
@@ -130,13 +130,13 @@ def test_a_stage_before_nesting_is_held_to_the_encoder_that_it_began_with(data, 
 def test_pictures_are_cut_for_the_largest_encoder_of_a_stage(data, make_recipe, make_fields, monkeypatch, tmp_path):
     full, nested = make_fields()["stages"]
     sizes: dict[int, set[int]] = {}
-    draw = loop.draw_batch
+    draw = steps.draw_batch
 
     def look(sets, *, image_size, key, **how):
         sizes.setdefault(key[1], set()).add(image_size)
         return draw(sets, image_size=image_size, key=key, **how)
 
-    monkeypatch.setattr(loop, "draw_batch", look)
+    monkeypatch.setattr(steps, "draw_batch", look)
     larger = nested | {"ladder": ["M", "mixed-r40", "L-r48"]}
     train(make_recipe(stages=[full | {"resolutions": [16]}, larger]), out=tmp_path / "run")
     assert sizes == {0: {16}, 1: {48}}
@@ -154,13 +154,13 @@ def test_a_stage_may_take_other_batches(data, make_recipe, monkeypatch, tmp_path
     stages = make_recipe().model_dump(mode="json")["stages"]
     stages[1]["batches"] = [6]
     seen: list[tuple[str, int]] = []
-    step = loop._step
+    step = steps._step
 
     def look(run, stage, optimiser, batch, *rest):
         seen.append((stage.name, len(batch.images)))
         return step(run, stage, optimiser, batch, *rest)
 
-    monkeypatch.setattr(loop, "_step", look)
+    monkeypatch.setattr(steps, "_step", look)
     model = train(make_recipe(stages=stages), out=tmp_path / "run")
     assert set(seen) == {("full", 8), ("nested", 6)}
     assert model.record["pictures_seen"] == 4 * 8 + 4 * 6
@@ -213,7 +213,7 @@ def test_a_batch_without_room_in_memory_is_told_with_its_stage(data, make_recipe
             raise torch.OutOfMemoryError("CUDA out of memory")
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(loop, "draw_batch", refuse)
+    monkeypatch.setattr(steps, "draw_batch", refuse)
     sentence = r"stage 'full': its batch of 8 pictures does not fit into the memory of cpu; lower its batches"
     with pytest.raises(RecipeError, match=sentence):
         train(make_recipe(), out=tmp_path / "run")
@@ -244,7 +244,7 @@ def test_what_has_no_room_in_memory_is_not_blamed_on_the_batch(
 def test_graphs_are_counted_for_the_run_alone(make_recipe):
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
     before = torch._dynamo.config.recompile_limit
-    with loop._many_graphs(make_recipe(compile=True), on_cuda):
+    with loop.many_graphs(make_recipe(compile=True), on_cuda):
         assert torch._dynamo.config.recompile_limit == 32
     assert torch._dynamo.config.recompile_limit == before
 
@@ -279,13 +279,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, make_recipe, tmp_path):
 def test_the_first_loss_that_is_not_finite_is_named_with_the_last_good_save(
     data, make_recipe, tmp_path, monkeypatch, bad, kept
 ):
-    step = loop._step
+    step = steps._step
 
     def poison_the_third(run, stage, *rest):
         loss = step(run, stage, *rest)
         return loss * torch.nan if (stage.name, run.step) == (bad, 2) else loss
 
-    monkeypatch.setattr(loop, "_step", poison_the_third)
+    monkeypatch.setattr(steps, "_step", poison_the_third)
     common = {"steps": 5, "learning_rate": 1e-3, "full": {"classification": 1}}
     stages = [common | {"name": name} for name in ("a", "b")]
     with pytest.raises(RecipeError, match=f"stage '{bad}': the loss is nan at step 3; lower its .*{kept}"):
@@ -312,11 +312,11 @@ def test_start_weights_of_another_backbone_are_one_sentence(data, make_recipe, m
 
 
 @pytest.mark.parametrize("poisoned", ["weight", "moment"])
-@pytest.mark.parametrize(("steps", "save_seconds"), [(3, 60.0), (9, 0.0)])
+@pytest.mark.parametrize(("length", "save_seconds"), [(3, 60.0), (9, 0.0)])
 def test_what_is_not_finite_is_never_saved_though_the_loss_is(
-    data, make_recipe, tmp_path, monkeypatch, poisoned, steps, save_seconds
+    data, make_recipe, tmp_path, monkeypatch, poisoned, length, save_seconds
 ):
-    step = loop._step
+    step = steps._step
 
     def poison_the_third(run, stage, optimiser, *rest):
         loss = step(run, stage, optimiser, *rest)
@@ -325,9 +325,9 @@ def test_what_is_not_finite_is_never_saved_though_the_loss_is(
             (weight if poisoned == "weight" else optimiser.state[weight]["exp_avg_sq"]).data[0, 0, 0] = torch.inf
         return loss
 
-    monkeypatch.setattr(loop, "_step", poison_the_third)
-    monkeypatch.setattr(loop, "_SAVE_SECONDS", save_seconds)
-    stage = {"name": "full", "steps": steps, "learning_rate": 1e-3, "full": {"classification": 1}}
+    monkeypatch.setattr(steps, "_step", poison_the_third)
+    monkeypatch.setattr(steps, "_SAVE_SECONDS", save_seconds)
+    stage = {"name": "full", "steps": length, "learning_rate": 1e-3, "full": {"classification": 1}}
     with pytest.raises(RecipeError, match="its weights or their moments are not finite at step 3; lower"):
         train(make_recipe(stages=[stage]), out=tmp_path / "run")
     saved = tmp_path / "run" / "state.pt"

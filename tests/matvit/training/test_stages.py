@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from matvit import MatViT
 from matvit.private import OWNERS
 from matvit.spec import Granularity
-from matvit.training import loop, stages
+from matvit.training import loop, stages, steps
 from matvit.training.loop import train
 
 FULL = {"name": "full", "steps": 4, "learning_rate": 1e-3, "full": {"classification": 1}}
@@ -95,7 +95,7 @@ def test_training_what_submodels_own_brings_them_nearer_to_the_frozen_encoder(da
             losses.append(float(event.note.split()[1].rstrip(",")))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_LOG_STEPS", 1)
+        patch.setattr(steps, "_LOG_STEPS", 1)
         train(make_recipe(stages=[FULL, longer]), out=tmp_path / "run", progress=note)
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
@@ -140,14 +140,14 @@ def test_the_result_of_a_stage_is_the_asked_share_of_its_end(data, make_recipe, 
 
 def test_the_result_of_a_stage_with_ema_is_the_moving_average_of_its_weights(data, make_recipe, tmp_path, monkeypatch):
     seen: list[torch.Tensor] = []
-    step = loop._step
+    step = steps._step
 
     def look(run, *rest):
         loss = step(run, *rest)
         seen.append(flat(run.model))
         return loss
 
-    monkeypatch.setattr(loop, "_step", look)
+    monkeypatch.setattr(steps, "_step", look)
     model = train(make_recipe(stages=[FULL | {"ema": 0.5}]), out=tmp_path / "run")
     mean = seen[0]  # timm's warm-up: the first step whole, then 1 - (1 + n) ^ -2/3 of what was, at most the decay
     for number, weights in enumerate(seen[1:], start=1):
@@ -164,7 +164,7 @@ def test_the_result_of_a_stage_with_ema_is_the_moving_average_of_its_weights(dat
 def test_the_rate_warms_up_from_0_and_without_warm_up_begins_in_full(
     data, make_recipe, tmp_path, monkeypatch, warmup, rates
 ):
-    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
+    monkeypatch.setattr(steps, "_LOG_STEPS", 1)
     recipe = make_recipe(stages=[FULL], optimiser={"warmup": warmup, "layer_decay": 1.0})
     train(recipe, out=tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
