@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
 from typing import get_args
@@ -53,6 +54,9 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
     try:
         replace_folder(target, files)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process's first save was faster
+            save(model, folder, storage=storage)
+            return
         raise CheckpointError(
             what=f"cannot be written ({error.strerror})",
             where=str(target),

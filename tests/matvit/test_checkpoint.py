@@ -582,6 +582,22 @@ def test_what_another_process_is_saving_in_the_same_place_is_left_to_it(
     assert MatViT.from_pretrained(folder).space_id == tiny.space_id
 
 
+def test_of_two_first_saves_that_meet_the_last_one_stays(
+    tiny: MatViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def save_another_first(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        tiny.save_pretrained(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", save_another_first)
+    tiny.save_pretrained(tmp_path / "a" / "new")
+    assert MatViT.from_pretrained(tmp_path / "a" / "new").space_id == tiny.space_id
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["new"]
+
+
 @pytest.fixture
 def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system, or a file system, where two folders cannot change names in one step."""
