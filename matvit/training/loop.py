@@ -35,7 +35,7 @@ from matvit.training.stages import (
     wants,
 )
 from matvit.training.start import load_teacher, start_encoder, start_hashes
-from matvit.training.state import BOARD, Run, only_run, restore, save, tidy
+from matvit.training.state import BOARD, ENCODER, Run, only_run, restore, save, tidy
 from matvit.training.steps import optimise
 
 
@@ -103,7 +103,7 @@ def _carry_out(
     labelled = [read_dataset(find_dataset(one.path), classes=one.classes, exclude=one.exclude) for one in recipe.data]
     check_labels(recipe, labelled)
     validation = None if recipe.validation is None else read_validation(recipe.validation)
-    refuse_to_replace(out / "encoder")  # now, not hours later
+    refuse_to_replace(out / ENCODER)  # now, not hours later
     with ExitStack() as opened:
         if fabric.is_global_zero:
             opened.enter_context(only_run(out, resume=resume))
@@ -126,7 +126,7 @@ def _carry_out(
             raise SystemExit(0)
         with room_for(
             f"measuring and saving it does not fit into the memory of {fabric.device}",
-            where=str(out / "encoder"),
+            where=str(out / ENCODER),
             fix="free some, and the same command goes on: its training is done",
         ):
             encoder = (None if left else finished_before(run)) or finish(run, validation)

@@ -21,7 +21,7 @@ from matvit.model import MatViT
 from matvit.progress import Progress
 from matvit.training.recipe import Recipe, ValidationRecipe
 from matvit.training.sampling import MIXED
-from matvit.training.state import Run
+from matvit.training.state import ENCODER, Run
 
 Validation = tuple[LabelledImages, LabelledImages | None]  # queries and gallery; None: leave-one-out
 _INHERITED = ("license", "credits", "notes")
@@ -32,7 +32,7 @@ def finish(run: Run, validation: Validation | None) -> MatViT:
 
     Measured is what was saved: with int8 storage, the de-quantised weights.
     """
-    model, recipe, folder = run.model, run.recipe, run.folder / "encoder"
+    model, recipe, folder = run.model, run.recipe, run.folder / ENCODER
     model.block_forward, model.pareto = run_block, ()  # its table is that of the encoder that it went on from
     storage = _storage(recipe)
     before = None if recipe.encoder.checkpoint is None else _parent(model)
@@ -58,7 +58,7 @@ def finished_before(run: Run) -> MatViT | None:
     of it was corrected.
     """
     try:
-        saved = MatViT.from_pretrained(run.folder / "encoder").to(run.model.device)
+        saved = MatViT.from_pretrained(run.folder / ENCODER).to(run.model.device)
     except MatVitError:
         return None
     before = None if run.recipe.encoder.checkpoint is None else _parent(run.model)

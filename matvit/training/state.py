@@ -38,7 +38,7 @@ from matvit.training.memory import room_for
 from matvit.training.recipe import Recipe, Stage
 
 VERSION = 2  # of what `save` keeps: raised by every change of it; another one's is refused
-STATE, LOG, LOCK, BOARD = "state.pt", "log.jsonl", "lock", "tensorboard"
+STATE, LOG, LOCK, BOARD, ENCODER = "state.pt", "log.jsonl", "lock", "tensorboard", "encoder"
 _SAID = {"validation", "license", "credits", "notes"}  # of a recipe: no weight depends on these
 
 
@@ -120,7 +120,7 @@ def follow(model: MatViT, stage: Stage) -> ModelEmaV3:
 def only_run(out: Path, *, resume: bool) -> Iterator[None]:
     """Make the run's folder, and keep other processes from training in it.
 
-    Raises RecipeError where one does, and where files of the user's own would be overwritten.
+    Raises RecipeError where one does, and where files of the user's own would be overwritten or mixed with its.
     """
     path = out / LOCK
     with writing(path):
@@ -147,19 +147,20 @@ def only_run(out: Path, *, resume: bool) -> Iterator[None]:
 
 
 def _refuse_foreign(out: Path, *, resume: bool) -> None:
-    """What bears a name of a run's is one's where a lock lies beside it, or a state, which is read before anything."""
+    """A new run begins in a folder of its own; a run's has a lock, or a state, which is read before anything."""
     if (out / LOCK).is_file():
         ours = re.fullmatch(rb"[\d\s\0]*", read_small(out / LOCK))  # a process id; zeros after a power failure
         foreign = None if ours else LOCK
     elif resume and (out / STATE).exists():
         foreign = None
     else:
-        foreign = next((name for name in (STATE, LOG, BOARD) if (out / name).exists()), None)
+        there = (entry.name for entry in out.iterdir())
+        foreign = min((name for name in there if name != ENCODER and not name.startswith(".")), default=None)
     if foreign is not None:
         raise RecipeError(
             what=f"holds '{foreign}', which is no part of a run",
             where=str(out),
-            fix="choose another --out, or move it away",
+            fix="choose a new or empty --out, or move it away",
         )
 
 

@@ -200,13 +200,18 @@ def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(interrupted, make_
         train(make_recipe(), out=interrupted)
 
 
-@pytest.mark.parametrize("name", ["lock", "log.jsonl"])
+@pytest.mark.parametrize("name", ["lock", "log.jsonl", "thesis.tex"])
 @pytest.mark.parametrize("resume", [True, False])
-def test_files_of_the_users_own_are_not_overwritten_by_a_runs(data, make_recipe, tmp_path, name, resume):
-    (tmp_path / name).write_text("precious")
-    with pytest.raises(RecipeError, match=rf"holds '{name}', which is no part of a run; choose another --out"):
-        train(make_recipe(), out=tmp_path, resume=resume)
-    assert (tmp_path / name).read_text() == "precious"
+def test_files_of_the_users_own_are_not_overwritten_by_a_runs_or_mixed_with_them(
+    data, make_recipe, tmp_path, name, resume
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text("precious")
+    with pytest.raises(RecipeError, match=rf"holds '{name}', which is no part of a run; choose a new or empty --out"):
+        train(make_recipe(), out=folder, resume=resume)
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == "precious"
 
 
 def test_a_lock_is_not_written_through_a_link(data, make_recipe, tmp_path):
@@ -245,20 +250,20 @@ def test_a_fresh_run_names_the_folder_that_is_in_its_states_place(interrupted, m
 def test_a_fresh_run_forgets_the_unfinished_one(data, make_recipe, tmp_path):
     recipe = make_recipe(stages=AUGMENTED_TWICE)
     with pytest.raises(Interrupted):
-        train(recipe, out=tmp_path, progress=interrupt_at("two", 2))
+        train(recipe, out=tmp_path / "run", progress=interrupt_at("two", 2))
     with pytest.raises(Interrupted):
-        train(recipe, out=tmp_path, resume=False, progress=interrupt_at("one", 1))
-    assert [(row["stage"], row["step"]) for row in log_of(tmp_path)] == [("one", 1)]
-    assert not (tmp_path / "state.pt").exists()
+        train(recipe, out=tmp_path / "run", resume=False, progress=interrupt_at("one", 1))
+    assert [(row["stage"], row["step"]) for row in log_of(tmp_path / "run")] == [("one", 1)]
+    assert not (tmp_path / "run" / "state.pt").exists()
 
 
 def test_a_fresh_run_leaves_the_encoder_until_it_has_its_own(data, make_recipe, tmp_path):
     recipe = make_recipe(stages=AUGMENTED_TWICE)
-    train(recipe, out=tmp_path)
-    whole = (tmp_path / "encoder" / "model.safetensors").read_bytes()
+    train(recipe, out=tmp_path / "run")
+    whole = (tmp_path / "run" / "encoder" / "model.safetensors").read_bytes()
     with pytest.raises(Interrupted):
-        train(recipe, out=tmp_path, resume=False, progress=interrupt_at("one", 1))
-    assert (tmp_path / "encoder" / "model.safetensors").read_bytes() == whole
+        train(recipe, out=tmp_path / "run", resume=False, progress=interrupt_at("one", 1))
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -308,8 +313,8 @@ def test_what_is_said_and_measured_of_the_result_may_be_corrected_on_the_way(int
 def test_a_note_that_is_no_valid_text_is_kept(data, make_recipe, tmp_path):
     recipe = make_recipe(notes=["\ud800"])
     with pytest.raises(Interrupted):
-        train(recipe, out=tmp_path, progress=interrupt_at("full", 3))
-    assert train(recipe, out=tmp_path).record["notes"] == ["\ud800"]
+        train(recipe, out=tmp_path / "run", progress=interrupt_at("full", 3))
+    assert train(recipe, out=tmp_path / "run").record["notes"] == ["\ud800"]
 
 
 def test_a_state_that_cannot_be_read_is_not_called_damaged(interrupted, make_recipe, monkeypatch):
@@ -423,7 +428,7 @@ def test_an_error_of_our_own_while_a_state_is_taken_is_not_called_damage(interru
 def test_a_record_names_the_processes_that_took_steps_and_no_later_one(data, make_recipe, tmp_path, monkeypatch):
     def run_as(commit: str, **how) -> dict[str, object]:
         monkeypatch.setattr(record, "_commit", lambda: commit)
-        return train(make_recipe(), out=tmp_path, **how).record
+        return train(make_recipe(), out=tmp_path / "run", **how).record
 
     with pytest.raises(Interrupted):
         run_as("first", progress=interrupt_at("full", 3))
@@ -482,7 +487,7 @@ def test_the_time_that_saves_take_is_not_counted_as_optimisation(data, make_reci
     for module in (loop, steps):
         monkeypatch.setattr(module, "save", save_slowly)
     monkeypatch.setattr(steps, "_step", step_in_a_second)
-    assert train(make_recipe(), out=tmp_path).record["seconds"] == 8
+    assert train(make_recipe(), out=tmp_path / "run").record["seconds"] == 8
 
 
 def test_a_state_that_names_no_pictures_is_refused(interrupted, make_recipe):
