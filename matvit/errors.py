@@ -36,6 +36,11 @@ class MatVitError(Exception):
         return (_rebuild, (type(self), self.what, self.where, self.fix))
 
 
+def first_line(error: Exception) -> str:
+    """Why something foreign failed, in one line: its message's first, or the error's name where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _rebuild(kind: type[MatVitError], what: str, where: str, fix: str) -> MatVitError:
     return kind(what=what, where=where, fix=fix)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from matvit import backbone
 from matvit.checkpoint import refuse_inside
 from matvit.durable import remove_unfinished, write_together
-from matvit.errors import CheckpointError
+from matvit.errors import CheckpointError, first_line
 from matvit.model import MatViT
 from matvit.regular import check_regular, read_small
 
@@ -92,7 +92,7 @@ def read_extracted(path: Path) -> backbone.TimmViT:
             raise _damaged(path, "its sha256 is not the one in the JSON file beside it")
         return backbone.build(config.architecture, load(weights))
     except (OSError, ValidationError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise _damaged(path, f"it or the JSON file beside it cannot be read ({reason})") from error
 
 

@@ -6,7 +6,8 @@ Letters in shape comments: B batch, C channels, H W pixels, N tokens, D embeddin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from matvit import backbone, cost, identity, positions
 from matvit.backbone import TimmBlock, TimmViT
 from matvit.backbone.weights import read_weights
 from matvit.block import run_block
-from matvit.errors import BackboneError, SpecError
+from matvit.errors import BackboneError, SpecError, first_line
 from matvit.preprocess import Preprocessing
 from matvit.private import PrivateConfig, PrivateParameters
 from matvit.spec import EncoderShape, SubmodelSpec
@@ -260,33 +261,29 @@ def _casts(images: Tensor) -> bool:
 
 
 def _create(name: str) -> nn.Module:
-    try:
+    with _timm_errors(name, "timm cannot create it", fix="choose a name from timm.list_models('vit_*')"):
         model: nn.Module = timm.create_model(name, num_classes=0)
-    except Exception as error:  # timm raises RuntimeError for unknown names; a name on the hub, the client's own
-        raise BackboneError(
-            what=f"timm cannot create it ({_reason(error)})",
-            where=f"timm model '{name}'",
-            fix="choose a name from timm.list_models('vit_*')",
-        ) from error
     return model
 
 
 def _fetch(name: str) -> nn.Module:
-    try:
+    with _timm_errors(name, "its weights cannot be fetched", fix="check the network, or give a file of its weights"):
         model: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        raise BackboneError(
-            what=f"its weights cannot be fetched ({_reason(error)})",
-            where=f"timm model '{name}'",
-            fix="check the network, or give a file of its weights",
-        ) from error
     return model
+
+
+@contextmanager
+def _timm_errors(name: str, what: str, *, fix: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # timm raises RuntimeError for unknown names; the hub client its own, httpx's, OS errors
+        raise BackboneError(what=f"{what} ({_reason(error)})", where=f"timm model '{name}'", fix=fix) from error
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError):  # its message speaks of caches
         return "the hub could not be reached"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _check_image_size(image_size: int, config: backbone.ViTConfig) -> None:

@@ -15,6 +15,7 @@ import typer
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 _WIDE = 160  # columns of a table that goes into a file or a pipe
+_SHOWN = 10  # files that are listed for people; --json lists all
 
 
 def write_json(document: Mapping[str, Any]) -> None:
@@ -67,6 +68,14 @@ def say(message: str) -> None:
     """One line for people, on stderr."""
     with suppress(OSError):  # nobody can be told that nobody can be told; the exit code still says it
         typer.echo(printable(message.replace("\n", " ")), err=True)
+
+
+def say_first(fate: str, lines: Sequence[str]) -> None:
+    """Some of `lines`, each after the word that says what became of it, and how many more there are."""
+    for line in lines[:_SHOWN]:
+        say(f"{fate} {line}")
+    if len(lines) > _SHOWN:
+        say(f"{fate} {len(lines) - _SHOWN} more: --json lists them")
 
 
 def printable(text: str) -> str:

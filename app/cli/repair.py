@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_line
+from matvit_app.cli.output import JsonFlag, say, say_first, write_json, write_line
 from matvit_app.cli.progress import progress_bar
-
-_SHOWN = 10  # lost items and removed files that are listed for people; --json lists all
 
 
 def repair(
@@ -53,10 +50,10 @@ def repair(
         for sentence in report.damage:
             say(sentence)
         fate = "dropped" if drop_lost else "lost"
-        _list(fate, [f"{file.path}: {file.reason}" for file in report.lost])
+        say_first(fate, [f"{file.path}: {file.reason}" for file in report.lost])
         if report.lost_unnamed:
             say(f"{fate} {report.lost_unnamed} items whose names cannot be read: index the pictures' folders again")
-        _list("removed", report.removed)
+        say_first("removed", report.removed)
         lost = (report.lost or report.lost_unnamed) and not drop_lost
         failing = "not changed: go on without what is lost by --drop-lost" if lost else "is not whole: index anew"
         state = "is whole" if report.whole else failing
@@ -66,10 +63,3 @@ def repair(
         )
     if not report.whole:
         raise typer.Exit(code=1)
-
-
-def _list(fate: str, lines: Sequence[str]) -> None:
-    for line in lines[:_SHOWN]:
-        say(f"{fate} {line}")
-    if len(lines) > _SHOWN:
-        say(f"{fate} {len(lines) - _SHOWN} more: --json lists them")

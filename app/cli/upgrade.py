@@ -9,10 +9,8 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_line
+from matvit_app.cli.output import JsonFlag, say, say_first, write_json, write_line
 from matvit_app.cli.progress import progress_bar
-
-_SHOWN = 10  # missing pictures that are listed for people; --json lists all
 
 
 def upgrade(
@@ -56,10 +54,7 @@ def upgrade(
             f"{path}: {state}; {report.embedded} embedded, {report.resumed} by an earlier run, "
             f"{len(missing)} missing; {report.seconds:.1f} s"
         )
-        for file in report.missing[:_SHOWN]:
-            say(f"missing {file.path}: {file.reason}")
-        if len(missing) > _SHOWN:
-            say(f"missing {len(missing) - _SHOWN} more: --json lists them")
+        say_first("missing", [f"{file.path}: {file.reason}" for file in report.missing])
         if not report.published:
             say("put them back and run this again, or go on without them: --drop-missing")
     if not report.published:

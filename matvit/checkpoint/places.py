@@ -9,7 +9,7 @@ from pathlib import Path
 from matvit.bundled import bundled_folders
 from matvit.checkpoint.forms import CONFIG, FILES, read_json
 from matvit.checkpoint.swap import refuse_half_swapped
-from matvit.errors import CheckpointError
+from matvit.errors import CheckpointError, first_line
 
 NO_SUCH = "no such checkpoint"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # not ../folder
@@ -46,9 +46,8 @@ def _download(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            what=f"is no folder, and cannot be fetched from the hub ({reason})",
+            what=f"is no folder, and cannot be fetched from the hub ({first_line(error)})",
             where=repository,
             fix="check the id, the network and HF_TOKEN, or give a local folder",
         ) from error

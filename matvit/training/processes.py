@@ -14,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from matvit.errors import RecipeError
+from matvit.errors import RecipeError, first_line
 from matvit.training.recipe import Recipe
 
 
@@ -25,7 +25,7 @@ def start_fabric(recipe: Recipe) -> Fabric:
         fabric = Fabric(accelerator="auto", devices=recipe.devices, strategy=strategy, precision=recipe.precision)
     except Exception as error:  # Fabric raises several kinds
         raise RecipeError(
-            what=f"{recipe.devices} devices cannot be had ({str(error).splitlines()[0]})",
+            what=f"{recipe.devices} devices cannot be had ({first_line(error)})",
             where="devices",
             fix="lower devices in the recipe",
         ) from error

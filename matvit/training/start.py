@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from matvit.errors import BackboneError, RecipeError
+from matvit.errors import BackboneError, RecipeError, first_line
 from matvit.model import AxesConfig, MatViT
 from matvit.regular import check_regular
 from matvit.training.recipe import EncoderRecipe, Recipe, TeacherRecipe
@@ -88,7 +88,7 @@ def _create(role: str, name: str, *, pretrained: bool, arguments: Mapping[str, i
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
         raise RecipeError(
-            what=f"timm cannot create it ({(str(error) or type(error).__name__).splitlines()[0]})",
+            what=f"timm cannot create it ({first_line(error)})",
             where=f"{role} '{name}'",
             fix="check the name and model_args, and the network if its weights come from the hub",
         ) from error
