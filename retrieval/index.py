@@ -19,6 +19,7 @@ from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.encoders import check_space, describe, load_encoder
 from retrieval.errors import DiskRefusalError, IndexExistsError, IngestError
 from retrieval.files import index_folder, keeping_lists, writing
+from retrieval.found_files import FoundFiles
 from retrieval.gallery import is_whole
 from retrieval.ingest import Ingest
 from retrieval.known import KnownItems
@@ -41,7 +42,7 @@ from retrieval.manifest import (
 from retrieval.metadata import fields, from_json
 from retrieval.repair import repair_index
 from retrieval.snapshot import Snapshot
-from retrieval.sources import Found, Images, find_files
+from retrieval.sources import Images, find_files
 from retrieval.types import CompactReport, IndexInfo, IngestReport, MetadataField, RepairReport, UpgradeReport
 from retrieval.upgrade import Upgrade, remove_adopted
 from retrieval.verify import verify_index
@@ -128,7 +129,7 @@ class Index:
 
     def ingest(
         self,
-        images: Images | Found,
+        images: Images | FoundFiles,
         *,
         encoder: ElasticEncoder | None = None,
         delete: bool = False,
@@ -277,7 +278,7 @@ class Index:
         return list(verify_index(self.path, sample=sample, encoder=self._encoder, progress=progress).problems)
 
     def _ingest(
-        self, found: Found, *, encoder: ElasticEncoder | None, delete: bool, progress: Progress
+        self, found: FoundFiles, *, encoder: ElasticEncoder | None, delete: bool, progress: Progress
     ) -> IngestReport:
         entry = self._snapshot.manifest.encoder
         encoder = encoder or self._encoder or load_encoder(entry, index=self.path)
@@ -371,7 +372,7 @@ def _refresh_search(
 
 
 def build_index(
-    images: Images | Found, *, encoder: ElasticEncoder, path: str | os.PathLike[str], progress: Progress = silent
+    images: Images | FoundFiles, *, encoder: ElasticEncoder, path: str | os.PathLike[str], progress: Progress = silent
 ) -> tuple[Index, IngestReport]:
     """`Index.build`, with the report too. What a failed or interrupted run has published stays."""
     found = find_files(images)

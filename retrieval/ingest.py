@@ -15,6 +15,7 @@ from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
 from retrieval.errors import DiskRefusalError
+from retrieval.found_files import FoundFiles
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.known import Known, KnownItems
 from retrieval.loading import Loaded, Task
@@ -23,8 +24,9 @@ from retrieval.pace import Pace
 from retrieval.pipeline import NO_EMBEDDING, Embedded, embed_all
 from retrieval.plan import Plan, Unchanged, Unread
 from retrieval.presence import Presence
+from retrieval.roots import Roots
 from retrieval.snapshot import Snapshot
-from retrieval.sources import Found, Roots, is_gone, lstat_error
+from retrieval.sources import is_gone, lstat_error
 from retrieval.types import IngestReport, SkippedFile
 from retrieval.writer import Entry, GenerationWriter
 
@@ -36,7 +38,13 @@ class Ingest:
     """One run over the files that were found. Use it once, while holding the writer's lock."""
 
     def __init__(
-        self, snapshot: Snapshot, *, writer: GenerationWriter, encoder: ImageEncoder, found: Found, progress: Progress
+        self,
+        snapshot: Snapshot,
+        *,
+        writer: GenerationWriter,
+        encoder: ImageEncoder,
+        found: FoundFiles,
+        progress: Progress,
     ) -> None:
         self._snapshot = snapshot
         self._writer = writer

@@ -10,12 +10,14 @@ from pathlib import Path
 from matvit.errors import MissingExtraError
 from matvit.preprocess import MAX_FILE_BYTES
 from retrieval.errors import IngestError
+from retrieval.found_files import PICTURE, TABLE, TAR, FoundFile, FoundFiles
 from retrieval.known import Known, KnownItems
 from retrieval.loading import Task
 from retrieval.locations import Open, Status, is_url, open_with_status, os_reason, status_of
 from retrieval.presence import is_unchanged
+from retrieval.roots import Roots
 from retrieval.shards import Member, ShardError, Table, is_table, tar_members
-from retrieval.sources import PICTURE, TABLE, TAR, Found, FoundFile, Roots, is_gone
+from retrieval.sources import is_gone
 from retrieval.types import SkippedFile
 
 _TOO_LARGE = f"has more than {MAX_FILE_BYTES // 2**20} MiB"
@@ -44,7 +46,7 @@ Step = Task | Unchanged | Unread | SkippedFile  # the last: not there, a shard, 
 class Plan:
     """The steps of one run, in the order in which the files were found; shards are opened when they are reached."""
 
-    def __init__(self, found: Found, *, known: KnownItems, roots: Roots) -> None:
+    def __init__(self, found: FoundFiles, *, known: KnownItems, roots: Roots) -> None:
         self._found = found
         self._known = known
         self._roots = roots

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from retrieval.found_files import FoundFiles
 from retrieval.items import Item
 from retrieval.locations import NO_TIME, Status, is_url, split_member, status_of
 from retrieval.shards import Table, is_table, tar_members
-from retrieval.sources import Found, is_gone, lstat_error
+from retrieval.sources import is_gone, lstat_error
 
 
 class Presence:
     """Whether the picture of an item is still there: asks the disk, not what was found by its name."""
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: FoundFiles) -> None:
         self._found = found
         self._members: tuple[str, frozenset[str] | int] = "", 0  # of the shard that was asked for last
 

@@ -65,7 +65,7 @@ def test_one_more_picture_costs_nothing_of_the_others(index, tmp_path, elastic, 
 
 
 def test_many_files_are_compared_as_few_are(index, photos, tmp_path, elastic, picture, monkeypatch):
-    monkeypatch.setattr(retrieval.sources, "_FEW", 0)  # so that the folders around them are looked up
+    monkeypatch.setattr(retrieval.found_files, "_FEW", 0)  # so that the folders around them are looked up
     (photos / "3.png").write_bytes(picture(33))
     shutil.copy(photos / "5.png", tmp_path / "copy.png")
     named = [photos / "3.png", photos / "sub" / "8.png", tmp_path / "copy.png"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from retrieval import Index, IngestError
-from retrieval.sources import Roots, find_files
+from retrieval.roots import Roots
+from retrieval.sources import find_files
 
 
 def paths(images):

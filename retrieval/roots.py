@@ -1,0 +1,65 @@
+"""The named folders that the places of items are relative to."""
+
+# Strings, because a Path per file would double the time of walking a large collection.
+# ruff: noqa: PTH118, PTH119, PTH120
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from retrieval.locations import split_member
+
+
+class Roots:
+    """Named folders that items' paths are relative to. A path belongs to the deepest root around it."""
+
+    def __init__(self, known: Mapping[str, str], bases: Iterable[str]) -> None:
+        """Keep the `known` roots, and add one for every base that none of them contains."""
+        self.named = dict(known)
+        self._by_folder = {folder: name for name, folder in known.items()}
+        self._found: dict[str, tuple[str, str]] = {}  # folder -> root's name, its path below that root
+        for base in sorted({_printable(base) for base in bases}, key=lambda base: (len(base), base)):
+            if self._search(base) is None:
+                name = self._new_name(base)
+                self.named[name] = base
+                self._by_folder[base] = name
+
+    def locate(self, path: str) -> tuple[str, bytes]:
+        """An absolute path as its root's name and the bytes of its path below it, "/" between parts."""
+        container, member = split_member(path) if "#" in path else (path, None)
+        folder, name = os.path.split(container)
+        if member is not None:
+            name = f"{name}#{member}"
+        if folder not in self._found:
+            root = self._search(folder)
+            assert root is not None, "every file lies below one of the bases"
+            self._found[folder] = self._by_folder[root], os.path.join(folder, "")[len(os.path.join(root, "")) :]
+        root_name, below = self._found[folder]
+        return root_name, os.fsencode((below + name).replace(os.sep, "/"))
+
+    def _search(self, folder: str) -> str | None:
+        while folder not in self._by_folder:
+            parent = os.path.dirname(folder)
+            if parent == folder:
+                return None
+            folder = parent
+        return folder
+
+    def _new_name(self, folder: str) -> str:
+        stem = os.path.basename(folder) or "root"
+        name, number = stem, 2
+        while name in self.named:
+            name, number = f"{stem}-{number}", number + 1
+        return name
+
+
+def _printable(folder: str) -> str:
+    """The deepest folder at or above `folder` whose name is text: the manifest's JSON can hold nothing else."""
+    while True:
+        try:
+            folder.encode("utf-8")
+        except UnicodeEncodeError:
+            folder = os.path.dirname(folder)
+        else:
+            return folder
