@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from matvit_data import DemoPhoto
 from retrieval import Retriever
 
 K = 10  # hits that agreement is measured on
-_BATCH = 64  # pictures searched with together
+_BATCH = 16  # pictures searched with together: a busy machine takes some seconds
 _TIMED, _WARM_UP = 30, 3  # queries, one picture at a time
 _QUERIES = 224  # at most, evenly spread: the demo is to end within two minutes
 
@@ -71,10 +71,13 @@ def demo_table(
     labels = _labels(photos)
     asked = np.array([labels[photo.file] for photo in queries])
     found: dict[str, tuple[IntArray, IntArray]] = {}
-    for done, spec in enumerate(specs):
-        progress(ProgressEvent(stage="search", done=done, total=len(specs), unit="submodels", note=spec))
-        found[spec] = _search_all(retriever, queries, spec=spec, labels=labels)
-    progress(ProgressEvent(stage="search", done=len(specs), total=len(specs), unit="submodels"))
+    total = len(specs) * len(queries)
+    for number, spec in enumerate(specs):
+
+        def searched(done: int, *, before: int = number * len(queries), spec: str = spec) -> None:
+            progress(ProgressEvent(stage="search", done=before + done, total=total, unit="queries", note=spec))
+
+        found[spec] = _search_all(retriever, queries, spec=spec, labels=labels, searched=searched)
     latencies, runtime = _latencies(retriever, queries, specs=specs, progress=progress)
     full_ids = found[specs[-1]][0]
     return DemoTable(
@@ -105,13 +108,22 @@ def _labels(photos: Sequence[DemoPhoto]) -> dict[Path, int]:
 
 
 def _search_all(
-    retriever: Retriever, queries: Sequence[DemoPhoto], *, spec: str, labels: dict[Path, int]
+    retriever: Retriever,
+    queries: Sequence[DemoPhoto],
+    *,
+    spec: str,
+    labels: dict[Path, int],
+    searched: Callable[[int], None],
 ) -> tuple[IntArray, IntArray]:
-    """Ids and labels of each query's first K hits without the query itself: two arrays (Q, K) int64."""
+    """Ids and labels of each query's first K hits without the query itself: two arrays (Q, K) int64.
+
+    `searched` is told how many were, every few seconds.
+    """
     ids = np.full((len(queries), K), NO_HIT, dtype=np.int64)
     classes = np.full((len(queries), K), NO_HIT, dtype=np.int64)
     stored = {path: item for item, path in retriever.paths().items()} if spec == "XL" else {}
     for start in range(0, len(queries), _BATCH):
+        searched(start)
         batch = queries[start : start + _BATCH]
         asked = [stored.get(photo.file, photo.file) for photo in batch]
         answers = retriever.search_many(asked, k=K + 1, encoder=spec)
@@ -119,6 +131,7 @@ def _search_all(
             others = [hit for hit in hits if hit.path != photo.file][:K]
             ids[row, : len(others)] = [hit.id for hit in others]
             classes[row, : len(others)] = [labels[hit.path] for hit in others]
+    searched(len(queries))
     return ids, classes
 
 

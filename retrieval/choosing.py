@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from numbers import Real
 
 from matvit.encoder import ElasticEncoder
 from matvit.pareto import EncoderChoice, measured_choices, pareto_front
+from matvit.progress import Progress, ProgressEvent
 from retrieval.encoders import EncoderCache
 from retrieval.errors import SearchError
 from retrieval.latency import latency_ms
@@ -45,7 +47,7 @@ class Chooser:
         self._elastic, self._submodels = elastic, submodels
         self.spec = lru_cache(maxsize=64)(self._choose)  # reading the table takes longer than a small search
 
-    def _choose(self, limits: Limits) -> str:
+    def _choose(self, limits: Limits, progress: Progress) -> str:
         choices = measured_choices(self._elastic)
         if not choices:
             raise _refused(
@@ -54,10 +56,15 @@ class Chooser:
             )
         front = pareto_front(list(choices.values()))
         full = choices.get(str(self._elastic.shape.spec()), front[-1])
-        return choose(front, limits, full=full, latency=self._latency)
+        timed = count(1)
 
-    def _latency(self, spec: str) -> float:
-        return latency_ms(self._submodels.get(spec), elastic=self._elastic)
+        def measuring(spec: str) -> None:
+            progress(ProgressEvent(stage="time", done=next(timed), total=None, unit="submodels", note=spec))
+
+        def latency(spec: str) -> float:
+            return latency_ms(self._submodels.get(spec), elastic=self._elastic, measuring=measuring)
+
+        return choose(front, limits, full=full, latency=latency)
 
 
 def choose(

@@ -1,6 +1,6 @@
-"""How long one picture takes a submodel on this machine: measured once, and kept in the cache folder.
+"""How long one picture takes a submodel on this machine: measured once a day, and kept in the cache folder.
 
-Delete the file to measure again.
+A machine that was busy all the while is not found slow for ever. Delete the file to measure again at once.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import platform
 import re
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from PIL import Image
-from pydantic import PositiveFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, PositiveFloat, TypeAdapter, ValidationError
 
 from matvit.durable import cache_folder, write_atomic
 from matvit.encoder import ElasticEncoder, ImageEncoder
@@ -27,20 +28,34 @@ _PICTURE = (640, 480)  # pixels
 _ROUNDS = range(3, 26)  # the quickest counts: it is what the machine takes when no other program holds it
 _SECONDS = 1.0  # after which the fewest rounds are enough: a search waits for this
 _MEASURING = threading.Lock()  # what is measured beside another measurement takes longer, and is kept
-_TIMES: TypeAdapter[dict[str, PositiveFloat]] = TypeAdapter(dict[str, PositiveFloat])
+_KEPT = 24 * 3600.0  # seconds
 
 
-def latency_ms(encoder: ImageEncoder, *, elastic: ElasticEncoder) -> float:
-    """Milliseconds of preprocessing and encoding one JPEG at best; `elastic` is what `encoder` was cut from."""
+class _Time(BaseModel):
+    ms: PositiveFloat
+    measured: float  # seconds since 1970
+
+
+_TIMES: TypeAdapter[dict[str, _Time]] = TypeAdapter(dict[str, _Time])
+
+
+def latency_ms(
+    encoder: ImageEncoder, *, elastic: ElasticEncoder, measuring: Callable[[str], None] = lambda _: None
+) -> float:
+    """Milliseconds of preprocessing and encoding one JPEG at best; `elastic` is what `encoder` was cut from.
+
+    `measuring` is told the spec when its time is not known, which takes a second, on a busy machine some.
+    """
     path, spec = _file(encoder, elastic), str(encoder.spec)
     with _MEASURING:
         known = _read(path)
-        if spec not in known:
-            known[spec] = _measured(encoder)
+        if spec not in known or not 0 <= time.time() - known[spec].measured < _KEPT:  # the clock may be set back
+            measuring(spec)
+            known[spec] = _Time(ms=_measured(encoder), measured=time.time())
             with suppress(OSError):  # or it is measured again next time
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, _TIMES.dump_json(known, indent=1))
-    return known[spec]
+    return known[spec].ms
 
 
 def _file(encoder: ImageEncoder, elastic: ElasticEncoder) -> Path:
@@ -59,7 +74,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _read(path: Path) -> dict[str, float]:
+def _read(path: Path) -> dict[str, _Time]:
     try:
         return dict(_TIMES.validate_json(read_small(path)))
     except (OSError, ValidationError):  # none yet, or damaged

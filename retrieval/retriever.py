@@ -240,14 +240,17 @@ class Retriever:
         *,
         max_latency_ms: float | None = None,
         min_recall: float | None = None,
+        progress: Progress = silent,
     ) -> ImageEncoder:
         """What `search` encodes pictures with, given the same; its first call takes much longer than later ones."""
-        return self._query_encoder(*_asked(encoder, max_latency_ms, min_recall), self._gallery)
+        return self._query_encoder(*_asked(encoder, max_latency_ms, min_recall), self._gallery, progress)
 
-    def _query_encoder(self, encoder: QueryEncoder, limits: Limits, gallery: Gallery) -> ImageEncoder:
+    def _query_encoder(
+        self, encoder: QueryEncoder, limits: Limits, gallery: Gallery, progress: Progress = silent
+    ) -> ImageEncoder:
         if isinstance(encoder, str | SubmodelSpec):
             loaded = self._loaded(gallery)
-            encoder = loaded.submodels.get(loaded.chooser.spec(limits) if encoder == AUTO else encoder)
+            encoder = loaded.submodels.get(loaded.chooser.spec(limits, progress) if encoder == AUTO else encoder)
         # Also one of ours: between two looks at it, the index may have been replaced by one of another space.
         check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return encoder

@@ -10,7 +10,7 @@ from datetime import timedelta
 from matvit.progress import Progress, ProgressEvent
 from matvit_app.cli.output import say
 
-_QUIET = 30.0  # seconds between two lines of one stage
+_SOON, _QUIET = 5.0, 30.0  # seconds between the first two lines of one stage, and later ones
 
 
 @contextmanager
@@ -53,20 +53,27 @@ def progress_bar() -> Iterator[Progress]:
 
 
 class Lines:
-    """A callback for log files: a line when a stage begins, one when it ends, and one every 30 s between.
+    """A callback for log files: a line when a stage begins, one when it ends, and some between.
 
-    Those between tell how long it will take at the pace since the line before.
+    Those come 5, 10, 20 and 40 s after the first, then every 30 s. They tell how long it will take at the pace since
+    the line before.
     """
 
     def __init__(self) -> None:
         self._last: dict[str, ProgressEvent] = {}
+        self._began: dict[str, float] = {}
         self._told: dict[str, tuple[int, float]] = {}  # of a stage: what was done at its last line, and when
 
     def __call__(self, event: ProgressEvent) -> None:
         """Prints the event if it is time to."""
         self._last[event.stage] = event
         done, when = self._told.get(event.stage, (event.done + 1, 0.0))
-        if event.done < done or time.monotonic() - when >= _QUIET or done < event.done == event.total:
+        if event.done < done:  # it begins, or begins again
+            self._began[event.stage] = time.monotonic()
+            self._tell(event)
+            return
+        quiet = min(max(_SOON, when - self._began[event.stage]), _QUIET)
+        if time.monotonic() - when >= quiet or done < event.done == event.total:
             self._tell(event)
 
     def close(self) -> None:

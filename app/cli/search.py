@@ -9,6 +9,7 @@ import typer
 
 from matvit_app import services
 from matvit_app.cli.output import JsonFlag, say, short_path, write_json, write_table
+from matvit_app.cli.progress import progress_bar
 from matvit_app.cli.where import parse_conditions, unknown_values
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ MaxLatency = Annotated[
     float | None,
     typer.Option(
         metavar="MS",
-        help="The best submodel that encodes a picture in this time, measured once on this machine: to measure "
-        "again, delete latency-*.json in the cache folder (MATVIT_CACHE, or ~/.cache/matvit).",
+        help="The best submodel that encodes a picture in this time, measured on this machine: once a "
+        "day, that takes some seconds.",
         show_default=False,
     ),
 ]
@@ -122,7 +123,11 @@ def search(
     conditions = parse_conditions(where or ())
     retriever = services.open_retriever(path, checkpoint=checkpoint, pictures=[*like, *(unlike or ())])
     if images or unlike:
-        _warm_up(retriever.query_encoder(encoder, max_latency_ms=max_latency_ms, min_recall=min_recall))
+        with progress_bar() as progress:
+            ready = retriever.query_encoder(
+                encoder, max_latency_ms=max_latency_ms, min_recall=min_recall, progress=progress
+            )
+        _warm_up(ready)
     answers = retriever.search_many(
         [Blend(like, unlike=unlike or (), fusion=fuse or "mean")] if fuse or unlike else like,
         encoder=encoder,

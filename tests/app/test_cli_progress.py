@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from matvit.progress import ProgressEvent
 from matvit_app.cli import progress
 
@@ -13,7 +15,7 @@ def test_without_a_terminal_the_begin_and_the_end_of_a_stage_are_a_line_each(run
     assert done.json  # nothing else on stdout
 
 
-def test_between_them_a_line_is_printed_every_30_s_at_most(capfd, monkeypatch):
+def test_between_them_lines_are_printed_after_5_s_and_ever_later_up_to_30_s(capfd, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.progress_bar() as show:
@@ -23,8 +25,7 @@ def test_between_them_a_line_is_printed_every_30_s_at_most(capfd, monkeypatch):
             now[0] += 1
         show(ProgressEvent(stage="a", done=90, total=90, unit="steps"))
     lines = capfd.readouterr().err.splitlines()
-    left = {30: ", 0:01:00 left", 60: ", 0:00:30 left"}
-    assert [line for line in lines if line[0] == "a"] == [
-        f"a: {done} of 90 steps{left.get(done, '')}" for done in (0, 30, 60, 90)
-    ]
-    assert [line for line in lines if line[0] == "b"] == [f"b: {done} rows" for done in (0, 30, 60, 90)]
+    told = (0, 5, 10, 20, 40, 70, 90)
+    left = {done: f", {timedelta(seconds=90 - done)} left" for done in told[1:-1]}
+    assert [line for line in lines if line[0] == "a"] == [f"a: {done} of 90 steps{left.get(done, '')}" for done in told]
+    assert [line for line in lines if line[0] == "b"] == [f"b: {done} rows" for done in told]

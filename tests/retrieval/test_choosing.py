@@ -109,6 +109,23 @@ def test_a_time_is_measured_once_on_a_machine(retriever, photos, elastic, measur
     assert measured == ["XL", "L", "M", "XL"]
 
 
+def test_a_time_is_measured_again_after_a_day(retriever, photos, measured, monkeypatch):
+    now = [1e9]
+    clock = SimpleNamespace(time=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(retrieval.latency, "time", clock)
+    for hours, times in ((0, 1), (23, 1), (25, 2), (48, 2), (1, 3)):  # and where the clock was set back
+        now[0] = 1e9 + 3600 * hours
+        assert Retriever.open(retriever.path, encoder=retriever.encoder).search(photos / "1.png", max_latency_ms=100)
+        assert measured == ["XL"] * times, hours
+
+
+def test_who_asks_for_an_encoder_is_told_which_submodel_is_timed_while_it_is(retriever, measured):
+    told = []
+    for _ in range(2):  # then the times are known
+        retriever.query_encoder(max_latency_ms=5.5, progress=told.append)
+    assert [(event.done, event.note) for event in told] == [(1, "XL"), (2, "L"), (3, "M")]
+
+
 def test_searches_that_begin_together_do_not_measure_against_each_other(elastic, tmp_path, monkeypatch):
     monkeypatch.setenv("MATVIT_CACHE", str(tmp_path / "cache"))
     measured = []
@@ -142,7 +159,7 @@ def test_a_time_counts_for_the_threads_and_the_processor_that_it_was_measured_on
 def test_a_busy_moment_does_not_count_and_deleting_the_file_measures_again(elastic, tmp_path, monkeypatch):
     monkeypatch.setenv("MATVIT_CACHE", str(tmp_path / "cache"))
     clock = iter([0, 5, 5, 5.004] + 100 * [9, 20])  # seconds: the machine is at rest in the second round alone
-    monkeypatch.setattr(retrieval.latency, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(retrieval.latency, "time", SimpleNamespace(perf_counter=lambda: next(clock), time=time.time))
     encoder = elastic.encoder()
     times = [latency_ms(encoder, elastic=elastic) for _ in range(2)]
     [kept] = (tmp_path / "cache").glob("latency-*.json")
