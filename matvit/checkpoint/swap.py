@@ -38,7 +38,7 @@ def replace_folder(target: Path, files: Mapping[str, bytes]) -> None:
 
 
 def refuse_half_swapped(target: Path) -> None:
-    """A save that was killed between its two renames left the earlier checkpoint whole, under another name."""
+    """Raises CheckpointError where a save was killed between its renames: the one before lies beside `target`."""
     if old := next(iter(_leftovers(target, "old")), None):
         raise CheckpointError(
             what="is missing: a save was killed, and the checkpoint before it is beside it under another name",

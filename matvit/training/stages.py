@@ -33,7 +33,7 @@ _FIRST_PICTURES = 512  # that the importance of hidden units is measured on, and
 
 
 def check_specs(model: MatViT, recipe: Recipe) -> None:
-    """What a stage asks for and this encoder has not is told now, not after other stages."""
+    """What a stage asks for and this encoder has not is told now, not after other stages. Raises RecipeError."""
     for stage in recipe.stages:
         if model.private is not None:
             _check_owned(model.private.config, stage)

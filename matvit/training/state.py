@@ -229,7 +229,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def restore(run: Run) -> dict[str, Any] | None:
-    """Continue from the folder's state, if there is one; returns the optimiser's part."""
+    """Continue from the folder's state, if there is one; returns the optimiser's part.
+
+    Raises RecipeError for a state that is damaged, of another run, or too large for the memory.
+    """
     path = run.folder / STATE
     if not path.exists():
         return None
