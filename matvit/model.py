@@ -77,6 +77,11 @@ class MatViT(nn.Module):
         self.open_axes(axes or AxesConfig())
         self.eval()
 
+    def __repr__(self) -> str:
+        """One line; `vit` shows the modules."""
+        size, axes = f"{self.shape.num_blocks} blocks, {self.shape.image_size} px", ", ".join(self.shape.axes)
+        return f"<MatViT {self.name}: {self.embedding_dim} numbers a picture, {size}, cut along {axes}>"
+
     def open_axes(self, axes: AxesConfig) -> None:
         """From now on the encoder can be cut along `axes`; its weights stay. Raises SpecError for unfit ones."""
         _refuse_unfit_axes(self.config, axes)

@@ -64,6 +64,9 @@ class Index:
         self._snapshot = snapshot
         self._encoder = encoder
 
+    def __repr__(self) -> str:
+        return f"<Index {self.path}: {self._snapshot}>"
+
     @classmethod
     def create(cls, path: str | os.PathLike[str], *, encoder: ElasticEncoder) -> Index:
         """A new, empty index for pictures embedded by all of `encoder`; missing parent folders are made.

@@ -79,6 +79,9 @@ class Retriever:
             check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return cls(gallery, encoder=encoder)
 
+    def __repr__(self) -> str:
+        return f"<Retriever {self.path}: {self._gallery.snapshot}>"
+
     def __len__(self) -> int:
         """Pictures that can be found."""
         return len(self._gallery.ids)

@@ -88,6 +88,16 @@ class Snapshot:
     segments: tuple[OpenSegment, ...]
     bytes: int  # of all files that the generation names
 
+    def __str__(self) -> str:
+        encoder = self.manifest.encoder
+        made = f"made by {encoder.name}, {encoder.spec} at {encoder.resolution} px"
+        return f"{self.pictures} pictures, generation {self.manifest.generation}, {made}"
+
+    @property
+    def pictures(self) -> int:
+        """How many can be found."""
+        return sum(len(segment.live_rows()) for segment in self.segments)
+
     @classmethod
     def open(cls, folder: Path, *, reuse: Snapshot | None = None) -> Snapshot:
         """The generation that CURRENT names. Raises IndexFormatError.
@@ -135,7 +145,7 @@ class Snapshot:
         manifest, encoder = self.manifest, self.manifest.encoder
         return IndexInfo(
             path=self.folder,
-            items=sum(len(segment.live_rows()) for segment in self.segments),
+            items=self.pictures,
             generation=manifest.generation,
             index_type=manifest.index_type,
             index_reason=manifest.index_reason,

@@ -30,6 +30,11 @@ def test_full_spec_is_the_timm_model(vit: VisionTransformer, model: MatViT, imag
     )
 
 
+def test_an_encoder_shows_in_one_line_what_it_is(tiny: MatViT) -> None:
+    axes = ", ".join(tiny.shape.axes)
+    assert repr(tiny) == f"<MatViT {tiny.name}: 32 numbers a picture, 4 blocks, 32 px, cut along {axes}>"
+
+
 def test_embeddings_have_unit_length_and_one_width(model: MatViT, images: Tensor) -> None:
     for spec in model.shape.granularities():
         embeddings = model(images, spec)

@@ -39,6 +39,14 @@ def test_every_submodel_searches_the_one_index(retriever, photos, spec):
         assert 1.0 >= hits[0].score >= hits[1].score >= hits[2].score >= -1.0
 
 
+def test_an_index_and_a_retriever_show_in_one_line_what_they_are(index, retriever):
+    index.delete(0)
+    made = f"made by {retriever.encoder.name}, XL at {retriever.encoder.shape.image_size} px>"
+    assert repr(index) == f"<Index {index.path}: {index.info().items} pictures, generation 3, {made}"
+    assert repr(retriever) == f"<Retriever {index.path}: {len(retriever)} pictures, generation 2, {made}"
+    assert len(retriever) == index.info().items + 1
+
+
 def test_hits_say_how_they_were_found(retriever, photos):
     hits = retriever.search(str(photos / "1.png"), encoder="m", k=2)
     assert (hits.query, hits.spec, hits.runtime, hits.generation) == (str(photos / "1.png"), "M", "numpy", 2)
