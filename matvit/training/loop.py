@@ -32,7 +32,6 @@ from matvit.training.stages import (
     check_specs,
     end_stage,
     make_optimiser,
-    wants,
 )
 from matvit.training.start import load_teacher, start_encoder, start_hashes
 from matvit.training.state import BOARD, ENCODER, Run, only_run, restore, save, tidy
@@ -112,7 +111,7 @@ def _carry_out(
         left = recipe.stages[run.stage :]
         if left and (made_by := provenance(fabric.device)) not in run.made_by[-1:]:
             run.made_by.append(made_by)
-        if recipe.teacher is not None and any(wants(stage, "need_teacher") for stage in left):
+        if recipe.teacher is not None and any(stage.needs_teacher for stage in left):
             run.teacher = load_teacher(recipe.teacher)  # now: weights that do not fit are told before other stages
         if fabric.is_global_zero:
             tidy(out, resume=resume)  # now: an earlier run stays where this one cannot start
@@ -202,6 +201,6 @@ def enter_stage(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLR
         replace(one, batch=batch // run.recipe.devices)
         for one, batch in zip(run.sets, run.recipe.batches_of(stage), strict=True)
     ]
-    if wants(stage, "need_teacher") and run.sets[0].teacher is None:
+    if stage.needs_teacher and run.sets[0].teacher is None:
         ask_teacher(run)
     return make_optimiser(run, stage)

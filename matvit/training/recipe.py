@@ -122,16 +122,6 @@ class Losses(_Strict):
         """Whether any loss has a weight."""
         return any(self.model_dump(exclude={"prefix", "centred"}).values())
 
-    @property
-    def need_teacher(self) -> bool:
-        """Whether a teacher must have seen the crops."""
-        return self.teacher_classes > 0 or self.teacher_features > 0
-
-    @property
-    def need_anchor(self) -> bool:
-        """Whether a frozen copy of the full encoder is needed."""
-        return self.cosine > 0 or self.similarity > 0 or self.contrast > 0
-
 
 class Stage(_Strict):
     """One optimisation run. `submodels` None: only the full encoder is trained; no `full` beside them: only they are.
@@ -157,6 +147,21 @@ class Stage(_Strict):
     ladder: tuple[str, ...] = Field(default=("M", "L", "mixed"), min_length=1)
     batches: tuple[_Batch, ...] = ()  # pictures of each data set in every step; (): as `data` says
     augmentation: Augmentation = Augmentation()
+
+    @property
+    def losses(self) -> tuple[Losses, ...]:
+        """The full encoder's, then the submodels' if these are trained."""
+        return (self.full,) if self.submodels is None else (self.full, self.submodels)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher must have seen the crops."""
+        return any(one.teacher_classes > 0 or one.teacher_features > 0 for one in self.losses)
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether a frozen copy of the full encoder is needed."""
+        return any(one.cosine > 0 or one.similarity > 0 or one.contrast > 0 for one in self.losses)
 
 
 class OptimiserRecipe(_Strict):
@@ -215,17 +220,16 @@ class Recipe(_Strict):
                 raise ValueError(f"a batch of {batch} from '{one.path}' cannot be shared by {self.devices} devices")
 
     def _check_losses(self, stage: Stage, *, first: bool) -> None:
-        losses = [one for one in (stage.full, stage.submodels) if one]
-        if not losses[-1].train_something:
+        if not stage.losses[-1].train_something:
             raise ValueError(f"stage '{stage.name}' has an encoder without a loss")
         if stage.submodels and not (stage.full.train_something or stage.fixed or stage.sampled):
             raise ValueError(f"stage '{stage.name}' has no encoder to train: give it fixed or sampled")
-        if any(loss.need_teacher for loss in losses):
+        if stage.needs_teacher:
             if self.teacher is None:
                 raise ValueError(f"stage '{stage.name}' distils a teacher, but the recipe names none")
             if stage.augmentation.mixup_alpha or stage.augmentation.mosaic:
                 raise ValueError(f"stage '{stage.name}': mixup and mosaic need crops that the teacher has not seen")
-        if first and any(loss.need_anchor for loss in losses):
+        if first and stage.needs_anchor:
             raise ValueError(f"stage '{stage.name}' aligns to the stage before it, but is the first")
 
     def _check_private(self, stage: Stage, *, earlier: Sequence[Stage]) -> None:

@@ -73,7 +73,7 @@ def _spec(model: MatViT, stage: Stage, text: str) -> SubmodelSpec:
 
 def check_labels(recipe: Recipe, labelled: Sequence[LabelledImages]) -> None:
     """Raises DatasetError where classes are to be told apart and a data set has only one."""
-    wanted = any(losses.classification for one in recipe.stages for losses in (one.full, one.submodels) if losses)
+    wanted = any(losses.classification for stage in recipe.stages for losses in stage.losses)
     for images in labelled:
         if wanted and len(images.class_names) < 2:
             raise DatasetError(
@@ -101,7 +101,7 @@ def begin_stage(run: Run, stage: Stage) -> None:
 def _begin_nesting(run: Run, stage: Stage) -> None:
     """Freeze what is aligned to, and order hidden units and blocks, before submodels are first trained."""
     later = run.recipe.stages[run.stage :] if stage.submodels else (stage,)
-    if any(wants(one, "need_anchor") and not one.freeze for one in later):
+    if any(one.needs_anchor and not one.freeze for one in later):
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
     if stage.submodels is not None and run.recipe.encoder.checkpoint is None:  # whose units and blocks are in order
         images = _pictures(run, stage)
@@ -148,7 +148,7 @@ def ask_teacher(run: Run) -> None:
 
 def _ask_teacher(run: Run) -> None:
     recipe = run.recipe.teacher
-    augmentation = next(one.augmentation for one in run.recipe.stages if wants(one, "need_teacher"))
+    augmentation = next(one.augmentation for one in run.recipe.stages if one.needs_teacher)
     assert recipe is not None
     assert run.teacher is not None
     teacher, run.teacher = run.teacher.to(run.fabric.device), None
@@ -204,8 +204,3 @@ def largest_input(model: MatViT, stage: Stage) -> int:
     """The resolution, pixels, that holds all that the stage's encoders are given."""
     specs = [_spec(model, stage, text) for text in (*stage.fixed, *stage.ladder)]
     return max(model.config.image_size, *stage.resolutions, *(spec.image_size for spec in specs))
-
-
-def wants(stage: Stage, need: str) -> bool:
-    """Whether a loss of the stage has such a need."""
-    return any(getattr(weights, need) for weights in (stage.full, stage.submodels) if weights is not None)

@@ -23,7 +23,6 @@ from matvit.training.recipe import Losses, Stage
 from matvit.training.sampling import prefix_of_step, resolution_of_step, specs_of_step
 from matvit.training.stages import (
     largest_input,
-    wants,
 )
 from matvit.training.state import LOG, STATE, Run, save, writing
 from matvit.training.throughput import Throughput
@@ -41,7 +40,7 @@ def optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule:
     saved = began = time.monotonic()
     throughput = Throughput(run.fabric.device, precision=run.recipe.precision)
     unlogged: list[Tensor] = []  # losses
-    one_encoder = stage.submodels is None and not wants(stage, "need_anchor")
+    one_encoder = stage.submodels is None and not stage.needs_anchor
     largest = largest_input(run.model, stage)
     room_for_batch = partial(
         room_for,
@@ -57,7 +56,7 @@ def optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule:
                 run.sets,
                 augmentation=stage.augmentation,
                 image_size=_full_resolution(run, stage) if one_encoder else largest,
-                with_teacher=wants(stage, "need_teacher"),
+                with_teacher=stage.needs_teacher,
                 key=(run.recipe.seed, run.stage, run.step, *_own_share(run.fabric)),
             )
             unlogged.append(_step(run, stage, optimiser, batch, throughput))
@@ -93,7 +92,7 @@ def _step(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch
     """One optimisation step over the full encoder and the step's submodels; the summed loss, detached."""
     shape = run.model.shape
     anchors, anchor = None, run.model if stage.freeze else run.anchor
-    if anchor is not None and wants(stage, "need_anchor"):
+    if anchor is not None and stage.needs_anchor:
         with torch.no_grad(), run.fabric.autocast():
             anchors = anchor(run.normalise(batch.at(shape.image_size))).float()
     plan: list[tuple[SubmodelSpec, Losses]] = []
