@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import os
 import sys
@@ -84,8 +85,18 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "upgrade": upgrade.upgrade,
     "repair": repair.repair,
 }
+
+
+def _flowing(docstring: str) -> str:
+    """Its paragraphs without their line breaks, which a terminal of another width would keep; "\\b" keeps its lines."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    return "\n\n".join(
+        one.removeprefix("\b\n") if one.startswith("\b") else one.replace("\n", " ") for one in paragraphs
+    )
+
+
 for _name, _command in _COMMANDS.items():
-    cli.command(_name, cls=_Command)(_command)
+    cli.command(_name, cls=_Command, help=_flowing(_command.__doc__ or ""))(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -26,10 +26,10 @@ def verify(
 ) -> None:
     """Check an index or a checkpoint against its recorded hashes.
 
-    \b
     Checkpoint: the weights, the encoder's sizes and the preprocessing are hashed.
     pareto.json and training.json may be missing, and are checked for their form.
     README.md is not read.
+
     Index: the newest generation and its segments; older ones are not looked at.
     A sample of its pictures is embedded once more: does the encoder still give what is stored?
 

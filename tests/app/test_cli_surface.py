@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,14 @@ def test_help_of_every_command_explains_every_option_and_shows_an_example(run, n
         assert "[default" not in parameter.help  # rich would take it for markup
         if isinstance(parameter.show_default, str):
             assert f"[default: ({parameter.show_default})]" in " ".join(shown.out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_paragraphs_of_help_fill_a_terminal_of_any_width(run, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    lines = run(name, "--help").out.partition("Example")[0].splitlines()[3:]
+    for line, below in pairwise(map(str.strip, lines)):
+        assert not (line and below) or len(f"{line} {below.split()[0]}") > 68, line
 
 
 def test_the_hubs_tries_without_a_network_are_not_shown(tmp_path):
