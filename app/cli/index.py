@@ -18,44 +18,50 @@ if TYPE_CHECKING:
 _SHOWN = 10  # skipped files that are listed for people; --json lists all
 
 
+Images = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="IMAGES...",
+        help="Pictures, folders, patterns, lists (.txt, .csv, .parquet), shards (.tar, .parquet), URLs.",
+        show_default=False,
+    ),
+]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="Bundled name, checkpoint folder or hub id.",
+        show_default=f"the index's own, for a new index {services.DEFAULT_CHECKPOINT}",
+    ),
+]
+IndexType = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="How it is searched: exact, hnsw, ivfpq, sq, or auto by size and --max-ram.",
+        show_default="as it is; exact for a new index",
+    ),
+]
+MaxRam = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What the searched vectors may take, such as 500MB or 2GB: --index-type auto, now and when it grows.",
+        show_default=False,
+    ),
+]
+
+
 def index(
-    images: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="IMAGES...",
-            help="Pictures, folders, patterns, lists (.txt, .csv, .parquet), shards (.tar, .parquet), URLs.",
-            show_default=False,
-        ),
-    ],
+    images: Images,
     *,
     path: Annotated[
         Path, typer.Option("--index", help="The index: a folder, made if it is not there.")
     ] = services.DEFAULT_INDEX,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CHECKPOINT",
-            help="Bundled name, checkpoint folder or hub id.",
-            show_default=f"the index's own, for a new index {services.DEFAULT_CHECKPOINT}",
-        ),
-    ] = None,
+    encoder: Encoder = None,
     delete: Annotated[bool, typer.Option("--delete", help="Forget pictures whose files are gone.")] = False,
-    index_type: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="How it is searched: exact, hnsw, ivfpq, sq, or auto by size and --max-ram.",
-            show_default="as it is; exact for a new index",
-        ),
-    ] = None,
-    max_ram: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What the searched vectors may take, such as 500MB or 2GB: --index-type auto, now and when it grows.",
-            show_default=False,
-        ),
-    ] = None,
+    index_type: IndexType = None,
+    max_ram: MaxRam = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if a file was skipped.")] = False,
     json: JsonFlag = False,
 ) -> None:
