@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from numbers import Real
 
 from matvit.encoder import ElasticEncoder
 from matvit.pareto import EncoderChoice, measured_choices, pareto_front
 from matvit.progress import Progress, ProgressEvent
+from retrieval.arguments import is_number
 from retrieval.encoders import EncoderCache
 from retrieval.errors import SearchError
 from retrieval.latency import latency_ms
@@ -31,9 +31,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         time, share = self.max_latency_ms, self.min_recall
-        if time is not None and (not _is_number(time) or not time > 0):  # also refuses NaN
+        if time is not None and (not is_number(time) or not time > 0):  # also refuses NaN
             raise _refused(f"max_latency_ms is {time!r}", fix="give a time above 0 ms")
-        if share is not None and (not _is_number(share) or not 0 <= share <= 1):
+        if share is not None and (not is_number(share) or not 0 <= share <= 1):
             raise _refused(f"min_recall is {share!r}", fix="give a share of XL's recall, from 0 to 1")
 
     def __bool__(self) -> bool:
@@ -98,10 +98,6 @@ def choose(
         f"no submodel{asked} takes {limits.max_latency_ms:g} ms or less here",
         fix=f"allow more: {quickest} takes {times[quickest]:.1f} ms",
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)  # which is a number to Python
 
 
 def _refused(what: str, *, fix: str) -> SearchError:

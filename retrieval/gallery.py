@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from matvit.preprocess import FloatArray
+from retrieval.arguments import is_whole
 from retrieval.backends.cache import open_search
 from retrieval.errors import SearchError
 from retrieval.exact import Found, Vectors, exact_search
@@ -78,7 +78,7 @@ class Gallery:
 
     def position_of(self, number: int) -> int:
         """The position of the picture with this id. Raises SearchError when there is none."""
-        if not is_whole(number) or isinstance(number, bool) or number not in self.positions:
+        if not is_whole(number) or number not in self.positions:
             raise SearchError(
                 what=f"holds no picture with id {number!r}", where=str(self.snapshot.folder), fix="see paths()"
             )
@@ -186,11 +186,3 @@ def _trimmed(found: Found, *, k: int | None, min_score: float | None, without: s
     if min_score is not None:
         positions, scores = positions[scores >= min_score], scores[scores >= min_score]
     return positions[:k], scores[:k]
-
-
-def is_whole(value: object) -> bool:
-    """Whether `value` is one whole number: arrays have `__index__`, too, but raise unless they hold just one."""
-    try:
-        return index(value) is not None  # type: ignore[arg-type]
-    except Exception:  # numpy's and torch's raise what they like
-        return False

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from numbers import Real
 from operator import index
 from pathlib import Path
 from typing import SupportsIndex, cast
@@ -16,11 +15,11 @@ from matvit.durable import TEMPORARY
 from matvit.encoder import ElasticEncoder
 from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent, silent
+from retrieval.arguments import is_number, is_whole
 from retrieval.encoders import check_space, describe, load_encoder
 from retrieval.errors import DiskRefusalError, IndexExistsError, IngestError
 from retrieval.files import index_folder, keeping_lists, writing
 from retrieval.found_files import FoundFiles
-from retrieval.gallery import is_whole
 from retrieval.ingest import Ingest
 from retrieval.known import KnownItems
 from retrieval.locations import absolute, location
@@ -247,7 +246,7 @@ class Index:
             raise IngestError(
                 what=f"'{index_type}' is no index type", where="index_type", fix=f"use one of: {', '.join(known)}"
             )
-        if max_ram is not None and not _is_between(max_ram, 0, 2**62):
+        if max_ram is not None and not (is_number(max_ram) and 0 <= max_ram < 2**62):
             raise IngestError(
                 what=f"{max_ram!r} is no number of bytes", where="max_ram", fix="give one from 0 on, or None"
             )
@@ -276,7 +275,7 @@ class Index:
         Raises IndexFormatError for what is no damage: no index, a newer format, what cannot be read at the moment;
         IngestError when `sample` is no number of pictures.
         """
-        if not is_whole(sample) or not _is_between(sample, 0, 2**62):
+        if not (is_whole(sample) and is_number(sample) and 0 <= sample < 2**62):
             raise IngestError(what=f"{sample!r} is no number of pictures", where="sample", fix="give one from 0 on")
         return list(verify_index(self.path, sample=sample, encoder=self._encoder, progress=progress).problems)
 
@@ -340,18 +339,12 @@ def _not_held(missing: Sequence[int | str], folder: Path) -> IngestError:
     )
 
 
-def _is_between(value: float, least: int, end: int) -> bool:
-    # A bool is a number to Python; NaN compares with nothing.
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value < end
-
-
 def _id_or_place(item: object) -> int | str:
     if isinstance(item, str | os.PathLike) and (path := os.fspath(item)):
         return absolute(location(path))
-    # A bool is an int to Python; numpy's integers are none, but mean one.
-    if isinstance(item, bool) or not isinstance(item, SupportsIndex):
+    if not is_whole(item):
         raise IngestError(what=f"{item!r} is no id and no path", where="delete", fix="give ids, files or folders")
-    return index(item)
+    return index(cast(SupportsIndex, item))
 
 
 def _merge_small(writer: GenerationWriter) -> None:

@@ -14,11 +14,12 @@ from PIL import Image
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError
 from matvit.preprocess import FloatArray, ImageSource
+from retrieval.arguments import is_whole
 from retrieval.encoders import normalised
 from retrieval.errors import SearchError
 from retrieval.exact import Found
 from retrieval.files import sha256_bytes
-from retrieval.gallery import Gallery, is_whole
+from retrieval.gallery import Gallery
 from retrieval.items import IntArray
 from retrieval.locations import absolute, is_virtual, location, read_picture
 
@@ -95,8 +96,7 @@ def check(query: Query, gallery: Gallery) -> Asked:
 def _part(part: Any, gallery: Gallery) -> ImageSource | int:
     if isinstance(part, str | os.PathLike | bytes | Image.Image):
         return part
-    # numpy's integers are no ints, but mean one; a bool is an int to Python, but no id.
-    if not is_whole(part) or isinstance(part, bool):
+    if not is_whole(part):
         raise SearchError(
             what=f"a {type(part).__name__} is no picture",
             where="search",

@@ -19,6 +19,7 @@ from matvit.encoder import ElasticEncoder, ImageEncoder, lengths, near_one
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, silent
 from matvit.spec import SubmodelSpec
+from retrieval.arguments import is_number, is_whole
 from retrieval.choosing import AUTO, Chooser, Limits
 from retrieval.duplicates import linked
 from retrieval.encoders import EncoderCache, check_shape, check_space, load_encoder, normalised
@@ -27,7 +28,7 @@ from retrieval.exact import Found
 from retrieval.files import index_folder
 from retrieval.filters import Scalar, Where
 from retrieval.flat import exact_scores
-from retrieval.gallery import Gallery, is_whole
+from retrieval.gallery import Gallery
 from retrieval.items import IntArray
 from retrieval.locations import read_picture
 from retrieval.manifest import read_pointer
@@ -393,16 +394,13 @@ def _group(gallery: Gallery, positions: IntArray) -> DuplicateGroup:
 
 
 def _score(value: float | None) -> float | None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, float | int | np.number) or not -1 <= value <= 1
-    ):  # also refuses NaN
+    if value is not None and not (is_number(value) and -1 <= value <= 1):  # also refuses NaN
         raise SearchError(what=f"min_score is {value!r}", where="search", fix="give a number from -1 to 1")
     return None if value is None else value - _ROUNDING
 
 
 def _positive(value: int, *, name: str) -> int:
-    # A bool is an int to Python; numpy's integers are none, but mean one.
-    if isinstance(value, bool) or not is_whole(value) or not 1 <= index(value) <= sys.maxsize:
+    if not is_whole(value) or not 1 <= index(value) <= sys.maxsize:
         raise SearchError(what=f"{name} is {value!r}", where="search", fix=f"give a {name} of 1 or more")
     return index(value)
 
