@@ -40,7 +40,7 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
         raise CheckpointError(
             what=f"the encoder '{entry.name}' that built this index was never saved",
             where=str(index),
-            fix="pass encoder=",
+            fix="pass encoder= (--checkpoint or --encoder at the command line)",
         )
     from matvit import MatViT
 
@@ -50,7 +50,7 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
         raise CheckpointError(
             what=f"the encoder that built this index cannot be loaded from '{entry.source}' ({error.what})",
             where=str(index),
-            fix="put it back there, or pass encoder=",
+            fix="put it back there, or pass encoder= (--checkpoint or --encoder at the command line)",
         ) from error
     check_space(encoder, entry, index=index)
     return encoder

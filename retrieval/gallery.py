@@ -80,7 +80,9 @@ class Gallery:
         """The position of the picture with this id. Raises SearchError when there is none."""
         if not is_whole(number) or number not in self.positions:
             raise SearchError(
-                what=f"holds no picture with id {number!r}", where=str(self.snapshot.folder), fix="see paths()"
+                what=f"holds no picture with id {number!r}",
+                where=str(self.snapshot.folder),
+                fix="take one that a search gives, or of paths()",
             )
         return self.positions[number]
 

@@ -401,7 +401,7 @@ def _score(value: float | None) -> float | None:
 
 def _positive(value: int, *, name: str) -> int:
     if not is_whole(value) or not 1 <= index(value) <= sys.maxsize:
-        raise SearchError(what=f"{name} is {value!r}", where="search", fix=f"give a {name} of 1 or more")
+        raise SearchError(what=f"{name} is {value!r}", where="search", fix=f"give a {name} from 1 to {sys.maxsize}")
     return index(value)
 
 

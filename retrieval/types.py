@@ -71,7 +71,7 @@ class VerifyReport:
     problems: tuple[str, ...]  # one sentence each; empty when it is sound
     sampled: int = 0  # pictures that were embedded once more and compared
     unusable: int = 0  # pictures of the sample whose file is gone or has changed
-    unsampled: str | None = None  # why there is no sample, where nobody asked for a number of pictures
+    unsampled: str | None = None  # why there is no sample; a problem where a number of pictures was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

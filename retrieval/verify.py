@@ -66,7 +66,7 @@ def _check_sample(
             return VerifyReport(problems=(), unsampled=str(error))
         if isinstance(error, MissingExtraError):
             raise
-        return VerifyReport(problems=(str(error),))
+        return VerifyReport(problems=(str(error),), unsampled=str(error))
     chosen = list(_sample(snapshot, SAMPLE if size is None else size))
     again = embed_again((item for _, item in chosen), file_name=snapshot.file_name, encoder=elastic.encoder(entry.spec))
     problems, sampled = [], 0

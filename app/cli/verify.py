@@ -57,10 +57,11 @@ def verify(
     else:
         for problem in result.problems:
             write_line(problem)
-        if result.unsampled:
+        if result.unsampled and not result.problems:
             say(f"no picture was embedded once more: {result.unsampled}")
         elif sample != 0 and result.kind == "index" and not result.problems:
             say(f"{result.sampled} pictures embedded once more, {result.unusable} gone or changed")
-        write_line(f"{target}: {result.kind} {'is damaged' if result.problems else 'is whole'}")
+        bad = "cannot be compared with its pictures" if result.unsampled else "is damaged"
+        write_line(f"{target}: {result.kind} {bad if result.problems else 'is whole'}")
     if result.problems:
         raise typer.Exit(code=1)

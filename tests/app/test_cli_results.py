@@ -263,7 +263,9 @@ def test_verify_without_the_encoder_is_told_but_no_damage(run, photos, checkpoin
     assert (found.code, found.out) == (0, f"{index}: index is whole\n")
     assert "no picture was embedded once more" in found.err
     assert "cannot be loaded" in found.err
-    assert run("verify", index, "--sample", 1).code == 1  # a proof was asked for
+    asked = run("verify", index, "--sample", 1)
+    assert asked.code == 1  # a proof was asked for
+    assert asked.out.endswith(f"{index}: index cannot be compared with its pictures\n")
 
 
 @pytest.mark.parametrize("kind", ["index", "checkpoint"])

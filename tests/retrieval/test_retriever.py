@@ -104,7 +104,7 @@ def test_scores_are_cosines_also_for_a_runtime_that_rounds(tmp_path, photos, ela
 @pytest.mark.parametrize(
     ("arguments", "kind", "sentence"),
     [
-        ({"k": 0}, SearchError, "search: k is 0; give a k of 1 or more"),
+        ({"k": 0}, SearchError, "search: k is 0; give a k from 1 to 9223372036854775807"),
         ({"k": 2.5}, SearchError, "search: k is 2.5; give"),
         ({"k": float("nan")}, SearchError, "search: k is nan; give"),
         ({"k": "3"}, SearchError, "search: k is '3'; give"),
