@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from retrieval.errors import (
     EmbeddingError,
     EncoderMismatchError,
@@ -12,9 +15,6 @@ from retrieval.errors import (
     IngestError,
     SearchError,
 )
-from retrieval.index import Index
-from retrieval.queries import Blend
-from retrieval.retriever import Retriever
 from retrieval.types import (
     CompactReport,
     Duplicate,
@@ -26,6 +26,11 @@ from retrieval.types import (
     SkippedFile,
     UpgradeReport,
 )
+
+if TYPE_CHECKING:
+    from retrieval.index import Index
+    from retrieval.queries import Blend
+    from retrieval.retriever import Retriever
 
 __all__ = [
     "Blend",
@@ -49,3 +54,12 @@ __all__ = [
     "SkippedFile",
     "UpgradeReport",
 ]
+
+_ON_FIRST_USE = {"Blend": "retrieval.queries", "Index": "retrieval.index", "Retriever": "retrieval.retriever"}
+
+
+def __getattr__(name: str) -> object:
+    """These are imported on first use: faiss takes as long as all else, and only what searches needs it."""
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name]), name)
+    raise AttributeError(f"module 'retrieval' has no attribute '{name}'")

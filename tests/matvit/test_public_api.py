@@ -70,6 +70,12 @@ def test_importing_does_not_import_torch(package: str) -> None:
     assert heavy == "set()"
 
 
+def test_an_index_is_opened_without_faiss_which_searching_alone_needs():
+    loaded = "import sys; print('faiss' in sys.modules)"
+    assert _run(f"import retrieval; from retrieval import Index; {loaded}") == "False"
+    assert _run(f"from retrieval import Retriever; {loaded}") == "True"
+
+
 def test_without_torch_the_install_line_is_named() -> None:
     told = _run(
         """
