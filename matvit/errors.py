@@ -41,6 +41,13 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was asked for in vain, on a device or on the host."""
+    # torch's errors by what they are called: not everyone has it. On the host it has no error of its own for this.
+    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+
+
 def _rebuild(kind: type[MatVitError], what: str, where: str, fix: str) -> MatVitError:
     return kind(what=what, where=where, fix=fix)
 

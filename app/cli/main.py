@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from matvit.errors import MatVitError, MissingExtraError
+from matvit.errors import MatVitError, MissingExtraError, is_out_of_memory
 from matvit_app.cli import (
     adapt,
     compact,
@@ -147,6 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         say(f"error: {where}{error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say("error: there is not enough memory; free some, and run the same again")
     return USAGE
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from matvit.errors import MatVitError, RecipeError
+from matvit.errors import MatVitError, RecipeError, is_out_of_memory
 
 
 @contextmanager
@@ -16,7 +14,6 @@ def room_for(what: str, *, where: str, fix: str, error: type[MatVitError] = Reci
     try:
         yield
     except (RuntimeError, MemoryError) as failure:
-        # On the host torch has no error of its own for it.
-        if not isinstance(failure, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(failure):
+        if not is_out_of_memory(failure):
             raise
         raise error(what=what, where=where, fix=fix) from failure

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from matvit.progress import silent
 from matvit_app import services
@@ -93,6 +94,9 @@ def test_a_disk_that_refuses_is_one_sentence(run, checkpoint, tmp_path, monkeypa
         (OSError(28, "No space left on device"), "No space left on device"),
         (OSError("the disk is gone"), "the disk is gone"),
         (OSError(28, "No space left on device", "a.json"), "a.json: No space left on device"),
+        (MemoryError(), "there is not enough memory; free some, and run the same again"),
+        (torch.OutOfMemoryError("CUDA"), "there is not enough memory; free some, and run the same again"),
+        (RuntimeError("DefaultCPUAllocator: can't"), "there is not enough memory; free some, and run the same again"),
     ],
 )
 def test_any_refusal_of_the_system_is_one_sentence(run, monkeypatch, error, sentence):
