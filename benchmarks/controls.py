@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,12 @@ class Task:
         return np.asarray(names(self.gallery)[hits] == names(self.queries)[self.rows])
 
 
-def read_tasks() -> dict[str, Task]:
-    """All of `TASKS`."""
+def read_tasks(tasks: Collection[str] = TASKS) -> dict[str, Task]:
+    """All of `TASKS`, or some."""
     read = {
         name: (read_pictures(queries, only), read_pictures(gallery, only))
         for name, (queries, gallery, only) in TASKS.items()
+        if name in tasks
     }
     return {
         name: Task(queries=queries, gallery=gallery, rows=rows_to_ask(queries, gallery))
@@ -138,7 +139,7 @@ def slice_of_start(recipe: Recipe, path: Path) -> float:
     from safetensors.torch import save_file
 
     model = start_encoder(recipe)
-    order_by_importance(model, _pictures(model))
+    order_by_importance(model, seen_pictures(model))
     small = model.extract("S")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in small.state_dict().items()}, path)
@@ -151,7 +152,7 @@ def trained(recipe: Recipe, out: Path, **changes: Any) -> MatViT:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _pictures(model: MatViT) -> torch.Tensor:
+def seen_pictures(model: MatViT) -> torch.Tensor:
     """Some training pictures as the encoder takes them: (B, 3, R, R) on its device."""
     seen = read_pictures(*SEEN)
     rows = np.linspace(0, len(seen.labels) - 1, ORDER_PICTURES).astype(int)
@@ -235,7 +236,7 @@ def shortened(model: MatViT, tasks: Mapping[str, Task]) -> dict[str, dict[str, R
 
 def ordered(model: MatViT) -> MatViT:
     """The same function, its units sorted by importance and the order of its blocks found; changed in place."""
-    pictures = _pictures(model)
+    pictures = seen_pictures(model)
     order_by_importance(model, pictures)
     keep_order = find_keep_order(model, pictures[:64])
     model.open_axes(AxesConfig(keep_order=keep_order, image_size_step=model.config.patch_size))
