@@ -24,8 +24,8 @@ def encoder_choices(model: MatViT) -> list[EncoderChoice]:
     return [*every[: len(named)], *sorted(further, key=lambda choice: -choice.relative_flops)]
 
 
-def bargain(choices: Sequence[EncoderChoice], *, points: float = 1.0) -> int:
-    """The position of the cheapest one that finds as much as the best but for `points` of recall@1; 0 if unmeasured."""
+def bargain(choices: Sequence[EncoderChoice]) -> int:
+    """The position of the cheapest one that finds as much as the best but for a point of recall@1; 0 if unmeasured."""
     measured = [(choice.relative_flops, place, choice.recall) for place, choice in enumerate(choices) if choice.recall]
-    enough = max((recall for *_, recall in measured), default=0.0) - points / 100
+    enough = max((recall for *_, recall in measured), default=0.0) - 0.01
     return min(((flops, place) for flops, place, recall in measured if recall >= enough), default=(0.0, 0))[1]

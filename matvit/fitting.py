@@ -13,10 +13,11 @@ from matvit.model import MatViT
 from matvit.private import OWNERS, PrivateBlock
 
 _RIDGE = 1e-3  # of the kept units' mean variance
+_BATCH = 64  # pictures
 
 
 @torch.no_grad()
-def fit_private(model: MatViT, images: Tensor, *, batch_size: int = 64) -> None:
+def fit_private(model: MatViT, images: Tensor) -> None:
     """Start what S, M and L own of each fc2 from the least-squares fit of its kept columns to the full feed-forward.
 
     Its hidden units are those of XL on `images` (B, 3, R, R). Of the best change of fc2, the rank's worth that moves
@@ -26,7 +27,7 @@ def fit_private(model: MatViT, images: Tensor, *, batch_size: int = 64) -> None:
     rank = model.private.config.rank
     assert rank is not None
     layers = [block.mlp.fc2 for block in model.vit.blocks]
-    for index, (layer, units) in enumerate(zip(layers, _hidden_units(model, images, layers, batch_size), strict=True)):
+    for index, (layer, units) in enumerate(zip(layers, _hidden_units(model, images, layers), strict=True)):
         for owner in OWNERS:
             own: PrivateBlock = model.private.blocks[owner.value][index]  # type: ignore[index]  # a ModuleList
             up, down, offset = _best_change(layer.weight.double(), *units, width=own.width, rank=rank)
@@ -35,9 +36,7 @@ def fit_private(model: MatViT, images: Tensor, *, batch_size: int = 64) -> None:
                 own.set_vector("mlp.fc2.bias", offset)
 
 
-def _hidden_units(
-    model: MatViT, images: Tensor, layers: list[nn.Linear], batch_size: int
-) -> list[tuple[Tensor, Tensor]]:
+def _hidden_units(model: MatViT, images: Tensor, layers: list[nn.Linear]) -> list[tuple[Tensor, Tensor]]:
     """Of each layer's inputs, in float64: mean (F,) and covariance (F, F); about 0 where there is no bias to shift."""
     sums = [torch.zeros(one.in_features, device=images.device, dtype=torch.float64) for one in layers]
     products = [one.new_zeros(len(one), len(one)) for one in sums]
@@ -50,7 +49,7 @@ def _hidden_units(
         products[index] += units.T @ units
         count += len(units) if index == 0 else 0
 
-    watch_inputs(model, images, layers, add, batch_size=batch_size)
+    watch_inputs(model, images, layers, add, batch_size=_BATCH)
     means = [total / count * (layer.bias is not None) for total, layer in zip(sums, layers, strict=True)]
     return [(mean, product / count - mean.outer(mean)) for mean, product in zip(means, products, strict=True)]
 

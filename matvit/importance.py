@@ -17,6 +17,8 @@ from matvit.block import layer_scale
 if TYPE_CHECKING:
     from matvit.model import MatViT
 
+_BATCH, _WATCHED = 256, 128  # pictures that are embedded together, and that are while inputs of layers are watched
+
 
 def order_by_importance(model: MatViT, images: torch.Tensor) -> None:
     """Reorder every block's hidden units, and its heads if they are an axis, in place, the most important first.
@@ -58,20 +60,20 @@ def _permute_heads(attention: Attention, order: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def find_keep_order(model: MatViT, images: torch.Tensor, *, batch_size: int = 256) -> tuple[int, ...]:
+def find_keep_order(model: MatViT, images: torch.Tensor) -> tuple[int, ...]:
     """Block indices, the most important first, found greedily on `images` (B, 3, R, R) of native resolution.
 
     Starting from all blocks, the one goes whose absence moves the embeddings least (by their cosine to
     the full encoder's, both centred by the full encoder's mean), until one is left.
     """
-    wanted = torch.cat([model(part) for part in torch.split(images, batch_size)])
+    wanted = torch.cat([model(part) for part in torch.split(images, _BATCH)])
     mean = wanted.mean(dim=0)
     kept, dropped = list(range(model.shape.num_blocks)), list[int]()
 
     def agreement_without(block: int) -> float:
         widths = {one: model.shape.ffn_widths[one] for one in kept if one != block}
         found = torch.cat(
-            [model.through(part, widths, heads=model.shape.num_heads) for part in torch.split(images, batch_size)]
+            [model.through(part, widths, heads=model.shape.num_heads) for part in torch.split(images, _BATCH)]
         )
         return F.cosine_similarity(F.normalize(found, dim=-1) - mean, wanted - mean, dim=-1).mean().item()
 
@@ -83,16 +85,14 @@ def find_keep_order(model: MatViT, images: torch.Tensor, *, batch_size: int = 25
 
 
 @torch.no_grad()
-def _summed_squares(
-    model: MatViT, images: torch.Tensor, layers: list[nn.Linear], batch_size: int = 128
-) -> list[torch.Tensor]:
+def _summed_squares(model: MatViT, images: torch.Tensor, layers: list[nn.Linear]) -> list[torch.Tensor]:
     """The summed squares of each layer's inputs, by channel."""
     totals: list[torch.Tensor] = [torch.zeros((), device=images.device)] * len(layers)
 
     def add(index: int, inputs: torch.Tensor) -> None:
         totals[index] = totals[index] + inputs.float().square().sum(dim=(0, 1))
 
-    watch_inputs(model, images, layers, add, batch_size=batch_size)
+    watch_inputs(model, images, layers, add, batch_size=_WATCHED)
     return totals
 
 

@@ -14,6 +14,8 @@ from matvit.training.crops import cut, random_crops
 from matvit.training.data import DeviceImages
 from matvit.training.recipe import Augmentation, TeacherRecipe
 
+_BATCH = 512  # crops that the teacher sees together
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTargets:
@@ -34,7 +36,6 @@ def teach(
     fabric: Fabric,
     seed: int,
     progress: Progress,
-    batch_size: int = 512,
 ) -> TeacherTargets:
     """The teacher's answers for `recipe.views` random crops of every picture; the same for the same seed."""
     generator = torch.Generator(fabric.device).manual_seed(seed)
@@ -43,7 +44,7 @@ def teach(
     mean, std = (torch.tensor(value, device=fabric.device).view(3, 1, 1) for value in (recipe.mean, recipe.std))
     features, probabilities = [], []
     for view in range(recipe.views):
-        for rows in torch.split(torch.arange(len(images), device=fabric.device), batch_size):
+        for rows in torch.split(torch.arange(len(images), device=fabric.device), _BATCH):
             crops = (cut(images.pixels[rows], boxes[rows, view], recipe.image_size) - mean) / std
             with fabric.autocast():
                 maps = teacher.forward_features(crops.contiguous(memory_format=torch.channels_last))
