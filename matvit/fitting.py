@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from matvit.importance import watch_inputs
 from matvit.model import MatViT
-from matvit.private import OWNERS, PrivateBlock
+from matvit.private import OWNERS
 
 _RIDGE = 1e-3  # of the kept units' mean variance
 _BATCH = 64  # pictures
@@ -29,7 +29,7 @@ def fit_private(model: MatViT, images: Tensor) -> None:
     layers = [block.mlp.fc2 for block in model.vit.blocks]
     for index, (layer, units) in enumerate(zip(layers, _hidden_units(model, images, layers), strict=True)):
         for owner in OWNERS:
-            own: PrivateBlock = model.private.blocks[owner.value][index]  # type: ignore[index]  # a ModuleList
+            own = model.private.block(owner, index)
             up, down, offset = _best_change(layer.weight.double(), *units, width=own.width, rank=rank)
             own.set_matrix("mlp.fc2.weight", up=up, down=down)
             if layer.bias is not None:

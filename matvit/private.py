@@ -123,8 +123,13 @@ class PrivateParameters(nn.Module):
         owner = Granularity.named(width, full_width)
         if owner not in OWNERS:
             return None
-        found: PrivateBlock = self.blocks[owner.value][index]  # type: ignore[index]  # a ModuleList
+        found = self.block(owner, index)
         return found if found.owns else None
+
+    def block(self, owner: Granularity, index: int) -> PrivateBlock:
+        """What S, M or L has of block `index`; it may own nothing."""
+        found: PrivateBlock = self.blocks[owner.value][index]  # type: ignore[index]  # a ModuleList
+        return found
 
 
 def owns_something(shape: EncoderShape, spec: SubmodelSpec) -> bool:
