@@ -145,8 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MatVitError as error:
         say(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written
-        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        say(f"error: {where}{error.strerror or error}")
+        say(f"error: {_refusal(error)}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -176,6 +175,14 @@ def _usage_sentence(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "matvit"
     message = error.format_message().rstrip(".")
     return f"{message}; see: {command} --help"
+
+
+def _refusal(error: OSError) -> str:
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror or error}"
+    if error.errno == errno.ENOENT:  # os.getcwd names no file
+        return "the working folder is gone; change to one that is there"
+    return error.strerror or str(error)
 
 
 def _missing_module(error: ModuleNotFoundError) -> MissingExtraError:

@@ -93,6 +93,7 @@ def test_a_disk_that_refuses_is_one_sentence(run, checkpoint, tmp_path, monkeypa
     [
         (OSError(28, "No space left on device"), "No space left on device"),
         (OSError("the disk is gone"), "the disk is gone"),
+        (OSError(2, "No such file or directory"), "the working folder is gone; change to one that is there"),
         (OSError(28, "No space left on device", "a.json"), "a.json: No space left on device"),
         (MemoryError(), "there is not enough memory; free some, and run the same again"),
         (torch.OutOfMemoryError("CUDA"), "there is not enough memory; free some, and run the same again"),
