@@ -1,11 +1,14 @@
 """Indexing beside the bounds that its parts set, in one run; and the memory that it takes as the collection grows.
 
     python benchmarks/ingest.py [--encoders XL,S-d8-r56] [--pictures 256] [--rounds 5] [--device cuda]
-        [--sources 160px,12MP] [--cores 0,1] [--json]
+        [--sources 160px,12MP] [--cores 0,1] [--asleep MS] [--json]
     python benchmarks/ingest.py --sizes 10000,100000,1000000 [--json]
 
-Each round measures, in a random order: decoding alone on one thread, decoding alone on all cores, encoding alone in the
-batches and threads that ingest uses (that is the bare forward), and ingest. Core-seconds are the process's own. Bounds:
+Each round measures, in a random order: decoding alone on one thread, decoding alone on all cores as ingest does it,
+encoding alone in the batches and threads that ingest uses (that is the bare forward), and ingest. An encoder on another
+device is measured with decoders in threads, and in processes, as ingest has them there. Core-seconds are this process's
+own, and for ingest its decoders', too; what the main process takes of those bounds any ingest, however many cores there
+are. With --asleep, the encoder only waits so many milliseconds a picture, as one does whose device computes. Bounds:
 "shared cores" is cores / (core-seconds of decoding, on one thread, and of encoding), which holds where both run on the
 same cores; "two devices" is 1 / max(seconds of decoding on all cores, of encoding), which holds for another device.
 Rates are medians; shares are medians over the rounds of a round's own share. "Parts of ingest" is the core-seconds of
@@ -34,7 +37,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +45,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from matvit.decoding import ANY_MEMORY
 from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray, ImageSource, Preprocessing
 from matvit.spec import EncoderShape, SubmodelSpec
-from matvit.threads import batches_at_once, limited, threads_of_each, usable_cores
+from matvit.threads import limited, threads_of_each, usable_cores
 from matvit_data import demo_folder
 from retrieval import Index
-from retrieval.pipeline import BATCH
+from retrieval.pipeline import Way, way_of
 
 LARGE = (4032, 3024)  # pixels, 12 million
 UNIQUE = 32  # large pictures that are made; the others are the same under other names
@@ -101,21 +105,79 @@ class Only:
         return self.chosen
 
 
+@dataclass
+class InThreads:
+    """An encoder whose pictures are decoded in threads, whatever it says."""
+
+    encoder: Any
+    decodes_apart: None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+
+class Asleep:
+    """A device that computes for `ms` milliseconds a picture, one batch after the other, in place of an encoder."""
+
+    runtime = "asleep"
+
+    def __init__(self, encoder: Any, ms: float) -> None:
+        self._encoder, self._ms, self._busy = encoder, ms, threading.Lock()
+
+    @property
+    def decodes_apart(self) -> Preprocessing:
+        """What decoders do."""
+        preprocessing: Preprocessing = self._encoder.preprocessing
+        return preprocessing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def encode(self, pixels: FloatArray) -> FloatArray:
+        """(N, D) float32, all the same."""
+        with self._busy:
+            time.sleep(1e-3 * self._ms * len(pixels))
+        return np.full((len(pixels), self.embedding_dim), self.embedding_dim**-0.5, np.float32)
+
+
+@dataclass
+class AsleepElastic:
+    """An elastic encoder of which each submodel is `Asleep`."""
+
+    elastic: Any
+    ms: float
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.elastic, name)
+
+    def encoder(self, spec: object = None) -> Asleep:
+        """One of them."""
+        return Asleep(self.elastic.encoder(spec), self.ms)
+
+
 @dataclass(frozen=True)
 class Spent:
     """What one picture took."""
 
     seconds: float
-    core_seconds: float  # of this process
+    main_seconds: float  # core-seconds of this process
+    core_seconds: float  # of this process and of those that it started, which ended meanwhile
     others: float  # cores that everything else on this machine kept busy meanwhile
 
 
 def spent(work: Callable[[], object], count: int) -> Spent:
     """Of each of `count` pictures, when `work` does them all."""
-    start, own, busy = time.perf_counter(), time.process_time(), _busy()
+    start, main, own, busy = time.perf_counter(), time.process_time(), _own(), _busy()
     work()
-    seconds, own, busy = time.perf_counter() - start, time.process_time() - own, _busy() - busy
-    return Spent(seconds / count, own / count, max(0.0, busy - own) / seconds)
+    seconds, main = time.perf_counter() - start, time.process_time() - main
+    own, busy = _own() - own, _busy() - busy
+    return Spent(seconds / count, main / count, (main + own) / count, max(0.0, busy - main - own) / seconds)
+
+
+def _own() -> float:
+    """Core-seconds of processes that this one started, and that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _busy() -> float:
@@ -125,24 +187,36 @@ def _busy() -> float:
 
 
 def one_round(
-    elastic: Any, encoder: ImageEncoder, files: Sequence[Path], batches: list[FloatArray]
+    elastic: Any, encoder: ImageEncoder, files: Sequence[Path], batches: list[FloatArray], way: Way
 ) -> dict[str, Spent]:
     """Each part alone, and all of it."""
     index_of = Only(elastic, encoder)
+    cores = usable_cores()
+    together = [files[start : start + way.together] for start in range(0, len(files), way.together)]
+    all_started = threading.Barrier(cores)
+
+    def decode(some: Sequence[Path]) -> None:
+        if way.decoders is None:
+            encoder.preprocess(some)
+        else:
+            way.decoders.decode([(file.read_bytes(), str(file)) for file in some], memory=ANY_MEMORY)
+
+    def begin(_: int) -> None:
+        decode(files[:1])
+        all_started.wait()
+
     with (
         tempfile.TemporaryDirectory() as temporary,
         limited("torch", threads_of_each()),
-        ThreadPoolExecutor(usable_cores()) as decoders,
-        ThreadPoolExecutor(batches_at_once()) as encoders,
+        way.decoders or nullcontext(),
+        ThreadPoolExecutor(cores) as decoders,
+        ThreadPoolExecutor(way.at_once) as encoders,
     ):
         index = Index.create(Path(temporary) / "index", encoder=index_of)  # type: ignore[arg-type]
-
-        def decode(file: Path) -> None:
-            encoder.preprocess([file])
-
+        list(decoders.map(begin, range(cores)))
         works: dict[str, Callable[[], object]] = {
-            "decode": lambda: [decode(file) for file in files],
-            "decode on all cores": lambda: list(decoders.map(decode, files)),
+            "decode": lambda: [encoder.preprocess([file]) for file in files],
+            "decode on all cores": lambda: list(decoders.map(decode, together)),
             "encode": lambda: list(encoders.map(encoder.encode, batches)),
             "ingest": lambda: index.ingest(files),
         }
@@ -150,12 +224,22 @@ def one_round(
         return {name: spent(works[name], len(files)) for name in names}
 
 
-def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict[str, Any]:
-    """One encoder on one kind of picture."""
+def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict[str, dict[str, Any]]:
+    """One encoder on one kind of picture, decoded in threads and, where it is on another device, in processes."""
     encoder = elastic.encoder(spec)
-    pixels = np.concatenate([encoder.preprocess([file]) for file in files])
-    batches = [pixels[start : start + BATCH] for start in range(0, len(files), BATCH)]
-    every = [one_round(elastic, encoder, files, batches) for _ in range(1 + rounds)][1:]  # the first warms up
+    ways = {"threads": InThreads(encoder)} | ({"processes": encoder} if encoder.decodes_apart else {})
+    return {name: measure_way(elastic, one, files, rounds) for name, one in ways.items()}
+
+
+def measure_way(elastic: Any, encoder: Any, files: Sequence[Path], rounds: int) -> dict[str, Any]:
+    """As ingest does it with `encoder`."""
+    pixels, batch = np.concatenate([encoder.preprocess([file]) for file in files]), way_of(encoder).batch
+    if encoder.decodes_apart:
+        pixels = pixels.astype(np.uint8)  # of any values
+    batches = [pixels[start : start + batch] for start in range(0, len(files), batch)]
+    every = [one_round(elastic, encoder, files, batches, way_of(encoder)) for _ in range(1 + rounds)]
+    every = every[1:]  # the first warms up
+    way = way_of(encoder)
 
     def median(value: Callable[[dict[str, Spent]], float]) -> float:
         return statistics.median(map(value, every))
@@ -177,9 +261,11 @@ def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict
         "count": len(files),
         "runtime": encoder.runtime,
         "cores": usable_cores(),
-        "at_once": batches_at_once(),
+        "batch": way.batch,
+        "at_once": way.at_once,
         "threads_of_each": threads_of_each(),
         "core_ms": {name: 1e3 * median(lambda one, name=name: one[name].core_seconds) for name in sorted(every[0])},
+        "main_ms": 1e3 * median(lambda one: one["ingest"].main_seconds),
         "rate": median(lambda one: 1 / one["ingest"].seconds),
         "bounds": {name: median(bound) for name, bound in bounds.items()},
         "shares": {
@@ -199,6 +285,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--asleep", type=float, metavar="MS", help="in place of an encoder, wait so long a picture")
     parser.add_argument("--cores", help="use no others, such as 0,1")
     parser.add_argument("--json", action="store_true")
     return parser
@@ -210,7 +297,9 @@ def measure_all(arguments: argparse.Namespace, one: Measure) -> Iterator[tuple[s
         os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
     from matvit import MatViT  # imports torch, which counts the cores
 
-    elastic = MatViT.from_pretrained("matvit-small").to(arguments.device)
+    elastic: Any = MatViT.from_pretrained("matvit-small").to(arguments.device)
+    if arguments.asleep is not None:
+        elastic = AsleepElastic(elastic, arguments.asleep)
     for source in arguments.sources.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             files = SOURCES[source](Path(temporary), arguments.pictures)
@@ -220,23 +309,23 @@ def measure_all(arguments: argparse.Namespace, one: Measure) -> Iterator[tuple[s
 
 def print_rates(rows: Sequence[dict[str, Any]]) -> None:
     """As a table."""
-    print("| pictures | encoder | core-ms: decode | on all cores | encode | ingest | parts of ingest ", end="")
+    print("| pictures | encoder | decoders | core-ms: decode | on all cores | encode ", end="")
+    print("| ingest | of these the main process's | parts of ingest ", end="")
     print("| ingest/s | shared cores: bound/s | share | two devices: bound/s | share ", end="")
     print("| forward/s | share | others' cores |")
-    print("|---" * 15 + "|")
+    print("|---" * 17 + "|")
     for row in rows:
         core = row["core_ms"]
-        columns = [f"{row['count']} of {row['pictures']}", row["encoder"]]
+        columns = [f"{row['count']} of {row['pictures']}", row["encoder"], row["decoders"]]
         columns += [f"{core[name]:.2f}" for name in ("decode", "decode on all cores", "encode", "ingest")]
-        columns += [f"{row['parts_of_ingest']:.3f}", f"{row['rate']:.1f}"]
+        columns += [f"{row['main_ms']:.2f}", f"{row['parts_of_ingest']:.3f}", f"{row['rate']:.1f}"]
         for name, bound in row["bounds"].items():
             columns += [f"{bound:.1f}", f"{row['shares'][name]:.3f}"]
         print("| " + " | ".join([*columns, f"{row['others']:.2f}"]) + " |")
     first = rows[0]
-    print(
-        f"\n{first['runtime']}, {first['cores']} cores, {first['at_once']} batches of {BATCH} at once, "
-        f"{first['threads_of_each']} torch thread(s) each"
-    )
+    ways = {row["decoders"]: f"{row['at_once']} batches of {row['batch']} at once" for row in rows}
+    each = "; ".join(f"{name}: {batches}" for name, batches in ways.items())
+    print(f"\n{first['runtime']}, {first['cores']} cores, {first['threads_of_each']} torch thread(s) each; {each}")
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -397,7 +486,12 @@ def main() -> None:
         rows, show = [memory(int(size)) for size in arguments.sizes.split(",")], print_memory
     else:
         found = measure_all(arguments, measure)
-        rows, show = [{"pictures": source, "encoder": spec, **row} for source, spec, row in found], print_rates
+        rows = [
+            {"pictures": source, "encoder": spec, "decoders": way, **row}
+            for source, spec, ways in found
+            for way, row in ways.items()
+        ]
+        show = print_rates
     print(json.dumps(rows, indent=2)) if arguments.json else show(rows)
 
 

@@ -17,7 +17,10 @@ from matvit.spec import EncoderShape, SubmodelSpec
 
 
 class ImageEncoder(Protocol):
-    """One encoder of one fixed spec, ready to embed pictures. N pictures, D embedding width."""
+    """One encoder of one fixed spec, ready to embed pictures. N pictures, D embedding width.
+
+    One whose class has `decodes_apart`, as `TorchEncoder`'s, may be given pixels from processes that decode.
+    """
 
     @property
     def spec(self) -> SubmodelSpec:

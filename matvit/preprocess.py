@@ -39,6 +39,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from matvit.errors import ImageError, NotDecodedError
 
 FloatArray = npt.NDArray[np.float32]
+PixelArray = npt.NDArray[np.uint8]
 
 
 class Absent(bytes):
@@ -89,10 +90,20 @@ class Preprocessing:
 
         Raises ImageError when the picture cannot be read.
         """
-        image = open_image(source, draft_size=self.jpeg_scale * size)
-        pixels = np.asarray(resize_centre_square(image, size), dtype=np.float32)
-        normalised = (pixels / 255.0 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+        return self.normalise(self.pixels(source, size=size))
+
+    def pixels(self, source: ImageSource, *, size: int) -> PixelArray:
+        """One picture -> (3, size, size) uint8: all but `normalise`. Raises ImageError."""
+        image = resize_centre_square(open_image(source, draft_size=self.jpeg_scale * size), size)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def normalise(self, pixels: PixelArray) -> FloatArray:
+        """(..., 3, H, W) uint8 -> the same in float32, each value by itself, so that it is equal however many come."""
+        mean, std = (np.asarray(values, np.float32)[:, np.newaxis, np.newaxis] for values in (self.mean, self.std))
+        normalised: FloatArray = np.divide(pixels, 255.0, dtype=np.float32)
+        normalised -= mean
+        normalised /= std
+        return normalised
 
     def batch(self, sources: Sequence[ImageSource], *, size: int) -> FloatArray:
         """Pictures -> (N, 3, size, size) float32. Raises ImageError for the first unreadable one."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from matvit.preprocess import FloatArray, ImageSource, Preprocessing
+from matvit.preprocess import FloatArray, ImageSource, PixelArray, Preprocessing
 from matvit.spec import SubmodelSpec
 
 
@@ -31,16 +31,35 @@ class TorchEncoder:
         """ "torch-cpu" or "torch-cuda"."""
         return f"torch-{self.device.type}"
 
+    @property
+    def decodes_apart(self) -> Preprocessing | None:
+        """What `preprocess` does, if `encode` takes none of this host's cores: others decode faster, then.
+
+        `encode` takes what they give, `Preprocessing.pixels`, as well.
+        """
+        own = type(self).preprocess is not TorchEncoder.preprocess
+        return None if own or self.device.type == "cpu" else self.preprocessing
+
     def preprocess(self, images: Sequence[ImageSource]) -> FloatArray:
         """Pictures -> (N, 3, H, W) float32. Raises ImageError for the first unreadable one."""
         return self.preprocessing.batch(images, size=self.spec.image_size)
 
     @torch.inference_mode()
-    def encode(self, pixels: FloatArray) -> FloatArray:
-        """(N, 3, H, W) float32 -> (N, D) float32 of unit length."""
-        batch = torch.from_numpy(pixels).to(self.device, self.dtype, non_blocking=True)
-        embeddings: FloatArray = F.normalize(self.module(batch).float(), dim=-1).cpu().numpy()
+    def encode(self, pixels: FloatArray | PixelArray) -> FloatArray:
+        """(N, 3, H, W) float32, or uint8 before it was normalised -> (N, D) float32 of unit length."""
+        batch = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        if batch.dtype == torch.uint8:
+            batch = self.normalise(batch)
+        embeddings: FloatArray = F.normalize(self.module(batch.to(self.dtype)).float(), dim=-1).cpu().numpy()
         return embeddings
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """`Preprocessing.normalise` on the device, bit by bit: CUDA would multiply by the inverse of a plain number."""
+        white, mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=self.device).reshape(-1, 1, 1)
+            for values in ((255.0,), self.preprocessing.mean, self.preprocessing.std)
+        )
+        return (pixels.float() / white - mean) / std
 
     def embed(self, images: Sequence[ImageSource]) -> FloatArray:
         """Pictures -> (N, D) float32 of unit length."""

@@ -64,11 +64,15 @@ class KnownItems:
 
     def at(self, root: str, path: bytes) -> Known | None:
         """The item at a place."""
+        if not self._segments:
+            return None
         rows = self._rows("root = ? AND path = ? LIMIT 1", root, path)
         return self._known(rows[0]) if rows else None
 
     def with_content(self, content_sha256: str) -> Known | None:
         """A picture with this content, the first by id."""
+        if not self._segments:
+            return None
         with self._lock:
             if not self._has_contents:
                 self._connection.execute("CREATE TABLE contents (ending TEXT, id INTEGER, segment TEXT)")

@@ -1,25 +1,30 @@
-"""From one file to pixels, in a thread: sniffed, read, hashed, and decoded only when its content is new."""
+"""From files to pixels, in a thread: sniffed, read, hashed, and decoded only when their content is new."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
+from matvit.decoding import ANY_MEMORY, Decoded, Decoders
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError, NotDecodedError
-from matvit.preprocess import MAX_FILE_BYTES, FloatArray, Header, read_header
+from matvit.preprocess import MAX_FILE_BYTES, FloatArray, Header, PixelArray, read_header
 from retrieval.items import OK
 from retrieval.known import Known
 from retrieval.locations import Open, Status, one_line, os_reason
 from retrieval.types import SkippedFile
 
 MEMORY_BYTES = 1536 * 2**20  # for all pictures that are read and decoded at once; one that needs more is alone
+SMALL_BYTES = 256 * 2**10  # files up to this are sent to decoders together, unlooked at, ...
+SMALL_MEMORY = 32 * 2**20  # ... and decoded one after the other while they take no more than this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +49,7 @@ class Loaded:
     content_sha256: str
     width: int | None = None
     height: int | None = None
-    pixels: FloatArray | None = None  # (1, 3, H, W)
+    pixels: FloatArray | PixelArray | None = None  # (1, 3, H, W); uint8 from decoders
     reason: str | None = None  # why it is no picture
     same: Known | None = None  # an item with this content
 
@@ -73,13 +78,43 @@ class MemoryBudget:
                 self._free.notify_all()
 
 
+@dataclass(frozen=True, slots=True)
+class _Small:
+    """A file that goes to a decoder as it is, with others."""
+
+    task: Task
+    status: Status
+    content_sha256: str
+    data: bytes
+
+    def loaded(self, found: Decoded) -> Loaded | SkippedFile:
+        if isinstance(found.error, NotDecodedError):
+            return SkippedFile(path=Path(self.task.full_path), reason=one_line(found.error.what))
+        return Loaded(
+            task=self.task,
+            size=self.status.size,
+            mtime_ns=self.status.mtime_ns,
+            content_sha256=self.content_sha256,
+            width=None if found.error else found.width,
+            height=None if found.error else found.height,
+            pixels=None if found.pixels is None else found.pixels[np.newaxis],
+            reason=one_line(found.error.what) if found.error else None,
+        )
+
+
 class Loader:
     """Reads files for one encoder. Safe from any thread."""
 
-    def __init__(self, encoder: ImageEncoder, held: Callable[[str], Known | None]) -> None:
-        """`held`: the picture that the index has, by its content's sha256; such are not decoded again."""
+    def __init__(
+        self, encoder: ImageEncoder, held: Callable[[str], Known | None], decoders: Decoders | None = None
+    ) -> None:
+        """`held`: the picture that the index has, by its content's sha256; such are not decoded again.
+
+        `decoders`: what turns files into pixels, and gives these as uint8; None: the encoder does.
+        """
         self._encoder = encoder
         self._held = held
+        self._decoders = decoders
         self._memory = MemoryBudget(MEMORY_BYTES)
 
     def load(self, task: Task) -> Loaded | SkippedFile:
@@ -88,13 +123,45 @@ class Loader:
         A SkippedFile comes back when the file could not be read, or not be decoded for want of memory or a decoder:
         it says nothing about the content, so the index does not remember it and the next run tries again.
         """
+        [found] = self._together([self._read(task)])
+        return found
+
+    def load_all(self, tasks: Sequence[Task]) -> list[Loaded | SkippedFile]:
+        """`load` of each, in order; decoders get those that are small in one message."""
+        if self._decoders is None:
+            return [self.load(task) for task in tasks]
+        return self._together([self._read(task) for task in tasks])
+
+    def _together(self, found: Sequence[Loaded | SkippedFile | _Small]) -> list[Loaded | SkippedFile]:
+        small = [one for one in found if isinstance(one, _Small)]
+        if self._decoders is None or not small:
+            return [one for one in found if not isinstance(one, _Small)]
+        with self._memory.reserve(SMALL_MEMORY):
+            pictures = [(one.data, one.task.full_path) for one in small]
+            answers = iter(self._decoders.decode(pictures, memory=SMALL_MEMORY))
+        return [self._answered(one, next(answers)) if isinstance(one, _Small) else one for one in found]
+
+    def _answered(self, small: _Small, found: Decoded) -> Loaded | SkippedFile:
+        if found.pixels is not None or found.error:
+            return small.loaded(found)
+        again = self._read(small.task, alone=True)
+        assert not isinstance(again, _Small)
+        return again
+
+    def _read(self, task: Task, *, alone: bool = False) -> Loaded | SkippedFile | _Small:
         try:
             file, status = task.open()
             with file:
-                with self._memory.reserve(min(_length(file), MAX_FILE_BYTES)):
+                length = _length(file)
+                if self._decoders is not None and not alone and 0 < length <= SMALL_BYTES:
+                    if small := self._small(task, file, status):
+                        return small
+                    file.seek(0)
+                with self._memory.reserve(min(length, MAX_FILE_BYTES)):
                     reason, header = _sniff(file, task)
                 memory = header.memory if header else 0
-                with self._memory.reserve(_length(file) + memory if reason is None else 0):
+                copies = 1 if self._decoders is None else 2
+                with self._memory.reserve(copies * _length(file) + memory if reason is None else 0):
                     return self._decode(*_read(task, file, status, reason, header))
         except OSError as error:
             reason = os_reason(error)
@@ -104,20 +171,42 @@ class Loader:
             reason = "there was not enough memory to read it"
         return SkippedFile(path=Path(task.full_path), reason=reason)
 
+    def _small(self, task: Task, file: BinaryIO, status: Status) -> _Small | None:
+        """None when its content is held, or was its own already."""
+        data = file.read()
+        sha256 = hashlib.sha256(data).hexdigest()
+        if self._is_own(task, sha256) or self._held(sha256):
+            return None
+        return _Small(task, status, sha256, data)
+
     def _decode(self, loaded: Loaded, data: bytes) -> Loaded:
-        known = loaded.task.known
-        if known and known.item.status == OK and known.item.content_sha256 == loaded.content_sha256:
-            return replace(loaded, reason=None, same=known)
+        if self._is_own(loaded.task, loaded.content_sha256):
+            return replace(loaded, reason=None, same=loaded.task.known)
         if loaded.reason is not None:
             return loaded
         if same := self._held(loaded.content_sha256):
             return replace(loaded, same=same)
         try:
-            return replace(loaded, pixels=self._encoder.preprocess([data]))
+            return replace(loaded, pixels=self._pixels(loaded.task, data))
         except NotDecodedError:
             raise
         except ImageError as error:
             return replace(loaded, width=None, height=None, reason=one_line(error.what))
+
+    def _is_own(self, task: Task, content_sha256: str) -> bool:
+        """Whether the index has a picture with this content at this very place."""
+        known = task.known
+        return known is not None and known.item.status == OK and known.item.content_sha256 == content_sha256
+
+    def _pixels(self, task: Task, data: bytes) -> FloatArray | PixelArray:
+        """(1, 3, H, W). Raises ImageError."""
+        if self._decoders is None:
+            return self._encoder.preprocess([data])
+        [found] = self._decoders.decode([(data, task.full_path)], memory=ANY_MEMORY)
+        if found.error is not None:
+            raise found.error
+        assert found.pixels is not None
+        return found.pixels[np.newaxis]
 
 
 def _length(file: BinaryIO) -> int:

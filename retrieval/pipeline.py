@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from matvit.decoding import Decoder, Decoders
 from matvit.encoder import ImageEncoder, is_unit
-from matvit.preprocess import FloatArray
+from matvit.preprocess import FloatArray, Preprocessing
 from matvit.threads import batches_at_once, limited, threads_of_each, usable_cores
 from retrieval.encoders import check_shape, normalised
 from retrieval.known import Known
@@ -20,7 +24,41 @@ from retrieval.types import SkippedFile
 
 BATCH = 16  # pictures encoded together; Ctrl-C waits for them
 AHEAD = 4 * BATCH  # pictures decoded and waiting, at most: bounds the memory
+APART_BATCH = 128  # for an encoder on another device, which small batches leave waiting for Python ...
+APART_BYTES = 24 * 2**20  # ... while their pixels take no more than this
+APART_AT_ONCE = 2  # one is prepared while the device computes the other
+TOGETHER = 8  # pictures that go to a decoder in one message
 NO_EMBEDDING = "the encoder gave no finite unit-length embedding"
+Pixels = npt.NDArray[Any]  # (N, 3, H, W): float32 of the encoder's, uint8 of decoders
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How pictures go through one encoder."""
+
+    batch: int  # pictures that are encoded together
+    ahead: int  # pictures that are loaded and wait, at most
+    at_once: int  # batches
+    together: int = 1  # pictures that one thread loads
+    decoders: Decoders | None = None  # None: the encoder decodes, in our threads
+
+
+def way_of(encoder: ImageEncoder) -> Way:
+    """Decoded in threads beside an encoder on the same cores, in processes where it says that it takes none of them."""
+    said = hasattr(type(encoder), "decodes_apart")  # of itself: what wraps another encoder may preprocess otherwise
+    preprocessing: Preprocessing | None = getattr(encoder, "decodes_apart", None) if said else None
+    if preprocessing is None:
+        return Way(batch=BATCH, ahead=AHEAD, at_once=batches_at_once())
+    size = encoder.spec.image_size
+    batch = max(BATCH, min(APART_BATCH, APART_BYTES // (3 * size * size)))
+    ahead = 4 * batch
+    return Way(
+        batch=batch,
+        ahead=ahead,
+        at_once=APART_AT_ONCE,
+        together=max(1, min(TOGETHER, ahead // (2 * usable_cores()))),
+        decoders=Decoders(Decoder(preprocessing=preprocessing, size=size)),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +78,18 @@ def embed_all(
     Raises EmbeddingError for an encoder that gives embeddings of another shape than it says, and whatever the
     encoder itself raises, after what comes before that batch.
     """
-    loader, parallel = Loader(encoder, held), batches_at_once()
+    way = way_of(encoder)
     encoding: deque[Future[list[Embedded]]] = deque()
     with (
         limited("torch", threads_of_each()),
+        way.decoders or nullcontext(),
         _pool("decode", usable_cores()) as decoders,
-        _pool("encode", parallel) as encoders,
+        _pool("encode", way.at_once) as encoders,
     ):
-        for batch in _batched(_decoded(tasks, loader, decoders)):
+        loader = Loader(encoder, held, way.decoders)
+        for batch in _batched(_decoded(tasks, loader, decoders, way), way):
             encoding.append(encoders.submit(_encode, batch, encoder))
-            if len(encoding) > parallel:  # one waits, so that no thread does
+            if len(encoding) > way.at_once:  # one waits, so that no thread does
                 yield from encoding.popleft().result()
         while encoding:
             yield from encoding.popleft().result()
@@ -64,30 +104,33 @@ def _pool(name: str, threads: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _decoded(tasks: Iterable[Task], loader: Loader, decoders: ThreadPoolExecutor) -> Iterator[Loaded | SkippedFile]:
-    waiting: deque[Future[Loaded | SkippedFile]] = deque()
-    for task in tasks:
-        waiting.append(decoders.submit(loader.load, task))
-        if len(waiting) == AHEAD:
-            yield waiting.popleft().result()
+def _decoded(
+    tasks: Iterable[Task], loader: Loader, decoders: ThreadPoolExecutor, way: Way
+) -> Iterator[Loaded | SkippedFile]:
+    waiting: deque[Future[list[Loaded | SkippedFile]]] = deque()
+    remaining = iter(tasks)
+    while together := list(islice(remaining, way.together)):
+        waiting.append(decoders.submit(loader.load_all, together))
+        if len(waiting) == max(1, way.ahead // way.together):
+            yield from waiting.popleft().result()
     while waiting:
-        yield waiting.popleft().result()
+        yield from waiting.popleft().result()
 
 
-def _batched(found: Iterable[Loaded | SkippedFile]) -> Iterator[list[Loaded | SkippedFile]]:
-    """In order: up to BATCH pictures for the encoder, with what lies between them."""
+def _batched(found: Iterable[Loaded | SkippedFile], way: Way) -> Iterator[list[Loaded | SkippedFile]]:
+    """In order: up to a batch of pictures for the encoder, with what lies between them."""
     batch: list[Loaded | SkippedFile] = []
     pictures = 0
     for loaded in found:
         batch.append(loaded)
         pictures += _pixels(loaded) is not None
-        if pictures == BATCH or len(batch) == AHEAD:
+        if pictures == way.batch or len(batch) == way.ahead:
             yield batch
             batch, pictures = [], 0
     yield batch
 
 
-def _pixels(loaded: Loaded | SkippedFile) -> FloatArray | None:
+def _pixels(loaded: Loaded | SkippedFile) -> Pixels | None:
     return loaded.pixels if isinstance(loaded, Loaded) else None
 
 

@@ -428,3 +428,13 @@ def test_json_has_stable_keys_for_the_identity_of_the_space() -> None:
         "resize": "bilinear-antialiased",
         "jpeg_scale": 2,
     }
+
+
+@given(seed=st.integers(0, 2**16))
+def test_normalising_is_the_same_value_by_value_however_many_pictures_come(seed: int) -> None:
+    ours = Preprocessing(mean=MEAN, std=STD)
+    picture = noise(30, 20, seed=seed)
+    pixels = ours.pixels(picture, size=16)
+    alone = ((np.asarray(pixels, np.float32) / 255.0).transpose(1, 2, 0) - np.float32(MEAN)) / np.float32(STD)
+    np.testing.assert_array_equal(ours(picture, size=16), alone.transpose(2, 0, 1), strict=True)
+    np.testing.assert_array_equal(ours.normalise(np.stack([pixels] * 3))[2], ours(picture, size=16), strict=True)
