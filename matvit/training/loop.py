@@ -186,7 +186,7 @@ def _run_stage(run: Run, stage: Stage, optimiser_state: dict[str, Any] | None) -
             optimiser.load_state_dict(optimiser_state)
     optimise(run, stage, optimiser, schedule)
     end_stage(run, stage)
-    check_equal(run.fabric, run.model)
+    check_equal(run.fabric, run.model, run.heads)
     run.stage, run.step = run.stage + 1, 0
     if run.fabric.is_global_zero:
         save(run, None)

@@ -6,6 +6,7 @@ submodel, each through other slices of the parameters, and one exchange at its e
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from subprocess import Popen
@@ -78,12 +79,15 @@ def send_to_all(fabric: Fabric, module: nn.Module) -> None:
         torch.distributed.broadcast(tensor, src=0)
 
 
-def check_equal(fabric: Fabric, module: nn.Module) -> None:
+def check_equal(fabric: Fabric, *modules: nn.Module) -> None:
     """Raises RecipeError unless all processes hold the same weights, which equal steps should have kept equal."""
     if fabric.world_size == 1:
         return
-    sums = torch.stack([tensor.double().sum() for tensor in module.state_dict().values()])
-    everyone = fabric.all_gather(sums)
+    digest = hashlib.sha256()
+    for module in modules:
+        for tensor in module.state_dict().values():
+            digest.update(tensor.flatten().view(torch.uint8).cpu().numpy())
+    everyone = fabric.all_gather(torch.tensor(list(digest.digest()), dtype=torch.uint8, device=fabric.device))
     assert isinstance(everyone, Tensor)
     if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
         raise RecipeError(

@@ -171,6 +171,7 @@ def _ask_teacher(run: Run) -> None:
     features = [one.teacher.features.float().mean(dim=(0, 1)) for one in run.sets if one.teacher]
     weighted = [mean * batch for mean, batch in zip(features, batches, strict=True)]
     run.heads.feature_mean.copy_(torch.stack(weighted).sum(dim=0) / sum(batches))
+    send_to_all(run.fabric, run.heads)  # another device may have rounded otherwise
 
 
 def make_optimiser(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:

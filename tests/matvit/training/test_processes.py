@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from matvit.errors import RecipeError
 from matvit.training import steps
 from matvit.training.loop import train
-from matvit.training.processes import average_gradients
+from matvit.training.processes import average_gradients, check_equal
 from matvit.training.state import only_run
 
 OWN = {
@@ -101,6 +101,28 @@ def test_where_the_first_process_is_refused_the_others_end_with_it(data, tmp_pat
 
 def test_a_step_that_leaves_no_gradient_has_nothing_to_average():
     average_gradients(SimpleNamespace(world_size=2), [torch.nn.Parameter(torch.zeros(2))])
+
+
+@pytest.mark.parametrize("drifted", [None, "encoder", "heads"])
+def test_weights_that_have_drifted_apart_are_told_though_their_sums_are_equal(drifted):
+    """As where one device ordered two hidden units the other way round."""
+
+    def gather(digest):
+        gathered.append(digest)
+        return torch.stack([gathered[0], digest])
+
+    gathered: list[torch.Tensor] = []
+    fabric = SimpleNamespace(world_size=2, device=torch.device("cpu"), all_gather=gather)
+    modules = {"encoder": torch.nn.Linear(3, 2, dtype=torch.bfloat16), "heads": torch.nn.BatchNorm1d(2)}
+    torch.nn.init.normal_(modules["heads"].weight)
+    check_equal(fabric, *modules.values())
+    if drifted is None:
+        check_equal(fabric, *modules.values())
+        return
+    with torch.no_grad():
+        modules[drifted].weight.copy_(modules[drifted].weight.flip(0))
+    with pytest.raises(RecipeError, match="drifted apart"):
+        check_equal(fabric, *modules.values())
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(make_recipe):
