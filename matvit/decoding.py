@@ -51,6 +51,9 @@ class Decoded(NamedTuple):
     is_picture: bool = True  # whether its file begins like one
 
 
+NOT_NOW = Decoded(None, None, None, None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """One picture's file -> pixels, in this process."""
@@ -91,9 +94,11 @@ class Decoders:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
+        self._can_start = self._has_started = False  # a second Ctrl-C leaves threads at work
+        workers = list(self._workers)
+        for worker in workers:
             worker.kill()
-        for worker in self._workers:
+        for worker in workers:
             worker.end()
 
     def decode(self, pictures: Sequence[Encoded], *, memory: int) -> list[Decoded]:

@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from matvit.decoding import ANY_MEMORY, Decoded, Decoders
+from matvit.decoding import ANY_MEMORY, NOT_NOW, Decoded, Decoders
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError, NotDecodedError
 from matvit.preprocess import MAX_FILE_BYTES, FloatArray, Header, PixelArray, read_header
@@ -138,7 +139,10 @@ class Loader:
             return [one for one in found if not isinstance(one, _Small)]
         with self._memory.reserve(SMALL_MEMORY):
             pictures = [(one.data, one.task.full_path) for one in small]
-            answers = iter(self._decoders.decode(pictures, memory=SMALL_MEMORY))
+            try:
+                answers: Iterator[Decoded] = iter(self._decoders.decode(pictures, memory=SMALL_MEMORY))
+            except MemoryError:  # here, for all the answers
+                answers = repeat(NOT_NOW)
         return [self._answered(one, next(answers)) if isinstance(one, _Small) else one for one in found]
 
     def _answered(self, small: _Small, found: Decoded) -> Loaded | SkippedFile:

@@ -298,3 +298,19 @@ def test_what_wraps_an_encoder_decodes_as_it_says_itself():
     assert retrieval.pipeline.way_of(encoder).decoders is not None
     assert Wrapped(encoder).decodes_apart is not None
     assert retrieval.pipeline.way_of(Wrapped(encoder)).decoders is None
+
+
+def test_where_answers_find_no_memory_each_picture_is_decoded_alone_or_skipped(tmp_path, photos, monkeypatch, picture):
+    real = Decoders.decode
+
+    def decode(decoders, pictures, *, memory):
+        if len(pictures) > 1 or pictures[0][0] == picture(2):
+            raise MemoryError
+        return real(decoders, pictures, memory=memory)
+
+    monkeypatch.setattr(Decoders, "decode", decode)
+    found = Index.create(tmp_path / "i", encoder=Elastic()).ingest(photos)
+    assert found.indexed == 9
+    assert [(file.path.name, file.reason) for file in found.skipped] == [
+        ("2.png", "there was not enough memory to read it")
+    ]
