@@ -198,7 +198,7 @@ def _against(
 def _relevance(queries: Pictures, gallery: Pictures, truth: GroundTruth | None, sides: _Sides) -> Relevance:
     query_rows, gallery_rows = sides.queries.rows, sides.gallery.rows
     if truth is not None:
-        return ByList.of(truth.positives, truth.junk, queries=query_rows, gallery=gallery_rows)
+        return ByList.of(truth.positives, truth.junk, queries=query_rows, gallery=gallery_rows, own=sides.own)
     assert isinstance(queries, LabelledImages)
     assert isinstance(gallery, LabelledImages)
     labels = _gallery_labels(queries.labels[query_rows], queries.class_names, gallery.class_names)

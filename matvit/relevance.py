@@ -64,23 +64,35 @@ class ByClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByList:
-    """Right is what the ground truth lists; junk is taken out of the ranking, neither right nor wrong."""
+    """Right is what the ground truth lists; junk, and the query itself, is taken out of the ranking."""
 
     positives: tuple[IntArray, ...]  # Q lists of gallery rows
-    junk: tuple[IntArray, ...]  # Q lists
+    junk: tuple[IntArray, ...]  # Q lists, with the query's own row
 
     @classmethod
     def of(
-        cls, positives: Sequence[Sequence[int]], junk: Sequence[Sequence[int]], *, queries: IntArray, gallery: IntArray
+        cls,
+        positives: Sequence[Sequence[int]],
+        junk: Sequence[Sequence[int]],
+        *,
+        queries: IntArray,
+        gallery: IntArray,
+        own: IntArray,
     ) -> ByList:
-        """The ground truth over a whole data set, seen by those `queries` and `gallery` pictures that could be read."""
+        """The ground truth over a whole data set, seen by those `queries` and `gallery` pictures that could be read.
+
+        `own` (Q,): each query's own row in the gallery, or NO_HIT.
+        """
         row_of = {int(picture): row for row, picture in enumerate(gallery)}
 
-        def rows(lists: Sequence[Sequence[int]]) -> tuple[IntArray, ...]:
-            there = ([row_of[picture] for picture in lists[query] if picture in row_of] for query in queries)
-            return tuple(np.array(sorted(found), dtype=np.int64) for found in there)
+        def rows(listed: Sequence[int]) -> set[int]:
+            return {row_of[picture] for picture in listed if picture in row_of}
 
-        return cls(positives=rows(positives), junk=rows(junk))
+        asked = [(int(query), {int(row)} - {NO_HIT}) for query, row in zip(queries, own, strict=True)]
+        return cls(
+            positives=tuple(_ordered(rows(positives[query]) - itself) for query, itself in asked),
+            junk=tuple(_ordered(rows(junk[query]) | itself) for query, itself in asked),
+        )
 
     @property
     def relevant(self) -> IntArray:
@@ -106,3 +118,7 @@ class ByList:
             positives=tuple(self.positives[position] for position in positions),
             junk=tuple(self.junk[position] for position in positions),
         )
+
+
+def _ordered(rows: set[int]) -> IntArray:
+    return np.array(sorted(rows), dtype=np.int64)

@@ -183,6 +183,21 @@ def test_leave_one_out_never_finds_the_query_itself(encoder: ElasticColours) -> 
     assert result.near_copies == 0
 
 
+def test_what_the_truth_lists_never_is_the_query_itself_in_leave_one_out(encoder: ElasticColours) -> None:
+    red, green = COLOURS["red"], COLOURS["green"]
+    everything = Pictures(
+        name="all",
+        images=[b"broken", picture(red, 1), picture(green, 2), picture(green, 3), picture(red, 4)],
+        origins=list("abcde"),
+    )
+    truth = GroundTruth(positives=((), (1, 2), (2, 3), (3,), (0,)), junk=((), (), (), (), ()))
+    result = cross_test(encoder, everything, None, truth=truth, query_specs=["XL"], gallery_specs=["XL"])
+    quality = result.matrix["XL"]["XL"]
+    assert (quality.n_queries, result.without_match) == (2, 2)
+    assert quality["recall@1"] == 1 / 2  # red finds the other red, which is not listed; green the other green
+    assert quality["map@100"] == pytest.approx((1 / 2 + 1) / 2)
+
+
 def test_leave_one_out_without_a_second_picture_of_any_class_is_refused(encoder: ElasticColours) -> None:
     with pytest.raises(DatasetError, match="no other picture of their class"):
         cross_test(encoder, pictures(1, seed=0), None, query_specs=["XL"], gallery_specs=["XL"])
