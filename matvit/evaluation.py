@@ -86,10 +86,14 @@ def cross_test(
     in leave-one-out and not where `truth` decides) or nothing that is right. `flops` maps spec strings to the cost
     that the result repeats.
 
-    Every picture is decoded once per resolution and streamed through the encoders, so that only
-    embeddings are kept. Raises SpecError for a spec that the encoder lacks, and DatasetError when no
-    query is left; pictures that cannot be read are skipped and listed.
+    Every picture is decoded once per resolution, once more where near-copies are looked for, and streamed through
+    the encoders, so that only embeddings are kept. Raises SpecError for a spec that the encoder lacks, and DatasetError
+    for a `limit` below 1 and when no query is left; pictures that cannot be read are skipped and listed.
     """
+    if limit is not None and limit < 1:
+        raise DatasetError(
+            what=f"a limit of {limit} leaves no query", where=queries.name, fix="give 1 or more, or None for all"
+        )
     full = submodels.shape.spec()
     asked = list(dict.fromkeys(submodels.shape.spec(spec) for spec in query_specs))
     indexed = list(dict.fromkeys(submodels.shape.spec(spec) for spec in gallery_specs))
@@ -213,4 +217,4 @@ def _gallery_labels(labels: IntArray, names: Sequence[str], gallery_names: Seque
 
 def _evenly(count: int, limit: int | None) -> IntArray:
     """`limit` (None: all) of `count` positions, evenly spread: a sorted data set keeps all its classes."""
-    return np.linspace(0, count - 1, min(count, limit or count)).round().astype(np.int64)
+    return np.linspace(0, count - 1, count if limit is None else min(count, limit)).round().astype(np.int64)

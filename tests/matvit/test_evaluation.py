@@ -266,6 +266,12 @@ def test_limit_spreads_the_queries_over_all_classes_and_keeps_the_gallery(encode
     assert sum(encoder.encoded) == 40 + 2 * 4  # what only searches is given the queries alone
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_no_query_is_refused(encoder: ElasticColours, limit: int) -> None:
+    with pytest.raises(DatasetError, match=f"a limit of {limit} leaves no query"):
+        cross_test(encoder, pictures(2, seed=0), None, query_specs=["XL"], gallery_specs=["XL"], limit=limit)
+
+
 def test_json_has_the_documented_shape_and_progress_counts_pictures(encoder: ElasticColours) -> None:
     events: list[ProgressEvent] = []
     raw = cross_test(
