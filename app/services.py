@@ -454,6 +454,7 @@ def adaptation_json(result: Adaptation, *, out: Path | None) -> dict[str, Any]:
 
     described: dict[str, Any] = {
         "pictures": result.pictures,
+        "near_copies": result.near_copies,
         "kept": list(result.kept),
         "before": {name: of(gain.before) for name, gain in result.gains.items()},
         "after": {name: of(gain.after) for name, gain in result.gains.items()},

@@ -28,3 +28,12 @@ def near_copies(hashes: FloatArray, gallery_hashes: FloatArray) -> BoolArray:
         return np.zeros(len(hashes), dtype=np.bool_)
     nearest, _ = top_k(hashes, gallery_hashes, 1)
     return np.asarray(nearest[:, 0] >= hashes.shape[1] - 2 * NEAR_COPY_BITS)
+
+
+def copies_of_earlier(hashes: FloatArray) -> BoolArray:
+    """(N, 64) -> (N,) bool: nearly the same as one before it that is none itself. So no two of the others are."""
+    alike = hashes @ hashes.T >= hashes.shape[1] - 2 * NEAR_COPY_BITS
+    copies = np.zeros(len(hashes), dtype=np.bool_)
+    for row in range(len(hashes)):
+        copies[row] = bool((alike[row, :row] & ~copies[:row]).any())
+    return copies

@@ -25,9 +25,9 @@ def adapt(
     """Fit S, M and L to your own pictures, without labels.
 
     The full encoder stays as it is to the bit, and so does every index that it made. The table shows how well each
-    submodel agrees with XL, before and after, on pictures that were held back from the fit, every fifth in turn. A
-    submodel that does not surely gain, or whose first hit is clearly less often XL's, keeps its old weights; when none
-    gains, nothing is written and the exit code is 1.
+    submodel agrees with XL, before and after, on pictures that were held back from the fit, every fifth in turn;
+    near-copies of a picture, as of a burst, are left out. A submodel that does not surely gain, or whose first hit is
+    clearly less often XL's, keeps its old weights; when none gains, nothing is written and the exit code is 1.
 
     \b
     Example:
@@ -41,6 +41,8 @@ def adapt(
         _show(result)
     for path, reason in result.skipped:
         say(f"skipped {path}: {reason}")
+    if result.near_copies:
+        say(f"near-copies of other pictures, left out: {result.near_copies}")
     if not result.kept:
         say("nothing was surely gained on the pictures that were held back: nothing is written")
         raise typer.Exit(code=1)

@@ -23,6 +23,7 @@ def many(tmp_path_factory):
             folder / f"{number}.png"
         )
     (folder / "bad.jpg").write_bytes(b"no picture")
+    shutil.copy(folder / "7.png", folder / "burst.png")
     return folder
 
 
@@ -33,13 +34,14 @@ def test_adapting_keeps_the_space_and_records_what_was_gained(run, checkpoint, m
     old, new = MatViT.from_pretrained(checkpoint), MatViT.from_pretrained(out)
     assert new.space_id == old.space_id
     assert new.weights_sha256 != old.weights_sha256
-    assert done.json["pictures"] == 60
+    assert (done.json["pictures"], done.json["near_copies"]) == (60, 1)
     assert new.record["adapted"]["kept"] == done.json["kept"] != []
     for name in done.json["kept"]:
         assert done.json["after"][name]["agreement@10"] > done.json["before"][name]["agreement@10"]
         assert 0 < done.json["interval"][name][0] < done.json["interval"][name][1]
     assert [row["path"].endswith("bad.jpg") for row in done.json["skipped"]] == [True]
     assert "bad.jpg" in done.err
+    assert "near-copies of other pictures, left out: 1" in done.err
 
 
 def test_recall_by_folder_is_shown_where_there_are_folders(run, checkpoint, many, tmp_path):

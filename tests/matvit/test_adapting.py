@@ -67,7 +67,7 @@ def test_the_fit_brings_tokens_nearer_in_every_family(vit: VisionTransformer) ->
 def test_small_encoders_come_nearer_and_the_full_one_stays_to_the_bit(tiny: MatViT, images: Tensor) -> None:
     space, full = tiny.space_id, tiny(images).detach()
     result = adapt(tiny, _pictures(100))
-    assert (result.pictures, result.skipped) == (100, ())
+    assert (result.pictures + result.near_copies, result.skipped) == (100, ())
     assert "S" in result.kept
     assert result.gains["S"].after.cosine > result.gains["S"].before.cosine + 0.05
     assert tiny.space_id == space
@@ -135,6 +135,17 @@ def test_labels_are_measured_by_and_not_learnt_from(tiny: MatViT, tmp_path: Path
     assert asked.recall == 1  # the last two have no other picture of theirs to find
 
 
+def test_near_copies_of_a_picture_are_left_out_and_counted_so_that_a_burst_flatters_no_gain(tiny: MatViT) -> None:
+    images, other = _pictures(60), MatViT.from_timm(tiny.extract("XL"))
+    negative = Image.fromarray(255 - np.asarray(images[0]))
+    burst = [image.point(lambda value: min(value + 2, 255)) for image in images[:3] for _ in range(20)]
+    result = adapt(tiny, [*burst[:40], *images, *burst[40:], negative], labels=["a"] * 40 + [*"ab" * 30] + ["b"] * 21)
+    assert (result.pictures, result.near_copies) == (61, 60)
+    plain = adapt(other, [burst[0], burst[20], *images[2:], negative], labels=[*"aa", *"ab" * 29, "b"])
+    assert result.gains["S"].after.recall == plain.gains["S"].after.recall
+    assert (result.gains["S"].low, plain.near_copies) == (plain.gains["S"].low, 0)
+
+
 def test_nothing_gained_leaves_the_encoder_as_it_was(tiny: MatViT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapting, "fit_last_block", lambda *_: {})
     assert adapt(tiny, _pictures(60)).kept == ()
@@ -162,3 +173,5 @@ def test_too_few_pictures_are_refused_and_the_unreadable_do_not_count(tiny: MatV
     (tmp_path / "no.jpg").write_bytes(b"no picture")
     with pytest.raises(DatasetError, match="39 of 40 pictures can be read, and 40 are needed"):
         adapt(tiny, [*_pictures(39), tmp_path / "no.jpg"])
+    with pytest.raises(DatasetError, match="5 of 44 pictures are near-copies of others: 39 are left, and 40 are"):
+        adapt(tiny, [*_pictures(39), *_pictures(5)])
