@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ from PIL import (  # noqa: F401 - plugins register themselves
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from matvit.errors import ImageError, NotDecodedError
+from matvit.errors import BackboneError, ImageError, NotDecodedError
 
 FloatArray = npt.NDArray[np.float32]
 PixelArray = npt.NDArray[np.uint8]
@@ -72,13 +72,32 @@ _WARNINGS = threading.Lock()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """How a picture becomes pixels; all of it except the resolution, which a spec may change."""
+    """How a picture becomes pixels; all of it except the resolution, which a spec may change.
+
+    Raises BackboneError for what cannot be computed with.
+    """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    crop: str = "centre-square"
-    resize: str = "bilinear-antialiased"
+    crop: Literal["centre-square"] = "centre-square"
+    resize: Literal["bilinear-antialiased"] = "bilinear-antialiased"
     jpeg_scale: int = 2  # JPEGs are decoded at the smallest DCT scale >= this x the input size; 0: full size
+
+    def __post_init__(self) -> None:
+        largest, smallest = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+        right = {
+            "mean": len(self.mean) == 3 and all(abs(value) <= largest for value in self.mean),
+            "std": len(self.std) == 3 and all(smallest <= value <= largest for value in self.std),
+            "crop": self.crop == "centre-square",
+            "resize": self.resize == "bilinear-antialiased",
+            "jpeg_scale": isinstance(self.jpeg_scale, int) and self.jpeg_scale >= 0,
+        }
+        if wrong := [name for name, is_right in right.items() if not is_right]:
+            raise BackboneError(
+                what=f"{wrong[0]} {getattr(self, wrong[0])!r} cannot be computed with",
+                where="preprocessing",
+                fix="give three finite numbers as mean and as std, those above 0, and leave out what you do not change",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, with stable keys (the embedding space's identity hashes them)."""

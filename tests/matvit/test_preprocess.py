@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from matvit import preprocess
-from matvit.errors import ImageError
+from matvit.errors import BackboneError, ImageError
 from matvit.preprocess import MAX_PIXELS, Header, Preprocessing, open_image, read_header
 
 PLAIN = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # pixels from 0 to 1
@@ -418,6 +418,27 @@ def test_a_pil_image_without_pixels_is_refused() -> None:
 def test_a_batch_names_the_first_unreadable_picture(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"second\.png: no such file"):
         PLAIN.batch([scene(9, 9), tmp_path / "second.png", tmp_path / "third.png"], size=28)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"crop": "none"}, "crop 'none'"),
+        ({"resize": "nearest"}, "resize 'nearest'"),
+        ({"std": (0.5, 0, 0.5)}, "std"),
+        ({"std": (0.5, 1e-50, 0.5)}, "std"),  # 0 in float32
+        ({"mean": (0.5, float("nan"), 0.5)}, "mean"),
+        ({"mean": (1e40, 0.5, 0.5)}, "mean"),
+        ({"mean": (0.5,)}, "mean"),
+        ({"jpeg_scale": -1}, "jpeg_scale -1"),
+        ({"jpeg_scale": 0.5}, "jpeg_scale 0.5"),
+    ],
+)
+def test_what_gives_no_pixels_or_the_same_under_another_identity_is_refused_when_made(
+    change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BackboneError, match=f"^preprocessing: {words}"):
+        Preprocessing(**{"mean": MEAN, "std": STD} | change)
 
 
 def test_json_has_stable_keys_for_the_identity_of_the_space() -> None:
