@@ -31,6 +31,7 @@ from retrieval.manifest import (
     LOCK,
     SEGMENTS,
     Manifest,
+    copy_of,
     is_index,
     make_folders,
     manifest_name,
@@ -438,7 +439,7 @@ def _check_free(folder: Path) -> None:
     # A creation that was killed left no more than these.
     ours = {
         "": {GENERATIONS, SEGMENTS, DELETIONS, LOCK},
-        GENERATIONS: {manifest_name(1)},
+        GENERATIONS: {manifest_name(1), copy_of(manifest_name(1))},
         SEGMENTS: set(),
         DELETIONS: set(),
     }

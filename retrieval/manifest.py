@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from matvit.durable import sync_folder, write_atomic
+from matvit.durable import sync_folder, write_atomic, write_together
 from matvit.regular import read_small
 from retrieval.errors import IndexFormatError
 from retrieval.files import check_kind, damaged, reading, sha256_bytes
@@ -185,7 +185,9 @@ def is_index(folder: Path) -> bool:
         return False
     try:
         manifests = {path.name for path in (folder / GENERATIONS).glob("[0-9]*.json")}
-        return bool(manifests - {manifest_name(1)}) or any((folder / SEGMENTS).glob(f"*/{ITEMS}"))
+        return bool(manifests - {first := manifest_name(1), copy_of(first)}) or any(
+            (folder / SEGMENTS).glob(f"*/{ITEMS}")
+        )
     except OSError:
         return False
 
@@ -274,7 +276,7 @@ def parse_manifest(data: bytes, *, path: Path) -> Manifest:
         raise damaged(path, f"has a bad field '{field}' ({first['msg']})") from error
     except (ValueError, RecursionError) as error:
         raise damaged(path, "is no JSON") from error
-    if manifest_name(manifest.generation) != path.name:
+    if path.name not in (name := manifest_name(manifest.generation), copy_of(name)):
         raise damaged(path, f"holds generation {manifest.generation}")
     return manifest
 
@@ -282,6 +284,17 @@ def parse_manifest(data: bytes, *, path: Path) -> Manifest:
 def manifest_name(generation: int) -> str:
     """The manifest's file below `generations/`."""
     return f"{generation:06d}.json"
+
+
+def copy_of(name: str) -> str:
+    """The name of a manifest's copy beside it: `matvit repair` takes it where the manifest is damaged."""
+    return f"{name.removesuffix('.json')}.copy.json"
+
+
+def generation_of(path: Path) -> int | None:
+    """The generation that a manifest's name, or its copy's, tells; None: it is neither's."""
+    match = re.fullmatch(r"([0-9]{6,18})(\.copy)?\.json", path.name)
+    return None if match is None else int(match[1])
 
 
 def make_folders(folder: Path) -> None:
@@ -298,7 +311,7 @@ def make_folders(folder: Path) -> None:
 
 
 def publish_manifest(folder: Path, manifest: Manifest) -> Pointer:
-    """Write the generation, then CURRENT. Until the very last step readers see the generation before.
+    """Write the generation, twice, then CURRENT. Until the very last step readers see the generation before.
 
     Raises FileExistsError rather than replace a manifest, which CURRENT may name.
     """
@@ -307,15 +320,15 @@ def publish_manifest(folder: Path, manifest: Manifest) -> Pointer:
         raise FileExistsError(errno.EEXIST, f"generation {name} is there already")
     data = (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode("ascii")
     pointer = Pointer(name=name, sha256=sha256_bytes(data))
-    write_atomic(folder / GENERATIONS / name, data)
+    write_together({folder / GENERATIONS / one: data for one in (copy_of(name), name)})
     write_atomic(folder / CURRENT, f"{pointer.name} {pointer.sha256}\n".encode("ascii"))
     return pointer
 
 
 def remove_unpublished(folder: Path, *, newest: int) -> None:
     """Remove the manifests after `newest`: CURRENT never named them. Only while holding the writer's lock."""
-    for path in (folder / GENERATIONS).glob("*.json"):
-        if path.stem.isdigit() and int(path.stem) > newest:
+    for path in list((folder / GENERATIONS).glob("*.json")):  # none where there is no such folder
+        if (generation_of(path) or 0) > newest:
             path.unlink()
 
 

@@ -1,8 +1,8 @@
 """Making a damaged index whole, as far as that can be proven; what cannot be brought back is named.
 
-The start is the generation that CURRENT names. Where CURRENT or that manifest is damaged: the manifest with one bit
-mended, else the newest one whose files are all whole, else the newest that can be read. Pictures of segments that fail
-their hash are embedded once more from their files. Nothing is removed before the repaired generation is published.
+The start is the generation that CURRENT names, by its manifest or the manifest's copy. Where neither is whole: the
+newest one whose files are all whole, else the newest that can be read. Pictures of segments that fail their hash are
+embedded once more from their files. Nothing is removed before the repaired generation is published.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from retrieval.manifest import (
     SEGMENTS,
     DeletionsEntry,
     Manifest,
-    Pointer,
     SegmentEntry,
     check_kinds,
+    copy_of,
+    generation_of,
     is_index,
     make_folders,
     parse_manifest,
@@ -49,8 +50,6 @@ from retrieval.snapshot import OpenSegment, Snapshot, open_segment, place_name, 
 from retrieval.types import RepairReport, SkippedFile
 from retrieval.verify import segment_problems, verify_index
 from retrieval.writer import MERGED_ITEMS, Entry, GenerationWriter
-
-_MENDED_BYTES = 16_384  # of a manifest: trying every bit of a longer one would take seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,29 +319,39 @@ class _Repair:
 
 
 def _find_base(folder: Path, damage: list[str]) -> Manifest:
-    """The generation to start from; what is wrong with CURRENT and its manifest is added to `damage`."""
+    """The generation to start from; what is wrong with CURRENT, its manifest and the copy is added to `damage`.
+
+    Raises IndexFormatError for a newer format: what is whole needs no repair.
+    """
     try:
         pointer = read_pointer(folder)
-        path = folder / GENERATIONS / pointer.name
-        with reading(path):
-            data = read_small(path)
     except DamagedFileError as error:
         damage.append(f"{error.where}: {error.what}")
         return _newest(folder, damage)
-    if sha256_bytes(data) == pointer.sha256:
+    path, copy = (folder / GENERATIONS / name for name in (pointer.name, copy_of(pointer.name)))
+    read = {one: _read(one, damage) for one in (path, copy) if one == path or one.exists()}
+    hashes = {one: sha256_bytes(data) for one, data in read.items() if data is not None}
+    published = [one for one, sha256 in hashes.items() if sha256 == pointer.sha256]
+    if not published and path in hashes and hashes[path] == hashes.get(copy):
+        damage.append(f"{folder / CURRENT}: names its manifest by a damaged sha256")
+        published = [path]
+    else:
+        damage += [f"{one}: is not what was published" for one in hashes if one not in published]
+    for one in published[:1]:
         try:
-            return parse_manifest(data, path=path)  # raises for a newer format: what is whole needs no repair
+            return parse_manifest(read[one] or b"", path=one)
         except DamagedFileError as error:  # no bit of it changed since: it was written so
             damage.append(f"{error.where}: {error.what}")
-            return _newest(folder, damage)
-    if _nearly(pointer.sha256, sha256_bytes(data)):
-        damage.append(f"{folder / CURRENT}: names its manifest by a damaged sha256")
-        return parse_manifest(data, path=path)
-    mended = _with_one_bit_mended(data, pointer)
-    damage.append(f"{path}: is not what was published{', but for one bit' if mended else ''}")
-    if mended:
-        return parse_manifest(mended, path=path)
     return _newest(folder, damage)
+
+
+def _read(path: Path, damage: list[str]) -> bytes | None:
+    try:
+        with reading(path):
+            return read_small(path)
+    except DamagedFileError as error:
+        damage.append(f"{error.where}: {error.what}")
+        return None
 
 
 def _newest(folder: Path, damage: list[str]) -> Manifest:
@@ -381,24 +390,9 @@ def _is_whole(folder: Path, manifest: Manifest) -> bool:
     return True
 
 
-def _with_one_bit_mended(data: bytes, pointer: Pointer) -> bytes | None:
-    if len(data) > _MENDED_BYTES:
-        return None
-    tried = bytearray(data)
-    for position in range(8 * len(data)):
-        tried[position // 8] ^= 1 << (position % 8)
-        if sha256_bytes(bytes(tried)) == pointer.sha256:
-            return bytes(tried)
-        tried[position // 8] ^= 1 << (position % 8)
-    return None
-
-
-def _nearly(one: str, other: str) -> bool:
-    return sum(a != b for a, b in zip(one, other, strict=True)) <= 1
-
-
 def _manifests(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder / GENERATIONS) if re.fullmatch(r"[0-9]{6,18}\.json", path.name)]
+    """The manifests and their copies."""
+    return [path for path in _entries(folder / GENERATIONS) if generation_of(path) is not None]
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -408,7 +402,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _number(path: Path) -> int:
-    return int(path.stem)
+    return generation_of(path) or 0
 
 
 def _readable(segment: Path) -> Iterator[Item]:

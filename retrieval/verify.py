@@ -11,11 +11,23 @@ import numpy as np
 from matvit.encoder import ElasticEncoder, is_unit
 from matvit.errors import CheckpointError, MissingExtraError
 from matvit.progress import Progress, ProgressEvent, silent
+from matvit.regular import read_small
 from retrieval.encoders import check_space, load_encoder
 from retrieval.errors import DamagedFileError, EncoderMismatchError
-from retrieval.files import check_kind
+from retrieval.files import check_kind, damaged, reading, sha256_bytes
 from retrieval.items import Item
-from retrieval.manifest import ATTEMPTS, LOCK, Manifest, read_current, read_manifest, read_pointer, restless
+from retrieval.manifest import (
+    ATTEMPTS,
+    GENERATIONS,
+    LOCK,
+    Manifest,
+    Pointer,
+    copy_of,
+    read_current,
+    read_manifest,
+    read_pointer,
+    restless,
+)
 from retrieval.reembed import embed_again
 from retrieval.snapshot import OpenSegment, Snapshot, open_segment
 from retrieval.types import VerifyReport
@@ -41,7 +53,7 @@ def verify_index(
         for _ in range(ATTEMPTS):
             pointer = read_pointer(folder)
             manifest = read_current(folder, lambda now: read_manifest(folder, now))
-            problems = _problems_of(folder, manifest, progress)
+            problems = _problems_of(folder, manifest, progress) + list(_copy_problems(folder, pointer))
             if not problems or read_pointer(folder) == pointer:  # or else a writer removed what it replaced
                 break
         else:
@@ -95,6 +107,20 @@ def _sample(snapshot: Snapshot, size: int) -> Iterator[tuple[OpenSegment, Item]]
         start += len(rows)
         if chosen:
             yield from ((segment, item) for item in segment.items.all() if item.row in chosen)
+
+
+def _copy_problems(folder: Path, pointer: Pointer) -> Iterator[str]:
+    """What is wrong with the manifest's copy; an index that was last written before there were any has none."""
+    path = folder / GENERATIONS / copy_of(pointer.name)
+    if not path.exists():
+        return
+    try:
+        with reading(path):
+            data = read_small(path)
+        if sha256_bytes(data) != pointer.sha256:
+            raise damaged(path, "is not the copy of what was published")
+    except DamagedFileError as error:
+        yield str(error)
 
 
 def _problems_of(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:

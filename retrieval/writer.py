@@ -31,6 +31,7 @@ from retrieval.manifest import (
     IndexType,
     Manifest,
     SegmentEntry,
+    copy_of,
     make_folders,
     manifest_name,
     publish_manifest,
@@ -70,7 +71,8 @@ class GenerationWriter:
         """
         manifest = self.manifest
         named = {segment.name for segment in manifest.segments} | {entry.file for entry in manifest.deletions.values()}
-        named.add(manifest_name(manifest.generation))
+        name = manifest_name(manifest.generation)
+        named |= {name, copy_of(name)}
         if manifest.approximate is not None:
             named.add(manifest.approximate.file)
         with writing(self.folder):

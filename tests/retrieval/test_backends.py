@@ -260,7 +260,8 @@ def manifest_of(index):
 
 
 def publish(index, path, raw):
-    path.write_text(json.dumps(raw))
+    for written in (path, path.with_suffix(".copy.json")):
+        written.write_text(json.dumps(raw))
     (index.path / "CURRENT").write_text(f"{path.name} {sha256_file(path)}\n")
 
 

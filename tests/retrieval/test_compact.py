@@ -86,7 +86,7 @@ def test_compacting_drops_dead_rows_and_merges_segments_and_nothing_else(index, 
     assert found(index, elastic, picture) == expected == stale.search(picture(1), k=99).hits
     assert [file.path.name for file in index.info().skipped] == ["bad.png"]
     assert index.verify() == []
-    assert sum(path.is_file() for path in index.path.rglob("*")) == 5  # CURRENT, manifest, lock, segment's two
+    assert sum(path.is_file() for path in index.path.rglob("*")) == 6  # CURRENT, manifest, copy, lock, segment's two
     generation = index.generation
     assert index.compact().dropped == 0
     assert index.generation == generation  # there was nothing to do

@@ -73,7 +73,10 @@ def test_every_file_of_an_index_is_one_whose_bits_are_flipped(index, photos, ela
     leave_an_upgrade(index, photos, elastic)
     flipped = [*files_of(index.path), *files_of(index.path / "upgrade"), *index.path.glob("cache/*.faiss")]
     there = {path for path in index.path.rglob("*") if path.is_file()}
-    assert there - set(flipped) == {index.path / "writer.lock", index.path / "upgrade" / "generations" / "000001.json"}
+    staged = index.path / "upgrade" / "generations"
+    copies = {index.path / "generations" / "000004.copy.json", staged / "000002.copy.json"}
+    before = {staged / "000001.json", staged / "000001.copy.json"}
+    assert there - set(flipped) == {index.path / "writer.lock", *copies, *before}
 
 
 def flips(path):
@@ -98,6 +101,18 @@ def test_a_single_flipped_bit_in_any_file_is_found_before_it_can_be_searched(ind
                 with pytest.raises(IndexFormatError):
                     Index.open(index.path)
             assert len(index.verify()) == 1, path
+    assert Index.open(index.path).verify() == []
+
+
+def test_a_single_flipped_bit_in_the_copy_of_a_manifest_is_told_and_harms_no_reader(index, elastic):
+    right = answers(index.path, elastic)
+    copy = index.path / "generations" / "000003.copy.json"
+    for _ in flips(copy):
+        assert answers(index.path, elastic) == right
+        assert index.verify() == [
+            f"{copy}: the file is not the copy of what was published; try matvit repair, which never makes it worse, "
+            "or restore the index from a copy"
+        ]
     assert Index.open(index.path).verify() == []
 
 
@@ -195,11 +210,12 @@ def test_an_id_of_two_items_is_told(index):
 
 
 def rewrite_manifest(index, change):
-    """Publish a changed manifest the way a program of another version would: with the right hash."""
+    """Publish a changed manifest the way a program of another version would: with the right hash, without a copy."""
     path = index.path / "generations" / read_pointer(index.path).name
     data = change(path.read_bytes())
     path.write_bytes(data)
     (index.path / "CURRENT").write_bytes(f"{path.name} {sha256_bytes(data)}\n".encode())
+    path.with_suffix(".copy.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,10 @@ def manifest_of(index):
     return index.path / "generations" / read_pointer(index.path).name
 
 
+def copy_of_manifest(index):
+    return manifest_of(index).with_suffix(".copy.json")
+
+
 def first_segment(index):
     return index.path / "segments" / read_manifest(index.path, read_pointer(index.path)).segments[0].name
 
@@ -65,7 +69,12 @@ def first_segment(index):
         lambda index: flip(index.path / "CURRENT", 3),
         lambda index: flip(index.path / "CURRENT", 40),
         lambda index: flip(manifest_of(index), 60),
-        lambda index: flip(manifest_of(index), 700),
+        lambda index: [flip(manifest_of(index), 700 + number) for number in range(9)],
+        lambda index: manifest_of(index).unlink(),
+        lambda index: os.truncate(manifest_of(index), 0),
+        lambda index: flip(copy_of_manifest(index), 60),
+        lambda index: os.truncate(copy_of_manifest(index), 0),
+        lambda index: [manifest_of(index).unlink(), (index.path / "CURRENT").unlink()],
         lambda index: flip(first_segment(index) / "embeddings.f32", 77),
         lambda index: (first_segment(index) / "embeddings.f32").unlink(),
         lambda index: os.truncate(first_segment(index) / "embeddings.f32", 64),
@@ -209,6 +218,7 @@ def test_of_two_damaged_records_of_one_picture_the_newer_counts(index, photos, e
 
 def test_a_truncated_manifest_falls_back_to_an_older_generation_and_says_so(index, photos, elastic):
     os.truncate(manifest_of(index), 100)
+    os.truncate(copy_of_manifest(index), 200)
     before = files_of(index)
     report = Index.repair(index.path, encoder=elastic)
     assert not report.whole
@@ -225,12 +235,36 @@ def test_a_manifest_that_was_published_with_a_bad_field_falls_back_to_an_older_g
     path = manifest_of(index)
     data = path.read_bytes().replace(b'"format_version": 2', b'"format_version": ' + version)
     path.write_bytes(data)
+    copy_of_manifest(index).write_bytes(data)
     (index.path / "CURRENT").write_text(f"{path.name} {hashlib.sha256(data).hexdigest()}\n")
     assert Index.repair(index.path, encoder=elastic).lost  # what only the bad one named
     report = Index.repair(index.path, encoder=elastic, drop_lost=True)
     assert report.whole
     assert "which is unknown" in report.damage[0]
     assert Index.open(index.path).verify() == []
+
+
+def test_the_one_manifest_of_a_compacted_index_is_mended_whatever_happens_to_it(index, elastic, picture):
+    index.compact()
+    expected, generations = contents(index, elastic, picture), index.path / "generations"
+    name = manifest_of(index).name
+    assert {path.name for path in generations.iterdir()} == {name, name.replace(".", ".copy.")}
+    flip(generations / name, 60)
+    flip(generations / name, 700)
+    with pytest.raises(DamagedFileError, match="try matvit repair"):
+        Index.open(index.path)
+    report = Index.repair(index.path)
+    assert (report.whole, report.damage) == (True, (f"{generations / name}: is not what was published",))
+    assert contents(index, elastic, picture) == expected
+
+
+def test_an_index_without_a_copy_is_sound_and_its_next_generation_has_one(index, photos, elastic):
+    copy_of_manifest(index).unlink()
+    assert (index.verify(), Index.repair(index.path).damage) == ([], ())
+    index.delete([photos / "1.png"])
+    assert copy_of_manifest(index).read_bytes() == manifest_of(index).read_bytes()
+    manifest_of(index).write_bytes(b"")
+    assert Index.repair(index.path).whole
 
 
 def test_an_index_without_any_readable_manifest_is_refused_and_kept(index):
@@ -251,6 +285,7 @@ def test_a_next_id_below_the_ids_is_found_and_raised(index):
     path = manifest_of(index)
     data = re.sub(rb'"next_id": *[0-9]+', b'"next_id": 5', path.read_bytes())
     path.write_bytes(data)
+    copy_of_manifest(index).write_bytes(data)
     (index.path / "CURRENT").write_text(f"{path.name} {hashlib.sha256(data).hexdigest()}\n")
     assert len(index.verify()) >= 1
     report = Index.repair(index.path)

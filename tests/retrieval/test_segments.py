@@ -124,7 +124,7 @@ def test_what_the_newest_generation_does_not_name_is_removed_by_the_next_run(ind
     index.ingest(photos)
     assert entry.file not in files_below(index.path / "deletions")
     assert len(files_below(index.path / "deletions")) == 1
-    assert files_below(index.path / "generations") == {"000004.json"}
+    assert files_below(index.path / "generations") == {"000004.json", "000004.copy.json"}
     add_one_at_a_time(index, photos, picture, 2 * MERGE_SEGMENTS)
     index.ingest(photos)
     assert files_below(index.path / "segments") == {segment.name for segment in segments(index)}
