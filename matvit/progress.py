@@ -22,3 +22,8 @@ Progress = Callable[[ProgressEvent], None]
 
 def silent(event: ProgressEvent) -> None:
     """The progress callback that shows nothing."""
+
+
+def in_short(rate: float) -> str:
+    """A rate for people: whole from ten on, else with one decimal."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"

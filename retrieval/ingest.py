@@ -13,7 +13,7 @@ import numpy as np
 
 from matvit.encoder import ImageEncoder
 from matvit.preprocess import FloatArray
-from matvit.progress import Progress, ProgressEvent
+from matvit.progress import Progress, ProgressEvent, in_short
 from retrieval.errors import DiskRefusalError
 from retrieval.found_files import FoundFiles
 from retrieval.items import OK, SKIPPED, Item
@@ -266,7 +266,7 @@ class Ingest:
         if not force and now - self._reported_at < _PROGRESS_SECONDS:
             return
         self._reported_at, self._reported = now, self._done
-        rate = f"{self._indexed / max(now - self._started, 1e-9):.0f}/s, " if self._indexed else ""
+        rate = f"{in_short(self._indexed / max(now - self._started, 1e-9))}/s, " if self._indexed else ""
         self._progress(
             ProgressEvent(
                 stage="index",

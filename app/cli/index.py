@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matvit.progress import in_short
 from matvit_app import services
 from matvit_app.cli.output import JsonFlag, say, write_json, write_line
 from matvit_app.cli.progress import progress_bar
@@ -126,7 +127,7 @@ def described(search: dict[str, Any]) -> str:
 def _show(report: IngestReport, path: Path) -> None:
     from retrieval.locations import location
 
-    speed = f"{report.images_per_second:.0f} pictures/s, " if report.indexed else ""
+    speed = f"{in_short(report.images_per_second)} pictures/s, " if report.indexed else ""
     write_line(
         f"{path}: {report.indexed} indexed, {report.unchanged} unchanged, {report.deleted} deleted, "
         f"{len(report.skipped)} skipped; {speed}{report.seconds:.1f} s"

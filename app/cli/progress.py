@@ -56,7 +56,7 @@ class Lines:
     """A callback for log files: a line when a stage begins, one when it ends, and some between.
 
     Those come 5, 10, 20 and 40 s after the first, then every 30 s. They tell how long it will take at the pace since
-    the line before.
+    the line before, as soon as a tenth or 16 are done: what comes first, such as loading weights, is no pace.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Lines:
         done, when = self._told.get(event.stage, (event.done, now))
         self._told[event.stage] = event.done, now
         notes = [event.note] if event.note else []
-        if event.total is not None and done < event.done < event.total:
+        if event.total is not None and done < event.done < event.total and event.done >= min(16, event.total / 10):
             left = (event.total - event.done) * (now - when) / (event.done - done)
             notes.append(f"{timedelta(seconds=round(left))} left")
         of_total = "" if event.total is None else f" of {event.total}"
