@@ -19,14 +19,17 @@ from retrieval.manifest import EncoderEntry
 
 
 def describe(encoder: ElasticEncoder) -> EncoderEntry:
-    """The manifest's entry for a gallery embedded by all of `encoder`."""
-    space_id = _space_of(encoder)
+    """The manifest's entry for a gallery embedded by all of `encoder`.
+
+    Raises EncoderMismatchError unless it is a whole encoder.
+    """
+    _check_whole(encoder)
     spec = encoder.shape.spec()
     return EncoderEntry(
         name=encoder.name,
         source=encoder.source,
         revision=encoder.revision,
-        space_id=space_id,
+        space_id=encoder.space_id,
         weights_sha256=encoder.weights_sha256,
         spec=str(spec),
         resolution=spec.image_size,
@@ -52,13 +55,46 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
             where=str(index),
             fix="put it back there, or pass encoder= (--checkpoint or --encoder at the command line)",
         ) from error
-    check_space(encoder, entry, index=index)
+    check_encoder(encoder, entry, index=index)
     return encoder
 
 
-def check_space(encoder: ElasticEncoder | ImageEncoder, entry: EncoderEntry, *, index: Path) -> None:
-    """Raises EncoderMismatchError unless embeddings of `encoder` may be compared with the index's."""
-    space_id = _space_of(encoder)
+def check_encoder(encoder: ElasticEncoder, entry: EncoderEntry, *, index: Path) -> None:
+    """Raises EncoderMismatchError unless it is a whole encoder whose embeddings may be compared with the index's."""
+    _check_whole(encoder)
+    _check_space(encoder, entry, index)
+
+
+def check_query_encoder(encoder: ImageEncoder, entry: EncoderEntry, *, index: Path) -> None:
+    """Raises EncoderMismatchError unless it is one submodel whose embeddings may be compared with the index's."""
+    if not _is_submodel(encoder):
+        raise EncoderMismatchError(
+            what=f"{encoder!r} is {'a whole encoder, not one submodel' if _is_whole(encoder) else 'no encoder'}",
+            where="encoder",
+            fix='name a submodel, such as "S", or give one: model.encoder("S")',
+        )
+    _check_space(encoder, entry, index)
+
+
+def _check_whole(encoder: object) -> None:
+    if not _is_whole(encoder):
+        raise EncoderMismatchError(
+            what=f"{encoder!r} is {'one submodel, not a whole encoder' if _is_submodel(encoder) else 'no encoder'}",
+            where="encoder",
+            fix='load one: MatViT.from_pretrained("matvit-small"); a search also takes a spec such as "S"',
+        )
+
+
+def _is_whole(encoder: object) -> bool:
+    return callable(getattr(encoder, "encoder", None)) and hasattr(encoder, "shape")
+
+
+def _is_submodel(encoder: object) -> bool:
+    return callable(getattr(encoder, "preprocess", None)) and callable(getattr(encoder, "encode", None))
+
+
+def _check_space(encoder: ElasticEncoder | ImageEncoder, entry: EncoderEntry, index: Path) -> None:
+    space_id = encoder.space_id  # asked for once: it may be a hash of all weights
     if space_id != entry.space_id or encoder.embedding_dim != entry.embedding_dim:
         raise EncoderMismatchError(
             what=f"the encoder's embedding space {space_id:.12} is not this index's {entry.space_id:.12}",
@@ -66,17 +102,6 @@ def check_space(encoder: ElasticEncoder | ImageEncoder, entry: EncoderEntry, *, 
             fix=f"use the encoder that built the index ({entry.source or entry.name}), "
             "or index the pictures again with this one",
         )
-
-
-def _space_of(encoder: object) -> str:
-    space_id: str | None = getattr(encoder, "space_id", None)  # asked for once: it may be a hash of all weights
-    if space_id is None:
-        raise EncoderMismatchError(
-            what=f"{encoder!r} is no encoder",
-            where="encoder",
-            fix='load one: MatViT.from_pretrained("matvit-small"); a search also takes a spec such as "S"',
-        )
-    return space_id
 
 
 def check_shape(embeddings: FloatArray, *, rows: int, dim: int) -> None:

@@ -16,8 +16,8 @@ from matvit.encoder import ElasticEncoder
 from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.arguments import is_number, is_whole
-from retrieval.encoders import check_space, describe, load_encoder
-from retrieval.errors import DiskRefusalError, IndexExistsError, IngestError
+from retrieval.encoders import check_encoder, describe, load_encoder
+from retrieval.errors import DamagedFileError, DiskRefusalError, IndexExistsError, IndexFormatError, IngestError
 from retrieval.files import index_folder, keeping_lists, writing
 from retrieval.found_files import FoundFiles
 from retrieval.ingest import Ingest
@@ -287,7 +287,7 @@ class Index:
         encoder = encoder or self._encoder or load_encoder(entry, index=self.path)
         with keeping_lists(), self._writing() as writer:
             entry, snapshot = writer.manifest.encoder, self._snapshot
-            check_space(encoder, entry, index=self.path)
+            check_encoder(encoder, entry, index=self.path)
             run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)
             report = run.run(delete=delete)
             _merge_small(writer)

@@ -22,7 +22,7 @@ from matvit.encoder import ElasticEncoder, ImageEncoder
 from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent
 from matvit.regular import read_small
-from retrieval.encoders import check_space, load_encoder
+from retrieval.encoders import check_encoder, load_encoder
 from retrieval.errors import DamagedFileError, IndexFormatError
 from retrieval.files import check_file, exhausted, reading, sha256_bytes, writing
 from retrieval.items import OK, IntArray, Item, ItemStore
@@ -304,7 +304,7 @@ class _Repair:
         entry = self._base.encoder
         try:
             elastic = self._encoder or load_encoder(entry, index=self._folder)
-            check_space(elastic, entry, index=self._folder)
+            check_encoder(elastic, entry, index=self._folder)
         except MatVitError as error:
             if exhausted(error):
                 raise

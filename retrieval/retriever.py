@@ -22,7 +22,7 @@ from matvit.spec import SubmodelSpec
 from retrieval.arguments import is_number, is_whole
 from retrieval.choosing import AUTO, Chooser, Limits
 from retrieval.duplicates import linked
-from retrieval.encoders import EncoderCache, check_shape, check_space, load_encoder, normalised
+from retrieval.encoders import EncoderCache, check_encoder, check_query_encoder, check_shape, load_encoder, normalised
 from retrieval.errors import EmbeddingError, SearchError
 from retrieval.exact import Found
 from retrieval.files import index_folder
@@ -77,7 +77,7 @@ class Retriever:
         """
         gallery = Gallery.open(index_folder(path), device=search_device)
         if encoder is not None:
-            check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
+            check_encoder(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return cls(gallery, encoder=encoder)
 
     def __repr__(self) -> str:
@@ -124,7 +124,7 @@ class Retriever:
                 return self.generation
             gallery = Gallery.open(self.path, device=self._gallery.device, reuse=self._gallery.snapshot)
             if self._encoder is not None:
-                check_space(self._encoder.elastic, gallery.snapshot.manifest.encoder, index=self.path)
+                check_encoder(self._encoder.elastic, gallery.snapshot.manifest.encoder, index=self.path)
             self._gallery = gallery
         return gallery.snapshot.manifest.generation
 
@@ -256,7 +256,7 @@ class Retriever:
             loaded = self._loaded(gallery)
             encoder = loaded.submodels.get(loaded.chooser.spec(limits, progress) if encoder == AUTO else encoder)
         # Also one of ours: between two looks at it, the index may have been replaced by one of another space.
-        check_space(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
+        check_query_encoder(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
         return encoder
 
 

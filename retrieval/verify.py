@@ -12,7 +12,7 @@ from matvit.encoder import ElasticEncoder, is_unit
 from matvit.errors import CheckpointError, MissingExtraError
 from matvit.progress import Progress, ProgressEvent, silent
 from matvit.regular import read_small
-from retrieval.encoders import check_space, load_encoder
+from retrieval.encoders import check_encoder, load_encoder
 from retrieval.errors import DamagedFileError, EncoderMismatchError
 from retrieval.files import check_kind, damaged, reading, sha256_bytes
 from retrieval.items import Item
@@ -72,7 +72,7 @@ def _check_sample(
     entry = snapshot.manifest.encoder
     try:
         elastic = encoder or load_encoder(entry, index=snapshot.folder)
-        check_space(elastic, entry, index=snapshot.folder)
+        check_encoder(elastic, entry, index=snapshot.folder)
     except (CheckpointError, EncoderMismatchError, MissingExtraError) as error:
         if size is None and encoder is None:  # another encoder at the source's place says as little as none
             return VerifyReport(problems=(), unsampled=str(error))

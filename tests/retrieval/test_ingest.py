@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import retrieval.ingest
 import retrieval.snapshot
 from retrieval import EmbeddingError, EncoderMismatchError, Index, IngestError, Retriever
-from retrieval.encoders import check_space, describe
+from retrieval.encoders import check_query_encoder, describe
 from retrieval.items import Item, ItemStore, write_items
 from retrieval.known import KnownItems
 from retrieval.loading import Loader
@@ -484,13 +484,12 @@ def test_whatever_ends_a_run_what_is_complete_is_kept(tmp_path, photos, elastic,
 def test_the_space_of_an_encoder_is_asked_for_once_since_it_is_a_hash_of_all_weights(elastic, tmp_path):
     asked = []
 
-    class Hashing:
-        embedding_dim = elastic.embedding_dim
-
+    class Hashing(type(elastic.encoder("S"))):
         @property
         def space_id(self):
             asked.append(self)
             return elastic.space_id
 
-    check_space(Hashing(), describe(elastic), index=tmp_path)
+    one = Hashing.__new__(Hashing)
+    check_query_encoder(one, describe(elastic), index=tmp_path)
     assert len(asked) == 1

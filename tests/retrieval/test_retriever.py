@@ -356,3 +356,18 @@ def test_a_name_is_no_encoder_and_leaves_nothing(retriever, photos, tmp_path):
     with pytest.raises(EncoderMismatchError, match="is no encoder; load one"):
         Index.build(photos, encoder="matvit-small", path=tmp_path / "new.index")
     assert not (tmp_path / "new.index").exists()
+def test_a_whole_encoder_and_a_submodel_are_told_apart_where_the_other_is_needed(retriever, elastic, photos, tmp_path):
+    submodel, index = elastic.encoder("S"), Index.open(retriever.path)
+    with pytest.raises(EncoderMismatchError, match="is a whole encoder, not one submodel; name a submodel, such as"):
+        retriever.search(photos / "1.png", encoder=elastic)
+    for needs_a_whole_one in (
+        lambda: Index.create(tmp_path / "new.index", encoder=submodel),
+        lambda: Retriever.open(retriever.path, encoder=submodel),
+        lambda: index.ingest(photos, encoder=submodel),
+        lambda: index.upgrade(submodel),
+    ):
+        with pytest.raises(EncoderMismatchError, match="is one submodel, not a whole encoder; load one"):
+            needs_a_whole_one()
+    assert not (tmp_path / "new.index").exists()
+
+
