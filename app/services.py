@@ -246,10 +246,15 @@ def info_of(target: str) -> dict[str, Any]:
 def contents_of(target: str) -> dict[str, Any]:
     """What an index holds: of `info_of`, what needs no encoder and no torch. Raises IndexFormatError."""
     from retrieval import Index
+    from retrieval.files import index_folder
     from retrieval.locations import location
+    from retrieval.manifest import read_current
 
-    opened = Index.open(target)
-    index = opened.info()
+    def read(_: object) -> tuple[IndexInfo, dict[str, MetadataField]]:
+        opened = Index.open(target)
+        return opened.info(), opened.fields()
+
+    index, fields = read_current(index_folder(target), read)
     return {
         "encoder": index.encoder_name,
         "embedding_dim": index.embedding_dim,
@@ -260,7 +265,7 @@ def contents_of(target: str) -> dict[str, Any]:
         **search_json(index),
         "bytes": index.bytes,
         "gallery": {"spec": index.encoder_spec, "resolution": index.encoder_resolution, "source": index.encoder_source},
-        "metadata": {name: _field_json(field) for name, field in opened.fields().items()},
+        "metadata": {name: _field_json(field) for name, field in fields.items()},
         "skipped": len(index.skipped),
         "skipped_reasons": _reasons(index),
         "skipped_files": [{"path": location(file.path), "reason": file.reason} for file in index.skipped],

@@ -262,12 +262,24 @@ class Index:
         return self._snapshot.info()
 
     def fields(self) -> dict[str, MetadataField]:
-        """The metadata of this generation's pictures by name, as `where` finds it: read from every picture."""
-        return fields(
-            from_json(picture.metadata, picture.place[1])
-            for segment in self._snapshot.segments
-            for picture in map(segment.items.pictures().__getitem__, segment.live_rows().tolist())
-        )
+        """The metadata of this generation's pictures by name, as `where` finds it: read from every picture.
+
+        Raises IndexFormatError when a writer has removed the generation since, or a file of it is damaged.
+        """
+        try:
+            return fields(
+                from_json(picture.metadata, picture.place[1])
+                for segment in self._snapshot.segments
+                for picture in map(segment.items.pictures().__getitem__, segment.live_rows().tolist())
+            )
+        except DamagedFileError as error:
+            if read_pointer(self.path) == self._snapshot.pointer:
+                raise
+            raise IndexFormatError(
+                what=f"a writer has moved on since generation {self.generation} was opened here, and removed it",
+                where=os.fspath(self.path),
+                fix="open the index again",
+            ) from error
 
     def verify(self, *, sample: int = 0, progress: Progress = silent) -> list[str]:
         """Read the whole index as it lies on the disk now: one sentence per problem, empty when it is sound.

@@ -114,3 +114,20 @@ def test_a_demo_that_is_interrupted_leaves_nothing(cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         services.demo_index()
     assert list(cache.iterdir()) == []
+
+
+def test_what_an_index_holds_is_of_one_generation_though_a_writer_moves_on_meanwhile(
+    checkpoint, photos, tmp_path, monkeypatch
+):
+    services.ingest([photos], path=tmp_path / "i", checkpoint=str(checkpoint))
+    items, fields = Index.open(tmp_path / "i").info().items, Index.fields
+
+    def fields_after_a_writer(index):
+        monkeypatch.setattr(Index, "fields", fields)
+        Index.open(index.path).delete([0])
+        Index.open(index.path).compact()
+        return index.fields()
+
+    monkeypatch.setattr(Index, "fields", fields_after_a_writer)
+    found = services.contents_of(str(tmp_path / "i"))
+    assert found["items"] == found["metadata"]["label"]["pictures"] == items - 1

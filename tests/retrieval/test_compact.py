@@ -7,13 +7,15 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 
 import retrieval.snapshot
 import retrieval.writer
-from retrieval import Index, IngestError, Retriever
+from retrieval import Index, IndexFormatError, IngestError, Retriever
+from retrieval.errors import DamagedFileError
 from retrieval.verify import verify_index
 
 
@@ -91,6 +93,16 @@ def test_compacting_drops_dead_rows_and_merges_segments_and_nothing_else(index, 
     assert index.compact().dropped == 0
     assert index.generation == generation  # there was nothing to do
     assert index.ingest(photos).unchanged == 10
+
+
+def test_an_object_whose_generation_a_writer_removed_says_so_and_calls_nothing_damaged(index, photos):
+    reading = Index.open(index.path)
+    index.delete([photos / "1.png"])
+    index.compact()
+    with pytest.raises(IndexFormatError, match="moved on since generation 2 was opened here") as told:
+        reading.fields()
+    assert not isinstance(told.value, DamagedFileError)
+    assert Index.open(index.path).fields() == {"label": ANY}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 100])
