@@ -43,7 +43,15 @@ from retrieval.metadata import fields, from_json
 from retrieval.repair import repair_index
 from retrieval.snapshot import Snapshot
 from retrieval.sources import Images, find_files
-from retrieval.types import CompactReport, IndexInfo, IngestReport, MetadataField, RepairReport, UpgradeReport
+from retrieval.types import (
+    CompactReport,
+    IndexInfo,
+    IngestReport,
+    MetadataField,
+    RepairReport,
+    UpgradeReport,
+    VerifyReport,
+)
 from retrieval.upgrade import Upgrade, remove_adopted
 from retrieval.verify import verify_index
 from retrieval.writer import GenerationWriter
@@ -284,13 +292,21 @@ class Index:
     def verify(self, *, sample: int = 0, progress: Progress = silent) -> list[str]:
         """Read the whole index as it lies on the disk now: one sentence per problem, empty when it is sound.
 
-        And embed `sample` of its pictures once more, to see that the encoder still gives what is stored.
+        And embed `sample` of its pictures once more, to see that the encoder still gives what is stored: how many of
+        them have still the file that was indexed, `verify_report` tells.
         Raises IndexFormatError for what is no damage: no index, a newer format, what cannot be read at the moment;
         IngestError when `sample` is no number of pictures.
         """
+        return list(self.verify_report(sample=sample, progress=progress).problems)
+
+    def verify_report(self, *, sample: int = 0, progress: Progress = silent) -> VerifyReport:
+        """What `verify` finds, and of how many pictures: none is compared where every file is gone or has changed.
+
+        Raises what `verify` raises.
+        """
         if not (is_whole(sample) and is_number(sample) and 0 <= sample < 2**62):
             raise IngestError(what=f"{sample!r} is no number of pictures", where="sample", fix="give one from 0 on")
-        return list(verify_index(self.path, sample=sample, encoder=self._encoder, progress=progress).problems)
+        return verify_index(self.path, sample=sample, encoder=self._encoder, progress=progress)
 
     def _ingest(
         self, found: FoundFiles, *, encoder: ElasticEncoder | None, delete: bool, progress: Progress

@@ -168,6 +168,14 @@ def test_a_sample_of_pictures_proves_that_the_encoder_still_matches(index, photo
     assert "another embedding than the stored one" in problems[0]
 
 
+def test_a_sample_of_which_every_file_is_gone_is_told_as_unusable(index, photos):
+    for path in photos.rglob("*.png"):
+        path.unlink()
+    report = index.verify_report(sample=8)
+    assert (report.problems, report.sampled, report.unusable) == ((), 0, 8)
+    assert index.verify(sample=8) == []
+
+
 def test_a_sample_without_the_encoder_is_a_problem_not_a_pass(index):
     [problem] = Index.open(index.path).verify(sample=1)
     assert "cannot be loaded from 'fake-source'" in problem
