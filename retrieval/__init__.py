@@ -21,10 +21,14 @@ from retrieval.types import (
     DuplicateGroup,
     Hit,
     Hits,
+    IndexInfo,
     IngestReport,
+    Latency,
+    MetadataField,
     RepairReport,
     SkippedFile,
     UpgradeReport,
+    VerifyReport,
 )
 
 if TYPE_CHECKING:
@@ -44,15 +48,19 @@ __all__ = [
     "Index",
     "IndexExistsError",
     "IndexFormatError",
+    "IndexInfo",
     "IndexLockedError",
     "IndexWarning",
     "IngestError",
     "IngestReport",
+    "Latency",
+    "MetadataField",
     "RepairReport",
     "Retriever",
     "SearchError",
     "SkippedFile",
     "UpgradeReport",
+    "VerifyReport",
 ]
 
 _ON_FIRST_USE = {"Blend": "retrieval.queries", "Index": "retrieval.index", "Retriever": "retrieval.retriever"}

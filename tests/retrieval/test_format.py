@@ -65,15 +65,19 @@ def test_the_public_names_are_the_documented_ones():
         "Index",
         "IndexExistsError",
         "IndexFormatError",
+        "IndexInfo",
         "IndexLockedError",
         "IndexWarning",
         "IngestError",
         "IngestReport",
+        "Latency",
+        "MetadataField",
         "RepairReport",
         "Retriever",
         "SearchError",
         "SkippedFile",
         "UpgradeReport",
+        "VerifyReport",
     ]
     assert all(hasattr(retrieval, name) for name in retrieval.__all__)
 
