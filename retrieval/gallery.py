@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -54,12 +53,13 @@ class Gallery:
         places: list[Place] = []
         metadata: list[str] = []
         digests: list[bytes] = []
+        once: dict[str, str] = {}  # most pictures' metadata equal another one's: sys.intern would keep them for ever
         for segment, rows in live:
             every = segment.items.pictures()
             for row in rows.tolist():
                 picture = every[row]
                 places.append(picture.place)
-                metadata.append(sys.intern(picture.metadata))
+                metadata.append(once.setdefault(picture.metadata, picture.metadata))
                 digests.append(bytes.fromhex(picture.content_sha256))
         return cls(
             snapshot=snapshot,

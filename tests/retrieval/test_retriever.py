@@ -338,6 +338,18 @@ def test_what_is_no_list_of_queries_is_one_sentence(retriever, queries):
         retriever.search_many(queries)
 
 
+def test_equal_metadata_is_one_text_that_goes_with_its_gallery(tmp_path, photos, elastic):
+    shelf = f"a shelf of {tmp_path}"
+    lines = [f"{photos / f'{number}.png'},{shelf}" for number in range(3)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,shelf", *lines]))
+    index = Index.build(tmp_path / "list.csv", encoder=elastic, path=tmp_path / "i")
+    first, *others = Gallery.open(index.path)._metadata
+    assert shelf in first
+    assert all(other is first for other in others)
+    again = first[:5] + first[5:]
+    assert sys.intern(again) is again  # no equal text is interned: it would stay for ever
+
+
 @pytest.mark.parametrize("number", [[1], True, 1.0])
 def test_what_is_no_id_has_no_picture(retriever, number):
     with pytest.raises(SearchError, match="holds no picture with id"):
