@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 
 from matvit.encoder import ElasticEncoder
@@ -19,6 +18,7 @@ from retrieval.errors import SearchError
 from retrieval.latency import latency_ms
 
 AUTO = "auto"
+_KEPT = 64  # choices: a caller may give another limit every time
 _AUTO_RECALL = 0.98  # the share of XL's recall that "auto" keeps where no limit is given
 
 
@@ -45,7 +45,16 @@ class Chooser:
 
     def __init__(self, elastic: ElasticEncoder, submodels: EncoderCache) -> None:
         self._elastic, self._submodels = elastic, submodels
-        self.spec = lru_cache(maxsize=64)(self._choose)  # reading the table takes longer than a small search
+        self._chosen: dict[Limits, str] = {}  # reading the table takes longer than a small search
+
+    def spec(self, limits: Limits, progress: Progress) -> str:
+        """The submodel for these limits. Raises SearchError when there is none."""
+        chosen = self._chosen.get(limits)
+        if chosen is None:
+            if len(self._chosen) >= _KEPT:
+                self._chosen.clear()
+            chosen = self._chosen[limits] = self._choose(limits, progress)
+        return chosen
 
     def _choose(self, limits: Limits, progress: Progress) -> str:
         choices = measured_choices(self._elastic)

@@ -126,6 +126,16 @@ def test_who_asks_for_an_encoder_is_told_which_submodel_is_timed_while_it_is(ret
     assert [(event.done, event.note) for event in told] == [(1, "XL"), (2, "L"), (3, "M")]
 
 
+def test_what_limits_choose_is_looked_up_once_whoever_is_told_of_it(retriever, measured, monkeypatch):
+    chosen, choose = [], retrieval.choosing.choose
+    monkeypatch.setattr(
+        retrieval.choosing, "choose", lambda *given, **named: chosen.append(1) or choose(*given, **named)
+    )
+    for _ in range(3):
+        retriever.query_encoder(min_recall=0.9, progress=lambda event: None)
+    assert chosen == [1]
+
+
 def test_searches_that_begin_together_do_not_measure_against_each_other(elastic, tmp_path, monkeypatch):
     monkeypatch.setenv("MATVIT_CACHE", str(tmp_path / "cache"))
     measured = []
