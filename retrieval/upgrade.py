@@ -22,6 +22,7 @@ from retrieval.encoders import describe
 from retrieval.errors import DamagedFileError, IndexFormatError, IngestError
 from retrieval.files import reading, writing
 from retrieval.items import OK, SKIPPED, IntArray, Item
+from retrieval.locations import NO_TIME
 from retrieval.manifest import (
     CURRENT,
     SEGMENTS,
@@ -283,7 +284,7 @@ def _as_missing(missing: EmbeddedAgain) -> Item:
         reason=f"not there when the index changed its encoder ({missing.reason})",
         content_sha256="",
         size=0,
-        mtime_ns=0,
+        mtime_ns=NO_TIME,
         row=None,
     )
 

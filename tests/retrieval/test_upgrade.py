@@ -173,6 +173,15 @@ def test_nothing_changes_while_pictures_are_missing_and_nothing_is_embedded_twic
     assert ids(index, other, picture) == before  # also its id
 
 
+def test_a_file_that_was_missing_is_read_when_it_is_back_empty_and_dated_1970(index, photos, other):
+    (photos / "2.png").unlink()
+    index.upgrade(other, drop_missing=True)
+    (photos / "2.png").touch()
+    os.utime(photos / "2.png", ns=(0, 0))
+    index.ingest(photos)
+    assert {file.path.name: file.reason for file in index.info().skipped}["2.png"] == "the file is empty"
+
+
 def test_ids_given_away_while_an_upgrade_waits_are_not_given_again(index, photos, elastic, other, picture):
     missing = (photos / "2.png").rename(photos.parent / "2.png")
     assert not index.upgrade(other).published
