@@ -43,7 +43,7 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
         raise CheckpointError(
             what=f"the encoder '{entry.name}' that built this index was never saved",
             where=str(index),
-            fix="pass encoder= (--checkpoint or --encoder at the command line)",
+            fix="pass encoder= (--checkpoint at the command line)",
         )
     from matvit import MatViT
 
@@ -53,7 +53,7 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
         raise CheckpointError(
             what=f"the encoder that built this index cannot be loaded from '{entry.source}' ({error.what})",
             where=str(index),
-            fix="put it back there, or pass encoder= (--checkpoint or --encoder at the command line)",
+            fix="put it back there, or pass encoder= (--checkpoint at the command line)",
         ) from error
     check_encoder(encoder, entry, index=index)
     return encoder

@@ -31,7 +31,10 @@ Gallery = Annotated[
     str | None,
     typer.Option(metavar="DATASET", help="What is searched.", show_default="DATASET without the query, or its own"),
 ]
-Checkpoint = Annotated[str, typer.Option(metavar="CHECKPOINT", help="Bundled name, checkpoint folder or hub id.")]
+Checkpoint = Annotated[
+    str,
+    typer.Option("--checkpoint", "--encoder", metavar="CHECKPOINT", help="Bundled name, checkpoint folder or hub id."),
+]
 Queries = Annotated[
     str, typer.Option(metavar="SPECS", help="Submodels that search, comma-separated; mixed:200 for Mix'n'Match.")
 ]
@@ -65,7 +68,7 @@ def evaluate(
     dataset: Dataset,
     *,
     gallery: Gallery = None,
-    encoder: Checkpoint = services.DEFAULT_CHECKPOINT,
+    checkpoint: Checkpoint = services.DEFAULT_CHECKPOINT,
     queries: Queries = "S,M,L,XL",
     galleries: Galleries = "XL",
     classes: Classes = None,
@@ -94,11 +97,11 @@ def evaluate(
     from matvit_app.evaluation import table_folder, table_specs
     from matvit_app.evaluation import write_table as save_table
 
-    folder = table_folder(encoder) if write_checkpoint_table else None
+    folder = table_folder(checkpoint) if write_checkpoint_table else None
     asked, indexed = _split(queries, "--queries"), _split(galleries, "--galleries")
     hits = _numbers(recall_at)
     draw = None if plot is None else _plotter(plot)
-    model = services.load_encoder(encoder).to(_device(device))
+    model = services.load_encoder(checkpoint).to(_device(device))
     if folder is not None:
         asked += table_specs(model, gallery=indexed[0])
     task = read_task(dataset, gallery=gallery, classes=classes, protocol=protocol)

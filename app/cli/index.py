@@ -27,9 +27,11 @@ Images = Annotated[
         show_default=False,
     ),
 ]
-Encoder = Annotated[
+Checkpoint = Annotated[
     str | None,
     typer.Option(
+        "--checkpoint",
+        "--encoder",
         metavar="CHECKPOINT",
         help="Bundled name, checkpoint folder or hub id.",
         show_default=f"the index's own, for a new index {services.DEFAULT_CHECKPOINT}",
@@ -59,7 +61,7 @@ def index(
     path: Annotated[
         Path, typer.Option("--index", help="The index: a folder, made if it is not there.")
     ] = services.DEFAULT_INDEX,
-    encoder: Encoder = None,
+    checkpoint: Checkpoint = None,
     delete: Annotated[bool, typer.Option("--delete", help="Forget pictures whose files are gone.")] = False,
     index_type: IndexType = None,
     max_ram: MaxRam = None,
@@ -82,7 +84,7 @@ def index(
     index_type = index_type or (None if limit is None else "auto")
     try:
         with progress_bar() as progress:
-            report = services.ingest(images, path=path, checkpoint=encoder, delete=delete, progress=progress)
+            report = services.ingest(images, path=path, checkpoint=checkpoint, delete=delete, progress=progress)
             info = services.set_search(path, index_type=index_type, max_ram=limit, progress=progress)
     except KeyboardInterrupt:
         _show_interrupted(path)  # when the bar is gone: it would draw over the line

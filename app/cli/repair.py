@@ -16,9 +16,15 @@ from matvit_app.cli.progress import progress_bar
 def repair(
     path: Annotated[Path, typer.Argument(metavar="INDEX", help="The index.")],
     *,
-    encoder: Annotated[
+    checkpoint: Annotated[
         str | None,
-        typer.Option(metavar="CHECKPOINT", help="What embeds pictures again.", show_default="the index's own"),
+        typer.Option(
+            "--checkpoint",
+            "--encoder",
+            metavar="CHECKPOINT",
+            help="What embeds pictures again.",
+            show_default="the index's own",
+        ),
     ] = None,
     drop_lost: Annotated[bool, typer.Option("--drop-lost", help="Go on without what cannot be brought back.")] = False,
     json: JsonFlag = False,
@@ -33,7 +39,7 @@ def repair(
       matvit repair photos.index
     """
     with progress_bar() as progress:
-        report = services.repair(path, checkpoint=encoder, drop_lost=drop_lost, progress=progress)
+        report = services.repair(path, checkpoint=checkpoint, drop_lost=drop_lost, progress=progress)
     if json:
         write_json(
             {

@@ -38,4 +38,4 @@ def train(
     else:
         write_line(f"{out}: {result['encoder']}, space {result['space_id']:.8}, {result['seconds']:.0f} s")
         if not result["metrics"]:
-            say(f"the recipe names no validation: measure it with matvit eval DATASET --encoder {out / 'encoder'}")
+            say(f"the recipe names no validation: measure it with matvit eval DATASET --checkpoint {out / 'encoder'}")

@@ -16,8 +16,14 @@ from matvit_app.cli.progress import progress_bar
 def upgrade(
     path: Annotated[Path, typer.Argument(metavar="INDEX", help="The index.")],
     *,
-    encoder: Annotated[
-        str, typer.Option(metavar="CHECKPOINT", help="The new encoder: bundled name, checkpoint folder or hub id.")
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint",
+            "--encoder",
+            metavar="CHECKPOINT",
+            help="The new encoder: bundled name, checkpoint folder or hub id.",
+        ),
     ],
     drop_missing: Annotated[
         bool, typer.Option("--drop-missing", help="Go on without pictures whose files are gone.")
@@ -33,10 +39,10 @@ def upgrade(
 
     \b
     Example:
-      matvit upgrade photos.index --encoder my-encoder/
+      matvit upgrade photos.index --checkpoint my-encoder/
     """
     with progress_bar() as progress:
-        report = services.upgrade(path, checkpoint=encoder, drop_missing=drop_missing, progress=progress)
+        report = services.upgrade(path, checkpoint=checkpoint, drop_missing=drop_missing, progress=progress)
     missing = [{"path": os.fspath(file.path), "reason": file.reason} for file in report.missing]
     if json:
         write_json(

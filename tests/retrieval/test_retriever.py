@@ -362,12 +362,6 @@ def test_what_is_no_encoder_searches_nothing(retriever, picture, encoder):
         retriever.search(picture(1), encoder=encoder)
 
 
-def test_a_name_is_no_encoder_and_leaves_nothing(retriever, photos, tmp_path):
-    with pytest.raises(EncoderMismatchError, match="is no encoder; load one"):
-        Retriever.open(retriever.path, encoder="XL")
-    with pytest.raises(EncoderMismatchError, match="is no encoder; load one"):
-        Index.build(photos, encoder="matvit-small", path=tmp_path / "new.index")
-    assert not (tmp_path / "new.index").exists()
 def test_a_whole_encoder_and_a_submodel_are_told_apart_where_the_other_is_needed(retriever, elastic, photos, tmp_path):
     submodel, index = elastic.encoder("S"), Index.open(retriever.path)
     with pytest.raises(EncoderMismatchError, match="is a whole encoder, not one submodel; name a submodel, such as"):
@@ -383,3 +377,9 @@ def test_a_whole_encoder_and_a_submodel_are_told_apart_where_the_other_is_needed
     assert not (tmp_path / "new.index").exists()
 
 
+def test_a_name_is_no_encoder_and_leaves_nothing(retriever, photos, tmp_path):
+    with pytest.raises(EncoderMismatchError, match="is no encoder; load one"):
+        Retriever.open(retriever.path, encoder="XL")
+    with pytest.raises(EncoderMismatchError, match="is no encoder; load one"):
+        Index.build(photos, encoder="matvit-small", path=tmp_path / "new.index")
+    assert not (tmp_path / "new.index").exists()
