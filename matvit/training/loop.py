@@ -105,7 +105,7 @@ def _carry_out(
     refuse_to_replace(out / ENCODER)  # now, not hours later
     with ExitStack() as opened:
         if fabric.is_global_zero:
-            opened.enter_context(only_run(out, resume=resume))
+            opened.enter_context(only_run(out))
         run = prepare(recipe, fabric, labelled, out, progress)
         optimiser_state = restore(run) if resume else None
         left = recipe.stages[run.stage :]

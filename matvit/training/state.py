@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,7 +117,7 @@ def follow(model: MatViT, stage: Stage) -> ModelEmaV3:
 
 
 @contextmanager
-def only_run(out: Path, *, resume: bool) -> Iterator[None]:
+def only_run(out: Path) -> Iterator[None]:
     """Make the run's folder, and keep other processes from training in it.
 
     Raises RecipeError where one does, and where files of the user's own would be overwritten or mixed with its.
@@ -125,7 +125,8 @@ def only_run(out: Path, *, resume: bool) -> Iterator[None]:
     path = out / LOCK
     with writing(path):
         out.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(out, resume=resume)
+        _refuse_foreign(out)
+        is_new = not path.exists()
         descriptor = open_lock(path)
     try:
         try:
@@ -141,27 +142,53 @@ def only_run(out: Path, *, resume: bool) -> Iterator[None]:
                 ) from error
         with writing(path):
             sign(path, descriptor)
-        yield
+        try:
+            yield
+        finally:
+            if is_new and not any((out / name).exists() for name in (STATE, LOG, BOARD)):  # the run did not start
+                with suppress(OSError):
+                    path.unlink()
     finally:
         os.close(descriptor)
 
 
-def _refuse_foreign(out: Path, *, resume: bool) -> None:
-    """A new run begins in a folder of its own; a run's has a lock, or a state, which is read before anything."""
-    if (out / LOCK).is_file():
-        ours = re.fullmatch(rb"[\d\s\0]*", read_small(out / LOCK))  # a process id; zeros after a power failure
-        foreign = None if ours else LOCK
-    elif resume and (out / STATE).exists():
-        foreign = None
-    else:
-        there = (entry.name for entry in out.iterdir())
-        foreign = min((name for name in there if name != ENCODER and not name.startswith(".")), default=None)
+def _refuse_foreign(out: Path) -> None:
+    foreign = _foreign(out)
     if foreign is not None:
         raise RecipeError(
             what=f"holds '{foreign}', which is no part of a run",
             where=str(out),
             fix="choose a new or empty --out, or move it away",
         )
+
+
+def _foreign(out: Path) -> str | None:
+    """The name of what no run wrote, unless the folder is a run's: by the process id in its lock, or by its state.
+
+    A lock is empty, or zeros, after a power failure: then it tells nothing.
+    """
+    for name in (STATE, LOG):
+        if (out / name).exists() and not (out / name).is_file():
+            return name
+    is_state = _is_state(out / STATE)
+    if is_state is False:
+        return STATE
+    content = read_small(out / LOCK) if (out / LOCK).is_file() else b""
+    if not re.fullmatch(rb"\d*\s*|\0+", content):
+        return LOCK
+    if is_state or content.strip(b"\0").strip():
+        return None
+    there = (entry.name for entry in out.iterdir())
+    return min((name for name in there if name not in (ENCODER, LOCK) and not name.startswith(".")), default=None)
+
+
+def _is_state(path: Path) -> bool | None:
+    """Whether a run of any version saved it, of which no tensor is read; None: missing or damaged."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch raises many kinds for a damaged file
+        return None
+    return isinstance(found, dict) and {"version", "recipe"} <= found.keys()
 
 
 def tidy(out: Path, *, resume: bool) -> None:

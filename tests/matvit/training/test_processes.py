@@ -92,7 +92,7 @@ def test_two_processes_train_submodels_log_once_and_record_it(data, tmp_path, ma
 
 
 def test_where_the_first_process_is_refused_the_others_end_with_it(data, tmp_path, make_recipe):
-    with only_run(tmp_path / "run", resume=True):
+    with only_run(tmp_path / "run"):
         done = train_in_processes(make_recipe(devices=2), tmp_path)
     assert done.returncode == 1  # its own, not of a kill
     assert "is training in this folder" in done.stderr.splitlines()[-1]
