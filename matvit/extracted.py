@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from matvit import backbone
-from matvit.checkpoint import refuse_inside
+from matvit.checkpoint import refuse_inside, refuse_unwritable
 from matvit.durable import remove_unfinished, write_together
-from matvit.errors import CheckpointError, first_line
+from matvit.errors import BackboneError, CheckpointError, first_line
 from matvit.model import MatViT
 from matvit.regular import check_regular, read_small
 
@@ -53,7 +53,8 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
     """Cuts `spec` out of `model` and writes both files, each atomically; gives the JSON file's path and content.
 
     Raises SpecError for an unknown spec, and CheckpointError for an `out` whose name does not end in
-    .safetensors, inside a checkpoint's folder, or where a file stands that an earlier extraction did not write.
+    .safetensors, inside a checkpoint's folder, where nothing can be written, or where a file stands that an earlier
+    extraction did not write.
     """
     sidecar = out.with_suffix(".json")
     _refuse_to_replace(out, sidecar)
@@ -91,6 +92,8 @@ def read_extracted(path: Path) -> backbone.TimmViT:
         if hashlib.sha256(weights).hexdigest() != config.sha256:
             raise _damaged(path, "its sha256 is not the one in the JSON file beside it")
         return backbone.build(config.architecture, load(weights))
+    except BackboneError as error:
+        raise _damaged(path, error.what) from error
     except (OSError, ValidationError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise _damaged(path, f"it or the JSON file beside it cannot be read ({reason})") from error
@@ -102,6 +105,7 @@ def _refuse_to_replace(out: Path, sidecar: Path) -> None:
             what="is no .safetensors file", where=str(out), fix="give a name that ends in .safetensors"
         )
     refuse_inside(out)
+    refuse_unwritable(out)
     present = [path for path in (sidecar, out) if path.exists()]
     if present and not _is_ours(sidecar):
         raise CheckpointError(

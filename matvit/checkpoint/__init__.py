@@ -8,7 +8,7 @@ README.md            model card
 """
 
 from matvit.checkpoint.forms import Storage, pareto_row, read_config
-from matvit.checkpoint.places import NO_SUCH, locate, refuse_inside, refuse_to_replace
+from matvit.checkpoint.places import NO_SUCH, locate, refuse_inside, refuse_to_replace, refuse_unwritable
 from matvit.checkpoint.reading import load
 from matvit.checkpoint.writing import save
 
@@ -21,5 +21,6 @@ __all__ = [
     "read_config",
     "refuse_inside",
     "refuse_to_replace",
+    "refuse_unwritable",
     "save",
 ]

@@ -95,15 +95,21 @@ def refuse_inside(path: Path) -> None:
             )
 
 
-def _refuse_foreign(target: Path) -> None:
-    refuse_inside(target)
-    above = next(folder for folder in target.parents if folder.exists())
+def refuse_unwritable(path: Path) -> None:
+    """Raises CheckpointError where nothing can be made at `path`: below a file, or a folder that may not be written.
+
+    Raises OSError where that cannot be looked up.
+    """
+    above = next(folder for folder in path.resolve().parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         raise CheckpointError(
-            what=f"cannot be written: '{above}' is no folder that may be",
-            where=str(target),
-            fix="choose a new folder for the checkpoint",
+            what=f"cannot be written: '{above}' is no folder that may be", where=str(path), fix="choose another place"
         )
+
+
+def _refuse_foreign(target: Path) -> None:
+    refuse_inside(target)
+    refuse_unwritable(target)
     if not target.exists():
         return
     if target.is_dir():

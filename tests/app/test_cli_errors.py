@@ -212,6 +212,13 @@ def test_what_a_killed_extract_left_goes_with_the_next(run, checkpoint, tmp_path
     assert left == {".tmp-12-other-s.json", ".tmp-s.json", "s.json", "s.safetensors"}
 
 
+@pytest.mark.parametrize("name", ["small.safetensors", "folder/small.safetensors"])
+def test_extract_below_a_file(run, checkpoint, tmp_path, name):
+    (tmp_path / "notes.txt").write_text("mine")
+    outcome = run("extract", checkpoint, "--spec", "S", "--out", tmp_path / "notes.txt" / name)
+    refused(outcome, f"small.safetensors: cannot be written: '{tmp_path}/notes.txt' is no folder")
+
+
 def test_extract_with_a_wrong_spec(run, checkpoint, tmp_path):
     refused(run("extract", checkpoint, "--spec", "Q", "--out", tmp_path / "q.safetensors"), "'Q'")
     assert list(tmp_path.iterdir()) == []

@@ -334,6 +334,16 @@ def test_damaged_extracted_weights_are_refused(run, checkpoint, tmp_path):
         read_extracted(out)
 
 
+def test_extracted_weights_that_do_not_fit_their_json_file_are_refused(run, checkpoint, tmp_path):
+    out = tmp_path / "s.safetensors"
+    assert run("extract", checkpoint, "--spec", "S", "--out", out).code == 0
+    described = json.loads(out.with_suffix(".json").read_text())
+    described["architecture"]["ffn_widths"][0] += 1
+    out.with_suffix(".json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"s\.safetensors: .*; extract it again"):
+        read_extracted(out)
+
+
 # --- eval ----------------------------------------------------------------------------------------
 
 
