@@ -52,11 +52,14 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
     target = refuse_to_replace(folder)
     files = _files(model, storage)
     try:
-        replace_folder(target, files)
+        try:
+            replace_folder(target, files)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            refuse_to_replace(folder)  # another process's first save was faster
+            replace_folder(target, files)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process's first save was faster
-            save(model, folder, storage=storage)
-            return
         raise CheckpointError(
             what=f"cannot be written ({error.strerror})",
             where=str(target),

@@ -598,6 +598,22 @@ def test_of_two_first_saves_that_meet_the_last_one_stays(
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["new"]
 
 
+def test_a_place_that_is_taken_again_and_again_is_tried_twice(
+    tiny: MatViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[Path] = []
+
+    def taken(self: Path, target: Path) -> Path:
+        tries.append(target)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(Path, "rename", taken)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        tiny.save_pretrained(tmp_path / "new")
+    assert tries == [tmp_path / "new"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system, or a file system, where two folders cannot change names in one step."""
