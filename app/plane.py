@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -10,6 +11,7 @@ import vl_convert  # noqa: F401  altair puts the drawing library into the page b
 from matvit_app.evaluation import Evaluation
 
 _UNIFORM, _NAMED, _HEURISTIC, _RANDOM = "uniform", "named", "mixed, as the paper advises", "mixed, any order"
+_MARK = '<meta name="generator" content="matvit eval --plot">'  # a page of ours may be replaced
 _LINES = {_UNIFORM: [6, 4], "front": [2, 2]}  # dashes
 
 
@@ -45,7 +47,13 @@ def plane_html(found: Evaluation) -> str:
         height=480,
     )
     page: str = chart.to_html(inline=True)
-    return page
+    return page.replace("<head>", f"<head>{_MARK}", 1)
+
+
+def is_plane(path: Path) -> bool:
+    """Whether the file is such a page."""
+    with path.open("rb") as file:
+        return _MARK.encode() in file.read(1000)
 
 
 def _rows(found: Evaluation) -> list[dict[str, Any]]:

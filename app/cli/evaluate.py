@@ -131,13 +131,17 @@ def _plotter(plot: Path) -> Callable[[Evaluation], None]:
     """What draws an evaluation to the file; packages or a place that lack for it are told now, before the work."""
     from matvit.checkpoint import refuse_inside
     from matvit.durable import write_atomic
-    from matvit_app.plane import plane_html
+    from matvit_app.plane import is_plane, plane_html
 
+    if plot.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"'{plot}' is no page: give a name that ends in .html", param_hint="--plot")
     if not plot.resolve().parent.is_dir():
         raise typer.BadParameter(f"there is no folder '{plot.parent}'", param_hint="--plot")
     there = [plot] if plot.exists() else []
     if not (all(map(Path.is_file, there)) and all(os.access(one, os.W_OK) for one in (*there, plot.resolve().parent))):
         raise typer.BadParameter(f"'{plot}' is no file that may be written", param_hint="--plot")
+    if there and not is_plane(plot):
+        raise typer.BadParameter(f"'{plot}' is there already, and no plot: give another name", param_hint="--plot")
     refuse_inside(plot)
 
     def draw(found: Evaluation) -> None:

@@ -118,14 +118,24 @@ def test_a_plot_that_the_disk_refuses_takes_neither_the_figures_nor_the_earlier_
         raise OSError(errno.ENOSPC, "No space left on device")
 
     page = tmp_path / "plane.html"
-    page.write_text("earlier")
+    assert run("eval", photos, "--encoder", checkpoint, "--plot", page).code == 0
+    earlier = page.read_text()
     monkeypatch.setattr(os, "fsync", full)
     done = run("eval", photos, "--encoder", checkpoint, "--plot", page, "--json")
     assert done.code == 2
     assert done.json["matrix"]
     assert f"{page}" in done.err
     assert "No space left" in done.err
-    assert page.read_text() == "earlier"
+    assert page.read_text() == earlier
+
+
+@pytest.mark.parametrize(("name", "why"), [("holiday.jpg", "ends in .html"), ("thesis.html", "no plot")])
+def test_a_plot_replaces_only_a_plot(run, photos, checkpoint, tmp_path, name, why):
+    (tmp_path / name).write_text("precious")
+    done = run("eval", photos, "--encoder", checkpoint, "--plot", tmp_path / name)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert why in done.err
+    assert (tmp_path / name).read_text() == "precious"
 
 
 def test_the_front_becomes_the_checkpoints_table(run, photos, mine):
