@@ -10,15 +10,17 @@ A folder is known by these files. Revisited Oxford and Paris have no classes: se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from matvit.errors import DatasetError
+from matvit.regular import read_small
 
 Listed = tuple[list[str], list[Path]]  # class name and file of each picture
 
 IN_SHOP = "list_eval_partition.txt"
 _IN_SHOP_FOLDERS = ("", "Eval", "Anno")
+_IN_SHOP_SPLITS = ("train", "query", "gallery")
 
 
 def find(location: Path) -> Listed | None:
@@ -52,20 +54,26 @@ def _is_cub(folder: Path) -> bool:
 
 
 def _read_cub(folder: Path, split: str | None) -> Listed:
-    files = dict(_pairs(folder / "images.txt"))
-    classes = dict(_pairs(folder / "image_class_labels.txt"))
-    names = dict(_pairs(folder / "classes.txt")) if (folder / "classes.txt").is_file() else {}
+    files = _table(folder / "images.txt", unique=True)
+    classes = _table(folder / "image_class_labels.txt")
+    _check_covers(folder / "image_class_labels.txt", classes, files, "no class for image")
+    _check_covers(folder / "images.txt", files or classes, classes, "no file for image")
     chosen = list(files)
     if split is not None:
         _check_split(folder, split, ("train", "test"))
-        is_training = dict(_pairs(folder / "train_test_split.txt"))
-        chosen = [image for image in files if is_training.get(image) == str(int(split == "train"))]
-    unlabelled = [image for image in chosen if image not in classes]
-    if unlabelled:
-        raise _malformed(folder / "image_class_labels.txt", f"has no class for image {unlabelled[0]}")
+        path = folder / "train_test_split.txt"
+        is_training = _table(path)
+        for image in files:
+            if (given := is_training.get(image)) not in ("0", "1"):
+                said = "nothing" if given is None else f"'{given}'"
+                raise _malformed(path, f"says {said} of image {image}" + ("" if given is None else ", not 0 or 1"))
+        chosen = [image for image in files if is_training[image] == str(int(split == "train"))]
     # The class's number alone does not sort as the numbers do; its name begins with it, padded.
-    labels = [names.get(classes[image], classes[image].zfill(3)) for image in chosen]
-    return labels, [folder / "images" / files[image] for image in chosen]
+    names = {number: number.zfill(3) for number in classes.values()}
+    if (folder / "classes.txt").is_file():
+        names = _table(folder / "classes.txt", unique=True)
+        _check_covers(folder / "classes.txt", names, classes.values(), "no name for class")
+    return [names[classes[image]] for image in chosen], [folder / "images" / files[image] for image in chosen]
 
 
 # --- Stanford Online Products -------------------------------------------------------------------
@@ -80,7 +88,7 @@ def _read_products(folder: Path, split: str | None) -> Listed:
     path = folder / f"Ebay_{split}.txt"
     names: list[str] = []
     files: list[Path] = []
-    for image, product, _, file in _fields(path, 4):
+    for _, (image, product, _, file) in _fields(path, 4):
         if image == "image_id":  # the header
             continue
         names.append(product.zfill(5))  # so that names sort as the numbers do
@@ -97,17 +105,31 @@ def _in_shop_list(folder: Path) -> Path | None:
 
 
 def _read_in_shop(folder: Path, split: str | None) -> Listed:
-    _check_split(folder, split, ("train", "query", "gallery"))
+    _check_split(folder, split, _IN_SHOP_SPLITS)
     path = _in_shop_list(folder)
     assert path is not None
     root = folder if (folder / "img").is_dir() else folder / "Img"
-    names: list[str] = []
-    files: list[Path] = []
-    for file, item, status in _fields(path, 3, skip=1):  # the first line counts the rows
-        if status == split:
-            names.append(item)
-            files.append(root / file)
-    return names, files
+    rows = list(_fields(path, 3, skip=1))
+    if rows and rows[0][1][2] == "evaluation_status":  # the header
+        rows = rows[1:]
+    _check_count(path, len(rows))
+    known: set[str] = set()
+    for number, (file, _, status) in rows:
+        if status not in _IN_SHOP_SPLITS:
+            raise _malformed(path, f"line {number} says '{status}', not train, query or gallery")
+        if file in known:
+            raise _malformed(path, f"line {number} names {file} again")
+        known.add(file)
+    chosen = [(item, root / file) for _, (file, item, status) in rows if status == split]
+    return [item for item, _ in chosen], [file for _, file in chosen]
+
+
+def _check_count(path: Path, rows: int) -> None:
+    first = next(iter(_lines(path)), "")
+    if not first.strip().isdecimal():
+        raise _malformed(path, "line 1 is no number of pictures")
+    if first.strip() != str(rows):
+        raise _malformed(path, f"line 1 counts {first.strip()} pictures, and {rows} are listed")
 
 
 # --- lists --------------------------------------------------------------------------------------
@@ -119,26 +141,45 @@ _LAYOUTS: Mapping[Callable[[Path], bool], Callable[[Path, str | None], Listed]] 
 }
 
 
-def _pairs(path: Path) -> Iterator[tuple[str, str]]:
-    return ((key, value) for key, value in _fields(path, 2))
+def _table(path: Path, *, unique: bool = False) -> dict[str, str]:
+    """By its first field, the second of each line, which may be there only once if `unique`."""
+    found: dict[str, str] = {}
+    values: set[str] = set()
+    for number, (key, value) in _fields(path, 2):
+        if key in found:
+            raise _malformed(path, f"line {number} tells of {key} again")
+        if unique and value in values:
+            raise _malformed(path, f"line {number} names {value} again")
+        found[key] = value
+        values.add(value)
+    return found
 
 
-def _fields(path: Path, count: int, *, skip: int = 0) -> Iterator[list[str]]:
-    """The whitespace-separated fields of each line."""
+def _check_covers(path: Path, there: Container[str], needed: Iterable[str], what: str) -> None:
+    missing = next((one for one in needed if one not in there), None)
+    if missing is not None:
+        raise _malformed(path, f"has {what} {missing}")
+
+
+def _fields(path: Path, count: int, *, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line and its whitespace-separated fields."""
+    for number, line in enumerate(_lines(path)[skip:], start=skip + 1):
+        fields = line.split()
+        if fields and len(fields) != count:
+            raise _malformed(path, f"line {number} has {len(fields)} fields, not {count}")
+        if fields:
+            yield number, fields
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return read_small(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise _malformed(path, "is no text") from error
     except OSError as error:
         raise DatasetError(
             what=f"cannot be read ({error.strerror})", where=str(path), fix="fetch the whole data set"
         ) from error
-    for number, line in enumerate(lines[skip:], start=skip + 1):
-        fields = line.split()
-        if fields and len(fields) != count:
-            raise _malformed(path, f"line {number} has {len(fields)} fields, not {count}")
-        if fields:
-            yield fields
 
 
 def _not_empty(location: Path, listed: Listed) -> Listed:

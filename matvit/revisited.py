@@ -8,16 +8,19 @@ Source: "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking",
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 from PIL import Image
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from matvit.datasets import GroundTruth, Pictures
 from matvit.errors import DatasetError, ImageError
 from matvit.preprocess import open_image
+from matvit.regular import read_small
 
 EvaluationProtocol = Literal["easy", "medium", "hard"]
 _Position = Annotated[int, Field(ge=0)]
@@ -31,19 +34,35 @@ _JUNK: dict[EvaluationProtocol, tuple[str, ...]] = {
 
 
 class _Query(BaseModel):
+    model_config = ConfigDict(strict=True)  # true, 0.0 and "0" are no positions
+
     bbx: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]  # left, top, right, bottom, pixels
     easy: list[_Position]
     hard: list[_Position]
     junk: list[_Position]
 
+    @model_validator(mode="after")
+    def _apart(self) -> _Query:
+        kinds = [set(self.easy), set(self.hard), set(self.junk)]
+        if len(set.union(*kinds)) < sum(map(len, kinds)):
+            raise ValueError("a picture is in two of easy, hard and junk")
+        return self
+
 
 class _Truth(BaseModel):
+    model_config = ConfigDict(strict=True)
+
     imlist: list[str]
     qimlist: list[str]
     gnd: list[_Query]
 
     @model_validator(mode="after")
     def _fits_together(self) -> _Truth:
+        for name, pictures in {"imlist": self.imlist, "qimlist": self.qimlist}.items():
+            if not pictures:
+                raise ValueError(f"{name} names no picture")
+        if len(set(self.imlist)) < len(self.imlist):
+            raise ValueError("imlist names a picture twice")
         if len(self.gnd) != len(self.qimlist):
             raise ValueError(f"it has {len(self.qimlist)} query pictures, and the truth about {len(self.gnd)}")
         named = (position for query in self.gnd for position in (*query.easy, *query.hard, *query.junk))
@@ -80,19 +99,30 @@ def read_revisited(path: Path, *, protocol: EvaluationProtocol) -> tuple[Picture
     Raises DatasetError when it is malformed.
     """
     try:
-        truth = _Truth.model_validate_json(path.read_bytes())
+        content = read_small(path)
+        truth = _Truth.model_validate_json(content)
+        json.loads(content, object_pairs_hook=_each_once)  # pydantic takes the last of two
+    except OSError as error:
+        raise DatasetError(
+            what=f"cannot be read ({error.strerror})", where=str(path), fix="fetch the whole data set"
+        ) from error
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"]))
-        what = f"{field}: {problem['msg']}" if field else problem["msg"]
-        raise DatasetError(
-            what=f"is no ground truth ({what})",
-            where=str(path),
-            fix="convert it as docs/guides/evaluating.md says",
-        ) from error
+        message = problem["msg"].removeprefix("Value error, ")
+        raise _no_truth(path, f"{field}: {message}" if field else message) from error
+    except ValueError as error:
+        raise _no_truth(path, str(error)) from error
     folder = path.parent / "jpg"
     queries = [folder / f"{name}.jpg" for name in truth.qimlist]
     gallery = [folder / f"{name}.jpg" for name in truth.imlist]
+    for name, files in {"imlist": gallery, "qimlist": queries}.items():
+        if not any(os.path.exists(file) for file in files):  # noqa: PTH110 - Path's raises for names that are too long
+            raise DatasetError(
+                what=f"holds none of the {len(files)} pictures that {name} names, such as {files[0].name}",
+                where=str(folder),
+                fix="put the pictures there",
+            )
     return (
         Pictures(
             name=f"{path.parent} [{protocol}]",
@@ -102,6 +132,19 @@ def read_revisited(path: Path, *, protocol: EvaluationProtocol) -> tuple[Picture
         Pictures(name=str(path.parent), images=gallery, origins=[str(file) for file in gallery]),
         GroundTruth(positives=_listed(truth, _RIGHT[protocol]), junk=_listed(truth, _JUNK[protocol])),
     )
+
+
+def _no_truth(path: Path, why: str) -> DatasetError:
+    return DatasetError(
+        what=f"is no ground truth ({why})", where=str(path), fix="convert it as docs/guides/evaluating.md says"
+    )
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"one of {', '.join(found)} is given twice")
+    return found
 
 
 def _listed(truth: _Truth, kinds: Sequence[str]) -> tuple[tuple[int, ...], ...]:

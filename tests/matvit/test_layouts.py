@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,17 @@ def test_a_pickle_is_never_opened(oxford: Path) -> None:
         ({"qimlist": [1, 2]}, "qimlist"),
         ({"gnd": [{"bbx": [1, 2, 3], "easy": [], "hard": [], "junk": []}] * 2}, "bbx"),
         ({"gnd": [{"bbx": [0, 0, 1, 1], "easy": [-1], "hard": [], "junk": []}] * 2}, "easy"),
+        ({"gnd": [{"bbx": [0, 0, 1, 1], "easy": [True], "hard": [], "junk": []}] * 2}, "easy"),
+        ({"gnd": [{"bbx": [0, 0, 1, 1], "easy": [0.0], "hard": [], "junk": []}] * 2}, "easy"),
+        ({"gnd": [{"bbx": [0, 0, 1, 1], "easy": ["0"], "hard": [], "junk": []}] * 2}, "easy"),
+        ({"gnd": [{"bbx": [0, 0, 1, 1], "easy": [0], "hard": [], "junk": [0]}] * 2}, "in two of easy, hard and junk"),
+        ({"imlist": ["all_souls_000026"] * 4}, r"\(imlist names a picture twice\)"),
+        ({"imlist": [], "qimlist": [], "gnd": []}, "imlist names no picture"),
+        ({"qimlist": [], "gnd": []}, "qimlist names no picture"),
+        (
+            {"imlist": ["a", "b", "c" * 5000, "d\0"]},
+            r"jpg: holds none of the 4 pictures that imlist names, such as a\.jpg",
+        ),
     ],
 )
 def test_a_malformed_truth_is_one_sentence(oxford: Path, change: dict[str, Any], why: str) -> None:
@@ -212,6 +224,22 @@ def test_a_malformed_truth_is_one_sentence(oxford: Path, change: dict[str, Any],
     with pytest.raises(DatasetError, match=why) as caught:
         read_task(str(oxford))
     assert "\n" not in str(caught.value)
+
+
+def test_a_truth_that_gives_a_list_twice_is_refused(oxford: Path) -> None:
+    path = oxford / "gnd_roxford5k.json"
+    path.write_text(path.read_text().replace("{", '{"imlist": [], ', 1))
+    with pytest.raises(DatasetError, match="imlist, qimlist, gnd is given twice"):
+        read_task(str(oxford))
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_list_is_not_waited_for(oxford: Path, cub: Path) -> None:
+    for file, where in ((oxford / "gnd_roxford5k.json", oxford), (cub / "train_test_split.txt", cub / "test")):
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(DatasetError, match=rf"{file.name}: cannot be read \(not a regular file\)"):
+            read_task(str(where))
 
 
 def test_options_that_do_not_fit_the_data_are_refused(oxford: Path, cub: Path) -> None:
@@ -232,13 +260,56 @@ def test_options_that_do_not_fit_the_data_are_refused(oxford: Path, cub: Path) -
         ("images.txt", b"1 one.jpg\n2\n", "line 2 has 1 fields, not 2"),
         ("images.txt", b"\xff\xfe\x00", "is no text"),
         ("images.txt", b"", "name no pictures"),
+        ("images.txt", b"1 a.jpg\n", "images.txt: has no file for image 2"),
+        ("images.txt", b"1 a.jpg\n1 b.jpg\n", "images.txt: line 2 tells of 1 again"),
+        ("images.txt", b"1 a.jpg\n2 a.jpg\n", r"images.txt: line 2 names a\.jpg again"),
         ("image_class_labels.txt", b"1 1\n", "no class for image 2"),
+        ("image_class_labels.txt", b"1 1\n2 1\n1 2\n", "labels.txt: line 3 tells of 1 again"),
+        ("classes.txt", b"1 A\n2 B\n", "classes.txt: has no name for class 10"),
+        ("classes.txt", b"1 A\n2 A\n", "classes.txt: line 2 names A again"),
     ],
 )
 def test_malformed_lists_are_one_sentence(cub: Path, file: str, content: bytes, why: str) -> None:
     (cub / file).write_bytes(content)
     with pytest.raises(DatasetError, match=why):
         read_dataset(cub)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"1 1\n", "says nothing of image 2"),
+        (b"1 train\n2 test\n", "says 'train' of image 1, not 0 or 1"),
+        (b"1 1\n1 0\n", "line 2 tells of 1 again"),
+    ],
+)
+def test_a_split_that_is_cut_short_or_contradicts_itself_is_refused(cub: Path, content: bytes, why: str) -> None:
+    (cub / "train_test_split.txt").write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"train_test_split\.txt: {why}"):
+        read_dataset(cub / "test")
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        (
+            ["99", "image_name item_id evaluation_status", "a.jpg 1 query"],
+            "line 1 counts 99 pictures, and 1 are listed",
+        ),
+        (["a.jpg 1 query", "b.jpg 1 gallery"], "line 1 is no number of pictures"),
+        (["1", "a.jpg 1 Query"], "line 2 says 'Query', not train, query or gallery"),
+        (["2", "a.jpg 1 query", "a.jpg 1 gallery"], r"line 3 names a\.jpg again"),
+    ],
+)
+def test_an_in_shop_list_that_contradicts_itself_is_refused(in_shop: Path, lines: list[str], why: str) -> None:
+    write(in_shop / "Eval" / "list_eval_partition.txt", lines)
+    with pytest.raises(DatasetError, match=rf"list_eval_partition\.txt: {why}"):
+        read_dataset(in_shop / "query")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_list(cub: Path) -> None:
+    (cub / "images.txt").write_text((cub / "images.txt").read_text(), encoding="utf-8-sig")
+    assert len(read_dataset(cub)) == 6
 
 
 def test_a_missing_list_is_told(cub: Path) -> None:
