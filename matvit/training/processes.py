@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from matvit.errors import RecipeError, first_line
+from matvit.threads import usable_cores
 from matvit.training.recipe import Recipe
 
 
@@ -30,6 +31,12 @@ def start_fabric(recipe: Recipe) -> Fabric:
             where="devices",
             fix="lower devices in the recipe",
         ) from error
+    if fabric.device.type == "cpu" and recipe.devices > usable_cores():
+        raise RecipeError(
+            what=f"{recipe.devices} devices are more than the {usable_cores()} cores of this CPU",
+            where="devices",
+            fix="lower devices in the recipe",
+        )
     fabric.launch()
     return fabric
 

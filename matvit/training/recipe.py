@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,9 +14,21 @@ from matvit.errors import MissingExtraError, RecipeError
 from matvit.regular import read_small
 
 _MOST = 2**20  # bytes: YAML takes a hundred times that in memory
+_SIZES = ("depth", "embed_dim", "num_heads", "patch_size")  # torch warns of some that are 0
 _Weight = Annotated[float, Field(ge=0, le=1e6)]  # beyond it, float32 overflows sooner or later
 _Pixels = Annotated[int, Field(ge=1, le=2**12)]  # a side of what an encoder is given
 _Batch = Annotated[int, Field(ge=1, le=2**20)]  # pictures
+
+
+_Location = Annotated[str, Field(min_length=1)]  # an empty one would be the working folder
+
+
+def _check_arguments(arguments: Mapping[str, int | float | str]) -> None:
+    for name, value in arguments.items():
+        if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir"):
+            raise ValueError(f"leave {name} out of model_args: weights are named by the field weights, as safetensors")
+        if name in _SIZES and not isinstance(value, str) and value < 1:
+            raise ValueError(f"{name} in model_args must be 1 or more, not {value}")
 
 
 class _Strict(BaseModel):
@@ -53,6 +65,7 @@ class EncoderRecipe(_Strict):
             raise ValueError(f"a checkpoint brings its own {min(others)}: leave that out")
         if dropping := [name for name, value in self.model_args.items() if "drop" in name and value]:
             raise ValueError(f"nested blocks drop nothing: leave {dropping[0]} out of model_args")
+        _check_arguments(self.model_args)
         return self
 
 
@@ -67,11 +80,16 @@ class TeacherRecipe(_Strict):
     std: tuple[float, float, float]
     views: PositiveInt = 4  # fixed random crops of every picture that the teacher sees, once
 
+    @model_validator(mode="after")
+    def _arguments(self) -> TeacherRecipe:
+        _check_arguments(self.model_args)
+        return self
+
 
 class DataRecipe(_Strict):
     """One training set; a batch is made of a fixed number of pictures from each."""
 
-    path: str  # as `matvit.datasets.read_dataset` takes it, or below MATVIT_DATA
+    path: _Location  # as `matvit.datasets.read_dataset` takes it, or below MATVIT_DATA
     classes: str | None = None  # "0:50": indices of the sorted class names
     exclude: tuple[str, ...] = ()
     resolution: int = Field(default=160, ge=1, le=2**14)  # pixels a side that the pictures are kept at
@@ -81,8 +99,8 @@ class DataRecipe(_Strict):
 class ValidationRecipe(_Strict):
     """What the trained encoder is measured on, for choosing; never the final test."""
 
-    queries: str
-    gallery: str | None = None
+    queries: _Location
+    gallery: _Location | None = None
     classes: str | None = None
 
 
@@ -131,7 +149,7 @@ class Stage(_Strict):
     ("mixed-d10-r84").
     """
 
-    name: str
+    name: str = Field(pattern=r"^[\w .-]+$", max_length=200)
     steps: PositiveInt
     learning_rate: float = Field(gt=0, le=1e30)
     full: Losses = Losses()
@@ -184,10 +202,10 @@ class OptimiserRecipe(_Strict):
 class Recipe(_Strict):
     """A training run, from start weights to a saved checkpoint."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", max_length=200)
+    name: str = Field(pattern=r"^[\w.-]*\w[\w.-]*$", max_length=200)
     seed: int = Field(default=0, ge=-(2**62), lt=2**62)  # the teacher's crops of each data set add its number
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
-    devices: PositiveInt = 1  # GPUs, or processes on a CPU; each takes its share of every batch
+    devices: int = Field(default=1, ge=1, le=2**10)  # GPUs, or processes on a CPU; each takes its share of every batch
     compile: bool = False  # torch.compile the blocks (CUDA)
     storage: Literal["float32", "int8"] | None = None  # None: as the checkpoint that it goes on from, else int8
     encoder: EncoderRecipe

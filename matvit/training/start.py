@@ -88,10 +88,16 @@ def _create(role: str, name: str, *, pretrained: bool, arguments: Mapping[str, i
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:  # timm raises RuntimeError for unknown names; the hub client raises its own
         raise RecipeError(
-            what=f"timm cannot create it ({first_line(error)})",
+            what=f"timm cannot create it ({_why(error, arguments)})",
             where=f"{role} '{name}'",
             fix="check the name and model_args, and the network if its weights come from the hub",
         ) from error
+
+
+def _why(error: Exception, arguments: Mapping[str, int | float | str]) -> str:
+    if isinstance(error, AssertionError) and not str(error):
+        return f"it refuses one of {', '.join(arguments)}"
+    return first_line(error)
 
 
 def _fill(model: Any, path: Path) -> None:

@@ -88,6 +88,10 @@ def test_no_class_that_is_trained_on_is_a_class_of_the_unseen_tests(name):
         ({"data": []}, "data: "),
         ({"stages": []}, "stages: "),
         ({"name": "a/b"}, "name: "),
+        ({"name": ".."}, "name: "),
+        ({"data": [{"path": "", "batch": 8}]}, "data.0.path: "),
+        ({"validation": {"queries": ""}}, "validation.queries: "),
+        ({"devices": 10**9}, "devices: "),
         ({"optimiser": {"head_rate": 1e300}}, "optimiser.head_rate: Input should be less than or equal to"),
         ({"optimiser": {"weight_decay": 1e300}}, "optimiser.weight_decay: Input should be less than or equal to"),
         ({"encoder": {"timm_model": "x", "image_size": 1000000}}, "encoder.image_size: Input should be less than or"),
@@ -117,6 +121,9 @@ def test_a_wrong_field_is_named(make_fields, tmp_path, change, sentence):
         ({"augmentation": {"scale": [0, 0]}}, "scale must be two rising shares"),
         ({"augmentation": {"ratio": [2, 1]}}, "ratio must be two rising numbers"),
         ({"name": "nested"}, "two stages have the same name"),
+        ({"name": ""}, "stages.0.name: "),
+        ({"name": "a\nb"}, "stages.0.name: "),
+        ({"name": "a" * 1000}, "stages.0.name: "),
     ],
 )
 def test_a_wrong_stage_is_named(make_fields, tmp_path, change, sentence):
@@ -129,6 +136,28 @@ def test_regularisation_that_nested_blocks_lack_is_refused(make_fields, tmp_path
     fields = make_fields()
     fields["encoder"]["model_args"] |= {"drop_rate": 0, "drop_path_rate": 0.1}
     refused_field(tmp_path, fields, "encoder: nested blocks drop nothing: leave drop_path_rate out of model_args")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            {"checkpoint_path": "a.pth"},
+            "leave checkpoint_path out of model_args: weights are named by the field weights",
+        ),
+        ({"pretrained": 1}, "leave pretrained out of model_args"),
+        ({"embed_dim": 0}, "embed_dim in model_args must be 1 or more, not 0"),
+    ],
+)
+@pytest.mark.parametrize("part", ["encoder", "teacher"])
+def test_arguments_of_a_timm_model_name_no_weights_and_no_size_of_nothing(
+    make_fields, tmp_path, part, arguments, sentence
+):
+    if part == "teacher" and "checkpoint_path" in arguments:
+        arguments = {"checkpoint_path": 1}  # texts are none of a teacher's arguments
+    fields = make_fields(teacher={"timm_model": "test_resnet", "image_size": 32, "mean": [0] * 3, "std": [1] * 3})
+    fields[part] |= {"model_args": arguments}
+    refused_field(tmp_path, fields, f"{part}: {sentence}")
 
 
 def test_a_key_that_is_given_twice_is_refused(make_fields, tmp_path):
@@ -172,6 +201,11 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
         ({"encoder": {"timm_model": "vit_unheard_of", "image_size": 32}}, "vit_unheard_of"),
         ({"encoder": {"timm_model": "vit_tiny_patch16_224", "weights": "gone.safetensors", "image_size": 32}}, "gone"),
         ({"encoder": {"timm_model": "vit_tiny_patch16_224", "model_args": {"dept": 1}, "image_size": 32}}, "dept"),
+        (
+            {"encoder": {"timm_model": "vit_tiny_patch16_224", "model_args": {"weight_init": "bogus"}}},
+            "(it refuses one of weight_init, num_classes)",
+        ),
+        ({"devices": 1000, "data": [{"path": "shapes", "batch": 1000}]}, "1000 devices are more than the"),
     ],
 )
 def test_the_command_line_says_it_in_one_sentence(data, make_fields, tmp_path, capsys, change, words):
