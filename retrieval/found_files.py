@@ -19,6 +19,9 @@ from retrieval.locations import Status, is_url, location
 from retrieval.manifest import is_index
 from retrieval.types import SkippedFile
 
+PICTURE, TAR, TABLE = "picture", "tar", "table"
+_FEW = 1000  # files
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundFile:
@@ -31,10 +34,6 @@ class FoundFile:
     status: Status | None  # of a store that was listed; None: to be asked
 
 
-_FEW = 1000  # files
-PICTURE, TAR, TABLE = "picture", "tar", "table"
-
-
 class FoundFiles:
     """What `find_files` found, each file once: in order, by `files`.
 
@@ -44,8 +43,9 @@ class FoundFiles:
     def __init__(self) -> None:
         self.bases: dict[str, None] = {}  # folders that the files were named by, in order
         self.scopes: list[str] = []  # folders, and files with pictures in them, that were looked through
-        self.skipped: list[SkippedFile] = []  # folders that cannot be read
+        self.skipped: list[SkippedFile] = []  # what cannot be read
         self.missing: list[SkippedFile] = []  # named, but not there
+        self._left_out: set[SkippedFile] = set()  # both
         self._real: dict[str, str] = {}  # folder -> its real path
         self._walked: set[str] = set()  # real paths
         self._files = sqlite3.connect("", check_same_thread=False, isolation_level=None)
@@ -96,6 +96,8 @@ class FoundFiles:
         status: Status | None = None,
     ) -> None:
         """Take a file, once: also if links lead to its folder by several names. A list's metadata are kept."""
+        if kind != PICTURE:
+            self.scopes.append(path)
         real = path if is_url(path) else self._real_path(path)
         values = os.fsencode(real), os.fsencode(path), kind, metadata, problem
         times = (None, None) if status is None else (status.size, status.mtime_ns)
@@ -133,17 +135,22 @@ class FoundFiles:
 
     def note_folder(self, folder: str) -> None:
         """A folder that is looked through."""
-        self.bases[folder] = None
+        self.note_base(folder)
         self.scopes.append(folder)
+
+    def note_base(self, folder: str) -> None:
+        """A folder that a file is named by."""
+        self.bases[folder] = None
 
     def _skip_folder(self, error: OSError) -> None:
         self.skip(os.path.abspath(os.fsdecode(error.filename)), f"folder cannot be read ({error.strerror})")
 
-    def skip(self, path: str, reason: str) -> None:
-        """Something named that cannot be looked into."""
-        folder = SkippedFile(path=Path(path), reason=reason)
-        if folder not in self.skipped:
-            self.skipped.append(folder)
+    def skip(self, path: str, reason: str, *, gone: bool = False) -> None:
+        """Something named that cannot be looked into, or that is not there."""
+        file = SkippedFile(path=Path(path), reason=reason)
+        if file not in self._left_out:
+            self._left_out.add(file)
+            (self.missing if gone else self.skipped).append(file)
 
     def _is_new(self, real_path: str) -> bool:
         before = len(self._walked)

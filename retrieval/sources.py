@@ -10,7 +10,6 @@ import glob
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from retrieval.errors import IngestError
 from retrieval.files import keeping_lists
@@ -26,7 +25,6 @@ from retrieval.locations import (
     remote_status,
 )
 from retrieval.shards import ShardError, Table, is_table, is_tar
-from retrieval.types import SkippedFile
 
 PathLike = str | os.PathLike[str]
 Images = PathLike | Iterable[PathLike]
@@ -99,8 +97,7 @@ def _add(found: FoundFiles, name: str) -> None:
         for match in _matches(found, name, base=base):
             _add_existing(found, match)
     else:
-        listed = found.missing if is_gone(error) else found.skipped
-        listed.append(SkippedFile(path=Path(path), reason=os_reason(error)))
+        found.skip(path, os_reason(error), gone=is_gone(error))
 
 
 def _add_url(found: FoundFiles, url: str) -> None:
@@ -117,9 +114,7 @@ def _add_url(found: FoundFiles, url: str) -> None:
             else:
                 infos = {path: system.info(path)}
     except OSError as error:
-        (found.missing if is_gone(error) else found.skipped).append(
-            SkippedFile(path=Path(url), reason=os_reason(error))
-        )
+        found.skip(url, os_reason(error), gone=is_gone(error))
         return
     for place, info in sorted(infos.items()):
         one, status = system.unstrip_protocol(place), remote_status(info)
@@ -142,11 +137,10 @@ def _add_file(found: FoundFiles, path: str, *, status: Status | None = None) -> 
         for line in read_list(path):
             _add_listed(found, line, source=path)
         return
-    found.bases[os.path.dirname(path)] = None
+    found.note_base(os.path.dirname(path))
     if is_table(path):
         _add_table(found, path, status)
     elif is_tar(path):
-        found.scopes.append(path)
         found.add_file(path, kind=TAR, status=status)
     else:
         found.add_file(path, status=status)
@@ -163,7 +157,6 @@ def _add_table(found: FoundFiles, path: str, status: Status | None) -> None:
             for line in read_table(table):
                 _add_listed(found, line, source=path)
         else:
-            found.scopes.append(path)
             found.add_file(path, kind=TABLE, status=status)
     except ShardError as error:
         found.skip(path, error.reason)
@@ -174,12 +167,11 @@ def _add_table(found: FoundFiles, path: str, status: Status | None) -> None:
 def _add_listed(found: FoundFiles, line: Listed, *, source: str) -> None:
     error = None if is_url(line.path) else lstat_error(line.path)
     if error is not None:
-        listed = found.missing if is_gone(error) else found.skipped
-        name = os.path.basename(source)
-        listed.append(SkippedFile(path=Path(line.path), reason=f"{os_reason(error)} (line {line.line} of {name})"))
+        reason = f"{os_reason(error)} (line {line.line} of {os.path.basename(source)})"
+        found.skip(line.path, reason, gone=is_gone(error))
         return
     folder = os.path.dirname(source)
-    found.bases[folder if is_below(line.path, [folder]) else os.path.dirname(line.path)] = None
+    found.note_base(folder if is_below(line.path, [folder]) else os.path.dirname(line.path))
     found.add_file(line.path, metadata=line.metadata, problem=line.problem)
 
 
