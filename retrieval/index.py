@@ -183,7 +183,7 @@ class Index:
         """Drop the rows of deleted and replaced pictures, and make few large segments of many small ones.
 
         Nothing else changes: every picture keeps its id. What is replaced is removed from the disk; readers that
-        are open have what they need in memory. A kill at any moment leaves a whole index: run it again.
+        are open have what they need in memory, or mapped. A kill at any moment leaves a whole index: run it again.
         Raises IngestError, IndexFormatError or IndexLockedError.
         """
         with self._writing() as writer:

@@ -66,7 +66,7 @@ class GenerationWriter:
     def clean(self) -> None:
         """Remove whatever the newest generation does not name: unfinished files, and what it replaced.
 
-        Readers have in memory what they need; those that are just opening the generation before begin anew.
+        Readers have in memory what they need, or mapped; those that are just opening the generation before begin anew.
         Folders that are missing are made.
         """
         manifest = self.manifest
