@@ -284,7 +284,7 @@ def _reasons(index: IndexInfo) -> dict[str, int]:
 
 def _checkpoint_at(target: str) -> Path:
     """The folder of a checkpoint, where an index could have been named as well. Raises CheckpointError."""
-    from matvit.checkpoint import NO_SUCH, locate
+    from matvit.checkpoint import NoSuchCheckpointError, locate
 
     folder = Path(target)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -296,7 +296,7 @@ def _checkpoint_at(target: str) -> Path:
     try:
         return locate(target)
     except CheckpointError as error:
-        what = f"{NO_SUCH}, nor an index" if error.what == NO_SUCH else error.what
+        what = f"{error.what}, nor an index" if isinstance(error, NoSuchCheckpointError) else error.what
         raise CheckpointError(what=what, where=error.where, fix=f"check the path, or {error.fix}") from error
 
 

@@ -8,12 +8,12 @@ README.md            model card
 """
 
 from matvit.checkpoint.forms import Storage, pareto_row, read_config
-from matvit.checkpoint.places import NO_SUCH, locate, refuse_inside, refuse_to_replace, refuse_unwritable
+from matvit.checkpoint.places import NoSuchCheckpointError, locate, refuse_inside, refuse_to_replace, refuse_unwritable
 from matvit.checkpoint.reading import load
 from matvit.checkpoint.writing import save
 
 __all__ = [
-    "NO_SUCH",
+    "NoSuchCheckpointError",
     "Storage",
     "load",
     "locate",

@@ -11,8 +11,11 @@ from matvit.checkpoint.forms import CONFIG, FILES, read_json
 from matvit.checkpoint.swap import refuse_half_swapped
 from matvit.errors import CheckpointError, first_line
 
-NO_SUCH = "no such checkpoint"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # not ../folder
+
+
+class NoSuchCheckpointError(CheckpointError):
+    """A name that is no folder, no bundled checkpoint and no hub id."""
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
@@ -33,8 +36,9 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
         refuse_half_swapped(Path(text))
     if isinstance(source, str) and _HUB_ID.fullmatch(text) and not exists:
         return _download(text, revision)
-    raise CheckpointError(
-        what="is a file, not a checkpoint folder" if exists else NO_SUCH,
+    kind = CheckpointError if exists else NoSuchCheckpointError
+    raise kind(
+        what="is a file, not a checkpoint folder" if exists else "no such checkpoint",
         where=text,
         fix=f"give a bundled name ({', '.join(bundled_folders())}), a checkpoint folder, or a hub id (owner/name)",
     )

@@ -199,9 +199,3 @@ def make_optimiser(run: Run, stage: Stage) -> tuple[torch.optim.Optimizer, Cosin
         t_in_epochs=False,
     )
     return optimiser, schedule
-
-
-def largest_input(model: MatViT, stage: Stage) -> int:
-    """The resolution, pixels, that holds all that the stage's encoders are given."""
-    specs = [_spec(model, stage, text) for text in (*stage.fixed, *stage.ladder)]
-    return max(model.config.image_size, *stage.resolutions, *(spec.image_size for spec in specs))

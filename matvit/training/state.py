@@ -20,7 +20,7 @@ import torch
 from lightning_fabric import Fabric
 from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from matvit.datasets import LabelledImages
 from matvit.durable import remove_unfinished, write_atomic
@@ -271,12 +271,7 @@ def restore(run: Run) -> dict[str, Any] | None:
         stages = run.recipe.stages
         if (state["stage"], state["step"]) > (len(stages), 0) or (state["optimiser"] is None) != (state["step"] == 0):
             raise _damaged(path)
-        try:
-            optimiser_state = _take(run, state)
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):  # of tensors that are missing, or of another shape
-                raise
-            raise _damaged(path) from error
+        optimiser_state = _take(run, state)
     run.saved = _in_words(run)
     if run.fabric.is_global_zero:
         _forget_later_rows(run)
@@ -334,21 +329,27 @@ def _check_sums(path: Path) -> None:
 
 
 def _take(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
+    def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        found, expected = ({name: one.shape for name, one in of.items()} for of in (tensors, module.state_dict()))
+        if found != expected:
+            raise _damaged(run.folder / STATE)
+        module.load_state_dict(tensors)
+
     run.stage, run.step, run.seconds = state["stage"], state["step"], state["seconds"]
     run.made_by, run.finished = state["made_by"], state["finished"]
     run.model.open_axes(AxesConfig.model_validate(state["axes"]))
     if state["anchor"] is not None:
         run.anchor = copy.deepcopy(run.model).requires_grad_(False)
-        run.anchor.vit.load_state_dict(state["anchor"])
-    run.model.vit.load_state_dict(state["model"])
+        fill(run.anchor.vit, state["anchor"])
+    fill(run.model.vit, state["model"])
     if state["private"] is not None:
         private = run.model.add_private(PrivateConfig.model_validate(state["private_config"]))
-        private.load_state_dict(state["private"])
+        fill(private, state["private"])
     if state["ema"] is not None:
         run.ema = follow(run.model, run.recipe.stages[run.stage])
-        run.ema.module.load_state_dict(state["ema"])
+        fill(run.ema.module, state["ema"])
     run.stage_start = state["stage_start"]
-    run.heads.load_state_dict(state["heads"])
+    fill(run.heads, state["heads"])
     optimiser: dict[str, Any] | None = state["optimiser"]
     return optimiser
 

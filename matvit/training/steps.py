@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from functools import partial
 
@@ -14,16 +15,13 @@ from torch import Tensor, nn
 
 from matvit.errors import RecipeError
 from matvit.progress import ProgressEvent
-from matvit.spec import SubmodelSpec
+from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.training.batches import Batch, draw_batch
 from matvit.training.memory import room_for
 from matvit.training.objective import objective
 from matvit.training.processes import average_gradients, mean_of
 from matvit.training.recipe import Losses, Stage
-from matvit.training.sampling import prefix_of_step, resolution_of_step, specs_of_step
-from matvit.training.stages import (
-    largest_input,
-)
+from matvit.training.sampling import ladder_spec, prefix_of_step, resolution_of_step, specs_of_step
 from matvit.training.state import LOG, STATE, Run, save, writing
 from matvit.training.throughput import Throughput
 
@@ -41,7 +39,7 @@ def optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule:
     throughput = Throughput(run.fabric.device, precision=run.recipe.precision)
     unlogged: list[Tensor] = []  # losses
     one_encoder = stage.submodels is None and not stage.needs_anchor
-    largest = largest_input(run.model, stage)
+    largest = _largest_input(run.model.shape, stage)
     room_for_batch = partial(
         room_for,
         f"its batch of {sum(run.recipe.batches_of(stage)) // run.recipe.devices} pictures does not fit into the memory "
@@ -81,6 +79,12 @@ def optimise(run: Run, stage: Stage, optimiser: torch.optim.Optimizer, schedule:
 def _own_share(fabric: Fabric) -> tuple[int, ...]:
     """What tells the draws of one process from another's; nothing in the first, whatever their number."""
     return () if fabric.is_global_zero else (fabric.global_rank,)
+
+
+def _largest_input(shape: EncoderShape, stage: Stage) -> int:
+    """The resolution, pixels, that holds all that the stage's encoders are given; it depends on no draw."""
+    specs = [ladder_spec(shape, text, random.Random(0)) for text in (*stage.fixed, *stage.ladder)]  # noqa: S311
+    return max(shape.image_size, *stage.resolutions, *(spec.image_size for spec in specs))
 
 
 def _full_resolution(run: Run, stage: Stage) -> int:
