@@ -124,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     # Each try of the hub's client to reach it, with its URL: what failed in the end is one sentence of ours.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Before torch is loaded: threads that wait awake take the cores from each other where another program wants one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with _warnings_as_sentences():

@@ -13,7 +13,7 @@ import pytest
 import typer
 from PIL import Image
 
-from matvit_app.cli.main import cli
+from matvit_app.cli.main import cli, main
 from matvit_app.doctor import EXTRAS
 
 COMMANDS = typer.main.get_command(cli).commands  # type: ignore[attr-defined]
@@ -120,6 +120,13 @@ sys.exit(main(["convert", "vit_tiny_patch16_224", "--pretrained", "--out", "elas
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=offline, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert "the hub could not be reached" in done.stderr
+
+
+@pytest.mark.parametrize(("asked", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_a_command_wait_asleep_unless_the_user_says_otherwise(monkeypatch, asked, policy):
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]} | asked)
+    assert main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == policy
 
 
 def test_without_arguments_the_commands_are_listed(run):
