@@ -75,7 +75,7 @@ def carry_out(
     fabric = start_fabric(recipe)
     if not fabric.is_global_zero:
         progress = silent
-    with ending_together(fabric), many_graphs(recipe, fabric):
+    with ending_together(fabric), many_graphs(recipe, fabric), torch.random.fork_rng(devices=[]):
         return _carry_out(recipe, fabric, out, resume=resume, tensorboard=tensorboard, progress=progress)
 
 
@@ -98,7 +98,8 @@ def _compiles(recipe: Recipe, fabric: Fabric) -> bool:
 def _carry_out(
     recipe: Recipe, fabric: Fabric, out: Path, *, resume: bool, tensorboard: bool, progress: Progress
 ) -> Trained:
-    torch.manual_seed(recipe.seed)  # start values of the heads; every step seeds itself
+    # Start values of encoder and heads, made on the CPU, for which the caller forks it; every step seeds itself.
+    torch.default_generator.manual_seed(recipe.seed)
     labelled = [read_dataset(find_dataset(one.path), classes=one.classes, exclude=one.exclude) for one in recipe.data]
     check_labels(recipe, labelled)
     validation = None if recipe.validation is None else read_validation(recipe.validation)

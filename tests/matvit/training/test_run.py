@@ -42,6 +42,13 @@ def label_free(steps: int = 3):
     ]
 
 
+def test_the_callers_random_numbers_go_on_as_if_nothing_had_been_trained(data, make_recipe, make_fields, tmp_path):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    train(make_recipe(stages=make_fields()["stages"][:1]), out=tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_label_free_run_with_a_teacher_gives_an_encoder(data, make_recipe, teacher, tmp_path):
     model = train(make_recipe(teacher=teacher, stages=label_free()), out=tmp_path / "run")
     embedded = model.encoder("S").embed([data / "shapes" / "dark" / "0.png"])
