@@ -480,6 +480,8 @@ def _pictures_below(folder: Path) -> list[str]:
             what=f"cannot be read ({error.strerror})", where=str(folder), fix="give a folder of pictures"
         )
 
+    if folder.is_file():
+        return [os.fspath(folder)]
     return [path for path in walk_files(folder, on_error=refuse) if Path(path).suffix.lower() in PICTURE_SUFFIXES]
 
 

@@ -15,6 +15,8 @@ MatVitError
 
 from __future__ import annotations
 
+_CONTROLS = {code: " " if chr(code) in "\t\n\r" else "?" for code in (*range(32), *range(127, 160))}
+
 
 class MatVitError(Exception):
     """Base of every error that is raised for what a user or a file supplied.
@@ -29,11 +31,17 @@ class MatVitError(Exception):
         super().__init__(what, where, fix)
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.fix}"
+        return f"{on_a_line(self.where)}: {on_a_line(self.what)}; {on_a_line(self.fix)}"
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling between worker processes.
         return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def on_a_line(text: str) -> str:
+    """`text` without control characters, and where it is very long, as what it quotes can be, without its middle."""
+    text = text.translate(_CONTROLS)
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-150:]}"
 
 
 def first_line(error: Exception) -> str:

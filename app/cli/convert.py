@@ -33,7 +33,7 @@ def convert(
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="The native resolution in pixels.", show_default="the model's own"),
+        typer.Option(min=1, max=4096, help="The native resolution in pixels.", show_default="the model's own"),
     ] = None,
     json: JsonFlag = False,
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from matvit.errors import MatVitError, MissingExtraError, is_out_of_memory
+from matvit.errors import MatVitError, MissingExtraError, is_out_of_memory, on_a_line
 from matvit_app.cli import (
     adapt,
     compact,
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MatVitError as error:
         say(f"error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written
-        say(f"error: {_refusal(error)}")
+        say(f"error: {on_a_line(_refusal(error))}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -176,7 +176,7 @@ def _warnings_as_sentences() -> Iterator[None]:
 def _usage_sentence(error: Any) -> str:
     command = error.ctx.command_path if error.ctx else "matvit"
     message = error.format_message().rstrip(".")
-    return f"{message}; see: {command} --help"
+    return f"{on_a_line(message)}; see: {command} --help"
 
 
 def _refusal(error: OSError) -> str:

@@ -16,7 +16,7 @@ import streamlit as st
 from PIL import Image
 
 from matvit import MatViT, MatVitError
-from matvit.errors import ImageError, SpecError
+from matvit.errors import ImageError, SpecError, on_a_line
 from matvit.pareto import EncoderChoice
 from matvit.preprocess import ImageSource
 from matvit.spec import SubmodelSpec
@@ -165,7 +165,7 @@ def _read_upload(name: str, content: bytes) -> Query | None:
     try:
         thumbnail(content)
     except ImageError as error:
-        st.error(readable(f"{name}: {error.what}; {error.fix}"))
+        st.error(readable(on_a_line(f"{name}: {error.what}; {error.fix}")))
         return None
     return Query(image=content, name=name, file=None)
 
@@ -194,7 +194,7 @@ def _choose_encoder(encoder: MatViT) -> tuple[SubmodelSpec | None, int]:
         try:
             spec = encoder.shape.spec(typed.strip() or named)
         except SpecError as error:
-            st.error(str(error))
+            st.error(readable(str(error)))
             return None, k
         if typed.strip():
             st.caption(f"{spec} searches: {encoder.flops(spec) / encoder.flops():.0%} of the full encoder's computing.")

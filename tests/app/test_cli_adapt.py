@@ -124,6 +124,7 @@ def test_measures_stay_where_the_last_block_is_as_before(checkpoint):
     ("images", "out", "words"),
     [
         ("photos", "new", "8 of 8 pictures can be read, and 40 are needed"),
+        ("one", "new", "1 of 1 pictures can be read, and 40 are needed"),
         ("gone", "new", "No such file or directory"),
         ("many", "foreign", "which is no part of a checkpoint"),
     ],
@@ -131,7 +132,7 @@ def test_measures_stay_where_the_last_block_is_as_before(checkpoint):
 def test_bad_input_is_one_sentence(run, checkpoint, photos, many, tmp_path, images, out, words):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
-    folder = {"photos": photos, "many": many, "gone": tmp_path / "gone"}[images]
+    folder = {"photos": photos, "one": photos / "cats" / "0.png", "many": many, "gone": tmp_path / "gone"}[images]
     done = run("adapt", checkpoint, "--images", folder, "--out", tmp_path / out)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done
     assert words in done.err

@@ -9,6 +9,8 @@ import socket
 import pytest
 
 import retrieval.retriever
+from matvit import MatViT
+from matvit.errors import CheckpointError
 
 
 def refused(outcome, *words):
@@ -222,6 +224,26 @@ def test_extract_below_a_file(run, checkpoint, tmp_path, name):
 def test_extract_with_a_wrong_spec(run, checkpoint, tmp_path):
     refused(run("extract", checkpoint, "--spec", "Q", "--out", tmp_path / "q.safetensors"), "'Q'")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_error_quotes_is_cut_and_holds_no_control_characters(run, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    config["axes"]["keep_order"] = list(range(20_000))
+    (folder / "config.json").write_text(json.dumps(config))
+    for arguments in (
+        ["extract", checkpoint, "--spec", "S\x1b[31m" * 9_000, "--out", tmp_path / "s.safetensors"],
+        ["extract", folder, "--spec", "S", "--out", tmp_path / "s.safetensors"],
+        ["eval", "a" * 90_000],
+        ["eval", tmp_path, "--recall-at", "a" * 90_000],
+        ["info", "a\x1b\nb" * 5_000],
+    ):
+        done = run(*arguments)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert len(done.err) < 2_000
+    with pytest.raises(CheckpointError) as caught:
+        MatViT.from_pretrained(tmp_path / "a\x1b[31m\nb")
+    assert str(caught.value).isprintable()
 
 
 def test_train_into_a_checkpoints_folder(run, checkpoint, photos, tmp_path):
