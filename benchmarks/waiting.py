@@ -1,4 +1,4 @@
-"""One query while other programs compute: its threads wait for one another awake, asleep, or there is one alone.
+"""One query while other programs compute: its threads wait for one another awake, shortly, asleep, or there is one.
 
     python benchmarks/waiting.py [--specs XL,XL-r98] [--rounds 10] [--busy 0]
 
@@ -18,9 +18,9 @@ import time
 from collections import defaultdict
 
 WAYS = {
-    "awake (OpenMP's own way)": {"OMP_WAIT_POLICY": "ACTIVE"},
     "as OpenMP is set up": {},
-    "asleep (as the matvit command)": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "shortly awake (as in the matvit command)": {"GOMP_SPINCOUNT": "10000"},
+    "asleep": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 OURS = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")

@@ -124,8 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     # Each try of the hub's client to reach it, with its URL: what failed in the end is one sentence of ours.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # Before torch is loaded: threads that wait awake take the cores from each other where another program wants one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Before torch is loaded: its threads wait awake 30 times as long, on cores that another program may want.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with _warnings_as_sentences():
