@@ -114,11 +114,8 @@ def _root(
     pass
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; gives its exit code: 0, 1 (bad news), 2 (usage or input error), 130 (Ctrl-C).
-
-    What a user or a file supplied wrongly is one sentence on stderr, never a traceback.
-    """
+def _settle_libraries() -> None:
+    """Before they are loaded: what they say, and how their threads wait."""
     # What Pillow remarks on damaged files: one can draw thousands of lines; what is skipped is listed by us.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -127,6 +124,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         # Before torch is loaded: its threads wait awake 30 times as long, on cores that another program may want.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; gives its exit code: 0, 1 (bad news), 2 (usage or input error), 130 (Ctrl-C).
+
+    What a user or a file supplied wrongly is one sentence on stderr, never a traceback.
+    """
+    _settle_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with _warnings_as_sentences():
