@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -232,7 +232,7 @@ def info_of(target: str) -> dict[str, Any]:
     if not is_index(Path(target)):
         _checkpoint_at(target)
         return _encoder_info(load_encoder(target))
-    index = index_info(Path(target))
+    index, fields = _read_index(target)
     if index.encoder_source is None:
         raise CheckpointError(
             what=f"the encoder '{index.encoder_name}' that built this index was never saved",
@@ -240,21 +240,29 @@ def info_of(target: str) -> dict[str, Any]:
             fix="save it and index the pictures again",
         )
     encoder = _encoder_info(load_encoder(index.encoder_source, revision=index.encoder_revision))
-    return encoder | contents_of(target)
+    return encoder | _contents_json(target, index, fields)
 
 
 def contents_of(target: str) -> dict[str, Any]:
     """What an index holds: of `info_of`, what needs no encoder and no torch. Raises IndexFormatError."""
+    return _contents_json(target, *_read_index(target))
+
+
+def _read_index(target: str) -> tuple[IndexInfo, dict[str, MetadataField]]:
     from retrieval import Index
     from retrieval.files import index_folder
-    from retrieval.locations import location
     from retrieval.manifest import read_current
 
     def read(_: object) -> tuple[IndexInfo, dict[str, MetadataField]]:
         opened = Index.open(target)
         return opened.info(), opened.fields()
 
-    index, fields = read_current(index_folder(target), read)
+    return read_current(index_folder(target), read)
+
+
+def _contents_json(target: str, index: IndexInfo, fields: Mapping[str, MetadataField]) -> dict[str, Any]:
+    from retrieval.locations import location
+
     return {
         "encoder": index.encoder_name,
         "embedding_dim": index.embedding_dim,

@@ -91,18 +91,14 @@ Measure = Callable[[Any, str, Sequence[Path], int], dict[str, Any]]  # the elast
 
 
 @dataclass
-class Only:
-    """An elastic encoder that indexes with one of its submodels, to see the cost of any."""
+class WithEncoders:
+    """An elastic encoder that embeds with others than its own: one submodel whatever is asked for, or `Asleep` ones."""
 
     elastic: Any
-    chosen: ImageEncoder
+    encoder: Callable[..., Any]  # by spec
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.elastic, name)
-
-    def encoder(self, spec: object = None) -> ImageEncoder:  # noqa: ARG002
-        """The one."""
-        return self.chosen
 
 
 @dataclass
@@ -140,21 +136,6 @@ class Asleep:
         return np.full((len(pixels), self.embedding_dim), self.embedding_dim**-0.5, np.float32)
 
 
-@dataclass
-class AsleepElastic:
-    """An elastic encoder of which each submodel is `Asleep`."""
-
-    elastic: Any
-    ms: float
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.elastic, name)
-
-    def encoder(self, spec: object = None) -> Asleep:
-        """One of them."""
-        return Asleep(self.elastic.encoder(spec), self.ms)
-
-
 @dataclass(frozen=True)
 class Spent:
     """What one picture took."""
@@ -190,7 +171,7 @@ def one_round(
     elastic: Any, encoder: ImageEncoder, files: Sequence[Path], batches: list[FloatArray], way: Way
 ) -> dict[str, Spent]:
     """Each part alone, and all of it."""
-    index_of = Only(elastic, encoder)
+    index_of = WithEncoders(elastic, lambda _=None: encoder)
     cores = usable_cores()
     together = [files[start : start + way.together] for start in range(0, len(files), way.together)]
     all_started = threading.Barrier(cores)
@@ -299,7 +280,8 @@ def measure_all(arguments: argparse.Namespace, one: Measure) -> Iterator[tuple[s
 
     elastic: Any = MatViT.from_pretrained("matvit-small").to(arguments.device)
     if arguments.asleep is not None:
-        elastic = AsleepElastic(elastic, arguments.asleep)
+        awake = elastic
+        elastic = WithEncoders(awake, lambda spec=None: Asleep(awake.encoder(spec), arguments.asleep))
     for source in arguments.sources.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             files = SOURCES[source](Path(temporary), arguments.pictures)

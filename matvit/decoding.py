@@ -188,7 +188,7 @@ class _Worker:
         named = [(name.encode("utf-8", "surrogatepass"), data) for data, name in pictures]
         parts = [_ASKED.pack(memory, len(named)), *(_NAMED.pack(*map(len, one)) for one in named)]
         _send(self._asked, parts + [part for one in named for part in one])
-        return _unpacked(_receive(self._answers), len(pictures), [name for _, name in pictures])
+        return _unpacked(_receive(self._answers), [name for _, name in pictures])
 
     def kill(self) -> None:
         """It has nothing to lose."""
@@ -202,8 +202,8 @@ class _Worker:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _unpacked(answer: bytearray, count: int, names: Sequence[str]) -> list[Decoded]:
-    place, found = count * _ANSWERED.size, []
+def _unpacked(answer: bytearray, names: Sequence[str]) -> list[Decoded]:
+    place, found = len(names) * _ANSWERED.size, []
     for number, name in enumerate(names):
         kind, width, height, length = _ANSWERED.unpack_from(answer, number * _ANSWERED.size)
         start, place = place, place + length

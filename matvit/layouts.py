@@ -10,7 +10,7 @@ A folder is known by these files. Revisited Oxford and Paris have no classes: se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matvit.errors import DatasetError
@@ -88,7 +88,7 @@ def _read_products(folder: Path, split: str | None) -> Listed:
     path = folder / f"Ebay_{split}.txt"
     names: list[str] = []
     files: list[Path] = []
-    for _, (image, product, _, file) in _fields(path, 4):
+    for _, (image, product, _, file) in _fields(path, _lines(path), 4):
         if image == "image_id":  # the header
             continue
         names.append(product.zfill(5))  # so that names sort as the numbers do
@@ -109,10 +109,11 @@ def _read_in_shop(folder: Path, split: str | None) -> Listed:
     path = _in_shop_list(folder)
     assert path is not None
     root = folder if (folder / "img").is_dir() else folder / "Img"
-    rows = list(_fields(path, 3, skip=1))
+    lines = _lines(path)
+    rows = list(_fields(path, lines, 3, skip=1))
     if rows and rows[0][1][2] == "evaluation_status":  # the header
         rows = rows[1:]
-    _check_count(path, len(rows))
+    _check_count(path, lines[:1], len(rows))
     known: set[str] = set()
     for number, (file, _, status) in rows:
         if status not in _IN_SHOP_SPLITS:
@@ -124,12 +125,12 @@ def _read_in_shop(folder: Path, split: str | None) -> Listed:
     return [item for item, _ in chosen], [file for _, file in chosen]
 
 
-def _check_count(path: Path, rows: int) -> None:
-    first = next(iter(_lines(path)), "")
-    if not first.strip().isdecimal():
+def _check_count(path: Path, first: Sequence[str], rows: int) -> None:
+    counted = "".join(first).strip()
+    if not counted.isdecimal():
         raise _malformed(path, "line 1 is no number of pictures")
-    if first.strip() != str(rows):
-        raise _malformed(path, f"line 1 counts {first.strip()} pictures, and {rows} are listed")
+    if counted != str(rows):
+        raise _malformed(path, f"line 1 counts {counted} pictures, and {rows} are listed")
 
 
 # --- lists --------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def _table(path: Path, *, unique: bool = False) -> dict[str, str]:
     """By its first field, the second of each line, which may be there only once if `unique`."""
     found: dict[str, str] = {}
     values: set[str] = set()
-    for number, (key, value) in _fields(path, 2):
+    for number, (key, value) in _fields(path, _lines(path), 2):
         if key in found:
             raise _malformed(path, f"line {number} tells of {key} again")
         if unique and value in values:
@@ -161,9 +162,9 @@ def _check_covers(path: Path, there: Container[str], needed: Iterable[str], what
         raise _malformed(path, f"has {what} {missing}")
 
 
-def _fields(path: Path, count: int, *, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
-    """The number of each line and its whitespace-separated fields."""
-    for number, line in enumerate(_lines(path)[skip:], start=skip + 1):
+def _fields(path: Path, lines: Sequence[str], count: int, *, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line of `path` and its whitespace-separated fields."""
+    for number, line in enumerate(lines[skip:], start=skip + 1):
         fields = line.split()
         if fields and len(fields) != count:
             raise _malformed(path, f"line {number} has {len(fields)} fields, not {count}")

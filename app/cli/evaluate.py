@@ -13,7 +13,7 @@ import typer
 from matvit.errors import SpecError
 from matvit_app import services
 from matvit_app.cli.evaluation_tables import show
-from matvit_app.cli.output import JsonFlag, say, write_json
+from matvit_app.cli.output import JsonFlag, checkpoint_option, say, write_json
 from matvit_app.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Gallery = Annotated[
 ]
 Checkpoint = Annotated[
     str,
-    typer.Option("--checkpoint", "--encoder", metavar="CHECKPOINT", help="Bundled name, checkpoint folder or hub id."),
+    checkpoint_option("Bundled name, checkpoint folder or hub id."),
 ]
 Queries = Annotated[
     str, typer.Option(metavar="SPECS", help="Submodels that search, comma-separated; mixed:200 for Mix'n'Match.")

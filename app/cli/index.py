@@ -10,13 +10,11 @@ import typer
 
 from matvit.progress import in_short
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_line
+from matvit_app.cli.output import JsonFlag, checkpoint_option, say, say_first, write_json, write_line
 from matvit_app.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from retrieval.types import IngestReport
-
-_SHOWN = 10  # skipped files that are listed for people; --json lists all
 
 
 Images = Annotated[
@@ -29,11 +27,8 @@ Images = Annotated[
 ]
 Checkpoint = Annotated[
     str | None,
-    typer.Option(
-        "--checkpoint",
-        "--encoder",
-        metavar="CHECKPOINT",
-        help="Bundled name, checkpoint folder or hub id.",
+    checkpoint_option(
+        "Bundled name, checkpoint folder or hub id.",
         show_default=f"the index's own, for a new index {services.DEFAULT_CHECKPOINT}",
     ),
 ]
@@ -137,7 +132,4 @@ def _show(report: IngestReport, path: Path) -> None:
     if report.gone:
         files = "1 file of the index is" if report.gone == 1 else f"{report.gone} files of the index are"
         say(f"{files} gone; --delete forgets {'it' if report.gone == 1 else 'them'}")
-    for skipped in report.skipped[:_SHOWN]:
-        say(f"skipped {location(skipped.path)}: {skipped.reason}")
-    if len(report.skipped) > _SHOWN:
-        say(f"skipped {len(report.skipped) - _SHOWN} more: --json lists them")
+    say_first("skipped", [f"{location(skipped.path)}: {skipped.reason}" for skipped in report.skipped])

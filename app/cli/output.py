@@ -58,6 +58,11 @@ def write_table(
         console.print(Text(caption))
 
 
+def checkpoint_option(help: str, *, show_default: bool | str = True) -> Any:  # noqa: A002 - as typer names it
+    """The option that names a checkpoint, under its older name, too."""
+    return typer.Option("--checkpoint", "--encoder", metavar="CHECKPOINT", help=help, show_default=show_default)
+
+
 def short_path(path: Path) -> str:
     """`path`, relative to the current folder where it lies below it."""
     here = Path.cwd()

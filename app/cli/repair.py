@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, say_first, write_json, write_line
+from matvit_app.cli.output import JsonFlag, checkpoint_option, say, say_first, write_json, write_line
 from matvit_app.cli.progress import progress_bar
 
 
@@ -18,13 +18,7 @@ def repair(
     *,
     checkpoint: Annotated[
         str | None,
-        typer.Option(
-            "--checkpoint",
-            "--encoder",
-            metavar="CHECKPOINT",
-            help="What embeds pictures again.",
-            show_default="the index's own",
-        ),
+        checkpoint_option("What embeds pictures again.", show_default="the index's own"),
     ] = None,
     drop_lost: Annotated[bool, typer.Option("--drop-lost", help="Go on without what cannot be brought back.")] = False,
     json: JsonFlag = False,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, say_first, write_json, write_line
+from matvit_app.cli.output import JsonFlag, checkpoint_option, say, say_first, write_json, write_line
 from matvit_app.cli.progress import progress_bar
 
 
@@ -18,12 +18,7 @@ def upgrade(
     *,
     checkpoint: Annotated[
         str,
-        typer.Option(
-            "--checkpoint",
-            "--encoder",
-            metavar="CHECKPOINT",
-            help="The new encoder: bundled name, checkpoint folder or hub id.",
-        ),
+        checkpoint_option("The new encoder: bundled name, checkpoint folder or hub id."),
     ],
     drop_missing: Annotated[
         bool, typer.Option("--drop-missing", help="Go on without pictures whose files are gone.")
