@@ -55,8 +55,9 @@ from retrieval import Index
 from retrieval.pipeline import Way, way_of
 
 LARGE = (4032, 3024)  # pixels, 12 million
-UNIQUE = 32  # large pictures that are made; the others are the same under other names
+UNIQUE = 32  # large pictures that are made
 SHARD = 10_000  # pictures in a tar
+ON_ONE_THREAD = 1024  # pictures at most that are decoded on one thread, which takes longest
 RUNS = ("first", "again", "one more", "verify", "upgrade", "repair")
 
 
@@ -64,26 +65,29 @@ RUNS = ("first", "again", "one more", "verify", "upgrade", "repair")
 
 
 def small_pictures(folder: Path, count: int) -> list[Path]:
-    """The demo photographs, of 160 px, under `count` names."""
-    photos = sorted((demo_folder() / "images").rglob("*.webp"))
-    for number in range(count):
-        (folder / f"{number}.webp").write_bytes(photos[number % len(photos)].read_bytes())
-    return sorted(folder.iterdir())
+    """`count` WebPs: the demo photographs, of 160 px, again and again."""
+    photos = [path.read_bytes() for path in sorted((demo_folder() / "images").rglob("*.webp"))]
+    return [_file(folder / f"{number}.webp", photos[number % len(photos)]) for number in range(count)]
 
 
 def large_pictures(folder: Path, count: int) -> list[Path]:
-    """JPEGs of 12 megapixels with noise as of a camera, under `count` names."""
+    """`count` JPEGs of 12 megapixels with noise as of a camera, `UNIQUE` of them again and again."""
     photos = sorted((demo_folder() / "images").rglob("*.webp"))
     random = np.random.default_rng(0)
-    for number in range(count):
-        path = folder / f"{number}.jpg"
-        if number >= UNIQUE:
-            os.link(folder / f"{number % UNIQUE}.jpg", path)
-            continue
-        pixels = np.asarray(Image.open(photos[number]).convert("RGB").resize(LARGE, Image.Resampling.BICUBIC))
+    made = []
+    for path in photos[: min(UNIQUE, count)]:
+        pixels = np.asarray(Image.open(path).convert("RGB").resize(LARGE, Image.Resampling.BICUBIC))
         noise = random.integers(-12, 13, (*pixels.shape[:2], 1), dtype=np.int16)
-        Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
-    return sorted(folder.iterdir())
+        jpeg = io.BytesIO()
+        Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=90)
+        made.append(jpeg.getvalue())
+    return [_file(folder / f"{number}.jpg", made[number % len(made)]) for number in range(count)]
+
+
+def _file(path: Path, picture: bytes) -> Path:
+    """With its name behind the picture: a content that the index has already is not decoded again."""
+    path.write_bytes(picture + path.name.encode())
+    return path
 
 
 SOURCES = {"160px": small_pictures, "12MP": large_pictures}
@@ -195,14 +199,15 @@ def one_round(
     ):
         index = Index.create(Path(temporary) / "index", encoder=index_of)  # type: ignore[arg-type]
         list(decoders.map(begin, range(cores)))
-        works: dict[str, Callable[[], object]] = {
-            "decode": lambda: [encoder.preprocess([file]) for file in files],
-            "decode on all cores": lambda: list(decoders.map(decode, together)),
-            "encode": lambda: list(encoders.map(encoder.encode, batches)),
-            "ingest": lambda: index.ingest(files),
+        some = files[:ON_ONE_THREAD]
+        works: dict[str, tuple[Callable[[], object], int]] = {
+            "decode": (lambda: [encoder.preprocess([file]) for file in some], len(some)),
+            "decode on all cores": (lambda: list(decoders.map(decode, together)), len(files)),
+            "encode": (lambda: list(encoders.map(encoder.encode, batches)), len(files)),
+            "ingest": (lambda: index.ingest(files), len(files)),
         }
         names = random.sample(sorted(works), len(works))
-        return {name: spent(works[name], len(files)) for name in names}
+        return {name: spent(*works[name]) for name in names}
 
 
 def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict[str, dict[str, Any]]:
@@ -214,10 +219,12 @@ def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict
 
 def measure_way(elastic: Any, encoder: Any, files: Sequence[Path], rounds: int) -> dict[str, Any]:
     """As ingest does it with `encoder`."""
-    pixels, batch = np.concatenate([encoder.preprocess([file]) for file in files]), way_of(encoder).batch
+    batch = way_of(encoder).batch
+    pixels = np.concatenate([encoder.preprocess([file]) for file in files[: 8 * batch]])
     if encoder.decodes_apart:
         pixels = pixels.astype(np.uint8)  # of any values
-    batches = [pixels[start : start + batch] for start in range(0, len(files), batch)]
+    starts = range(0, len(files), batch)  # the same few batches again and again: all would take gigabytes
+    batches = [pixels[start % len(pixels) :][: min(batch, len(files) - start)] for start in starts]
     every = [one_round(elastic, encoder, files, batches, way_of(encoder)) for _ in range(1 + rounds)]
     every = every[1:]  # the first warms up
     way = way_of(encoder)
