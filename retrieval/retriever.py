@@ -110,7 +110,10 @@ class Retriever:
             with self._lock:
                 if self._encoder is None:
                     encoder = load_encoder(gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
-                    self._encoder = _Loaded.of(encoder)
+                    loaded = _Loaded.of(encoder)
+                    if gallery is not self._gallery:  # reloaded since the search began: not the encoder of later ones
+                        return loaded
+                    self._encoder = loaded
         return self._encoder
 
     def reload(self) -> int:

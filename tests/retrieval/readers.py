@@ -28,6 +28,8 @@ def look(retriever: Retriever) -> None:
     every = retriever.search(ANCHOR, k=None)
     assert every[0].id == ANCHOR
     seen[every.generation].add(tuple(sorted(hit.id for hit in every)))
+    by_picture = retriever.search(HELPERS["picture_bytes"](ANCHOR), encoder="S", k=None)
+    seen[by_picture.generation].add(tuple(sorted(hit.id for hit in by_picture)))
     some = retriever.search(ANCHOR, k=5)
     assert some[0].id == ANCHOR
     for hit in (*every, *some):
@@ -44,12 +46,13 @@ def repeat(what, stop: Path) -> None:
 def main() -> None:
     warnings.simplefilter("error")
     folder, stop = Path(sys.argv[1]), Path(sys.argv[2])
-    shared = Retriever.open(folder)
+    encoder = HELPERS["FakeElastic"]()
+    shared = Retriever.open(folder, encoder=encoder)
     failures: list[threading.ExceptHookArgs] = []
     threading.excepthook = lambda failed: (failures.append(failed), threading.__excepthook__(failed))
     threads = [
         threading.Thread(target=repeat, args=(what, stop))
-        for what in (lambda: look(shared), shared.reload, lambda: look(Retriever.open(folder)))
+        for what in (lambda: look(shared), shared.reload, lambda: look(Retriever.open(folder, encoder=encoder)))
     ]
     for thread in threads:
         thread.start()

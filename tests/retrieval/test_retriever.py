@@ -291,6 +291,31 @@ def test_a_search_that_began_before_a_reload_is_refused_the_other_spaces_encoder
         retriever.search(picture(1), encoder="S")
 
 
+def test_a_search_that_began_before_a_reload_leaves_no_encoder_to_later_ones(
+    index, elastic, photos, picture, monkeypatch
+):
+    other = elastic.in_another_space()
+    other.source = "other-source"
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(source, *, revision):
+            return {elastic.source: elastic, other.source: other}[source]
+
+    def pictures():
+        index.upgrade(other)
+        retriever.reload()
+        yield picture(1)
+
+    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
+    retriever = Retriever.open(index.path)
+    before = retriever.generation
+    [begun] = retriever.search_many(pictures(), encoder="S")
+    later = retriever.search(picture(1), encoder="S")
+    assert [hits[0].path.name for hits in (begun, later)] == ["1.png", "1.png"]
+    assert (begun.generation, later.generation) == (before, index.generation)
+
+
 def test_threads_may_share_a_retriever(retriever, photos):
     expected = retriever.search(photos / "1.png", encoder="S").hits
     answers = []
