@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from matvit.decoding import ANY_MEMORY, NOT_NOW, Decoded, Decoders
+from matvit.decoding import ANY_MEMORY, NOT_NOW, Decoded, Decoders, ReadFile
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError, NotDecodedError
 from matvit.preprocess import MAX_FILE_BYTES, FloatArray, Header, PixelArray, read_header
@@ -37,6 +37,7 @@ class Task:
     path: bytes
     known: Known | None  # what the index has under this very path
     open: Open  # its bytes, and the status of its file, or of the shard that it is in
+    is_file: bool = False  # whether that only opens `full_path`, a file of this host's
     metadata: str | None = None  # a JSON object; None: what the index has
 
 
@@ -81,12 +82,12 @@ class MemoryBudget:
 
 @dataclass(frozen=True, slots=True)
 class _Small:
-    """A file that goes to a decoder as it is, with others."""
+    """A file that a decoder gets with others."""
 
     task: Task
     status: Status
     content_sha256: str
-    data: bytes
+    data: bytes = b""  # b"": the decoder has read it itself
 
     def loaded(self, found: Decoded) -> Loaded | SkippedFile:
         if isinstance(found.error, NotDecodedError):
@@ -128,10 +129,29 @@ class Loader:
         return found
 
     def load_all(self, tasks: Sequence[Task]) -> list[Loaded | SkippedFile]:
-        """`load` of each, in order; decoders get those that are small in one message."""
+        """`load` of each, in order; decoders get those that are small in one message, or read them themselves."""
         if self._decoders is None:
             return [self.load(task) for task in tasks]
-        return self._together([self._read(task) for task in tasks])
+        if not all(task.is_file for task in tasks):
+            return self._together([self._read(task) for task in tasks])
+        return [
+            found or self._alone(task)
+            for task, found in zip(tasks, self._read_by_decoder(tasks, self._decoders), strict=True)
+        ]
+
+    def _read_by_decoder(self, tasks: Sequence[Task], decoders: Decoders) -> list[Loaded | SkippedFile | None]:
+        """None for what must be read here: because it is large, cannot be read, or its content is held."""
+
+        def is_new(number: int, file: ReadFile) -> bool:
+            return not self._is_own(tasks[number], file.sha256) and not self._held(file.sha256)
+
+        names = [task.full_path for task in tasks]
+        with self._memory.reserve(SMALL_MEMORY):
+            try:
+                found = decoders.read(names, largest=SMALL_BYTES, memory=SMALL_MEMORY, wanted=is_new)
+            except MemoryError:  # here, for all the answers
+                return [None for _ in tasks]
+        return [None if one is None else _answer(task, *one) for task, one in zip(tasks, found, strict=True)]
 
     def _together(self, found: Sequence[Loaded | SkippedFile | _Small]) -> list[Loaded | SkippedFile]:
         small = [one for one in found if isinstance(one, _Small)]
@@ -146,11 +166,12 @@ class Loader:
         return [self._answered(one, next(answers)) if isinstance(one, _Small) else one for one in found]
 
     def _answered(self, small: _Small, found: Decoded) -> Loaded | SkippedFile:
-        if found.pixels is not None or found.error:
-            return small.loaded(found)
-        again = self._read(small.task, alone=True)
-        assert not isinstance(again, _Small)
-        return again
+        return small.loaded(found) if _is_answered(found) else self._alone(small.task)
+
+    def _alone(self, task: Task) -> Loaded | SkippedFile:
+        found = self._read(task, alone=True)
+        assert not isinstance(found, _Small)
+        return found
 
     def _read(self, task: Task, *, alone: bool = False) -> Loaded | SkippedFile | _Small:
         try:
@@ -211,6 +232,16 @@ class Loader:
             raise found.error
         assert found.pixels is not None
         return found.pixels[np.newaxis]
+
+
+def _answer(task: Task, file: ReadFile, found: Decoded) -> Loaded | SkippedFile | None:
+    status = Status(size=file.size, mtime_ns=file.mtime_ns)
+    return _Small(task, status, file.sha256).loaded(found) if _is_answered(found) else None
+
+
+def _is_answered(found: Decoded) -> bool:
+    """Not, if it takes more memory than it might."""
+    return found.pixels is not None or found.error is not None
 
 
 def _length(file: BinaryIO) -> int:

@@ -27,7 +27,7 @@ AHEAD = 4 * BATCH  # pictures decoded and waiting, at most: bounds the memory
 APART_BATCH = 128  # for an encoder on another device, which small batches leave waiting for Python ...
 APART_BYTES = 24 * 2**20  # ... while their pixels take no more than this
 APART_AT_ONCE = 2  # one is prepared while the device computes the other
-TOGETHER = 8  # pictures that go to a decoder in one message
+TOGETHER = 16  # pictures that go to a decoder in one message
 NO_EMBEDDING = "the encoder gave no finite unit-length embedding"
 Pixels = npt.NDArray[Any]  # (N, 3, H, W): float32 of the encoder's, uint8 of decoders
 

@@ -69,12 +69,14 @@ class Plan:
     def _file(self, file: FoundFile, status: Status) -> Step:
         if file.problem is not None:
             return _unread(file.path, file.problem)
+        remote = is_url(file.path)
         return self._compare(
             file.path,
             size=status.size,
             status=status,
             metadata=file.metadata,
-            source=partial(open_with_status, file.path, status if is_url(file.path) else None),
+            source=partial(open_with_status, file.path, status if remote else None),
+            is_file=not remote,
         )
 
     def _members(self, container: str, status: Status, *, kind: str) -> Iterator[Step]:
@@ -131,6 +133,7 @@ class Plan:
         status: Status,
         metadata: str | None,
         source: Open,
+        is_file: bool = False,
     ) -> Step:
         root, path = self._roots.locate(full_path)
         known = self._known.at(root, path)
@@ -144,6 +147,7 @@ class Plan:
             path=path,
             known=known,
             open=source,
+            is_file=is_file,
             metadata=metadata,
         )
 

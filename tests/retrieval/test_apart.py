@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import runpy
 import signal
@@ -157,6 +158,41 @@ def test_pixels_of_a_worker_equal_the_encoders_bit_by_bit(photos, picture):
         np.testing.assert_array_equal(PREPROCESSING.normalise(one.pixels), expected, strict=True)
 
 
+def test_a_worker_reads_named_files_and_decodes_those_that_are_wanted(tmp_path, picture):
+    contents = {f"{n}\n\udcff.png": picture(n) for n in range(4)}
+    contents |= {"large.png": picture(5) + bytes(10_000), "empty.png": b"", "no picture.png": b"text"}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    names = [str(tmp_path / name) for name in (*contents, "gone.png")]
+    asked = []
+
+    def wanted(number, file):
+        asked.append(number)
+        assert file.sha256 == hashlib.sha256(contents[Path(names[number]).name]).hexdigest()
+        return number != 1
+
+    with Decoders(Decoder(preprocessing=PREPROCESSING, size=8)) as decoders:
+        found = decoders.read(names, largest=10_000, memory=ANY_MEMORY, wanted=wanted)
+    assert asked == [0, 1, 2, 3, 6]
+    assert [one is not None for one in found] == [True, False, True, True, False, False, True, False]
+    for number in (0, 2, 3):
+        file, decoded = found[number]
+        status = Path(names[number]).stat()
+        assert (file.size, file.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        np.testing.assert_array_equal(decoded.pixels, PREPROCESSING.pixels(picture(number), size=8), strict=True)
+    assert not found[6][1].is_picture
+
+
+def test_a_file_whose_content_is_held_is_not_decoded_again(tmp_path, photos, monkeypatch):
+    index = Index.create(tmp_path / "i", encoder=Elastic())
+    index.ingest(photos, encoder=Elastic())
+    photos.rename(tmp_path / "moved")
+    decoded = []
+    monkeypatch.setattr(matvit.decoding, "_unpacked", lambda _, names: decoded.extend(names) or [])
+    found = index.ingest(tmp_path / "moved", encoder=Elastic(), delete=True)
+    assert (found.indexed, found.unchanged, found.deleted, decoded) == (10, 0, 0, [])
+
+
 def test_a_worker_imports_no_torch_and_no_index():
     code = "import sys, matvit.decoding; print(sorted({name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -303,11 +339,15 @@ def test_what_wraps_an_encoder_decodes_as_it_says_itself():
 def test_where_answers_find_no_memory_each_picture_is_decoded_alone_or_skipped(tmp_path, photos, monkeypatch, picture):
     real = Decoders.decode
 
+    def read(*_, **__):
+        raise MemoryError
+
     def decode(decoders, pictures, *, memory):
         if len(pictures) > 1 or pictures[0][0] == picture(2):
             raise MemoryError
         return real(decoders, pictures, memory=memory)
 
+    monkeypatch.setattr(Decoders, "read", read)
     monkeypatch.setattr(Decoders, "decode", decode)
     found = Index.create(tmp_path / "i", encoder=Elastic()).ingest(photos)
     assert found.indexed == 9
