@@ -5,15 +5,14 @@
     python benchmarks/ingest.py --sizes 10000,100000,1000000 [--json]
 
 Each round measures, in a random order: decoding alone on one thread, decoding alone on all cores as ingest does it,
-encoding alone in the batches and threads that ingest uses (that is the bare forward), and ingest. An encoder on another
-device is measured with decoders in threads, and in processes, as ingest has them there. Core-seconds are this process's
-own, and for ingest its decoders', too; what the main process takes of those bounds any ingest, however many cores there
-are. With --asleep, the encoder only waits so many milliseconds a picture, as one does whose device computes. Bounds:
-"shared cores" is cores / (core-seconds of decoding, on one thread, and of encoding), which holds where both run on the
-same cores; "two devices" is 1 / max(seconds of decoding on all cores, of encoding), which holds for another device.
-Rates are medians; shares are medians over the rounds of a round's own share. "Parts of ingest" is the core-seconds of
-decoding and encoding beside those of ingest, the share of the first bound that other programs do not disturb.
-"Others' cores" is what else the machine computed meanwhile.
+encoding alone in the batches and threads that ingest uses (that is the bare forward), and ingest. Core-seconds are this
+process's own, and for ingest its decoders', too; what the main process takes of those bounds any ingest, however many
+cores there are. With --asleep, the encoder only waits so many milliseconds a picture, as one does whose device
+computes. Bounds: "shared cores" is cores / (core-seconds of decoding, on one thread, and of encoding), which holds
+where both run on the same cores; "two devices" is 1 / max(seconds of decoding on all cores, of encoding), which holds
+for another device. Rates are medians; shares are medians over the rounds of a round's own share. "Parts of ingest" is
+the core-seconds of decoding and encoding beside those of ingest, the share of the first bound that other programs do
+not disturb. "Others' cores" is what else the machine computed meanwhile.
 With --sizes: the memory of a process that indexes so many tiny pictures in tar shards with a cheap encoder, of one
 that then finds all of them unchanged, of one that adds one picture to them, and of those that verify the index, upgrade
 it and repair it with a flipped bit in each segment, looked at 200 times a second. "Own" (RssAnon) is what
@@ -52,6 +51,7 @@ from matvit.spec import EncoderShape, SubmodelSpec
 from matvit.threads import limited, threads_of_each, usable_cores
 from matvit_data import demo_folder
 from retrieval import Index
+from retrieval.loading import SMALL_BYTES
 from retrieval.pipeline import Way, way_of
 
 LARGE = (4032, 3024)  # pixels, 12 million
@@ -103,17 +103,6 @@ class WithEncoders:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.elastic, name)
-
-
-@dataclass
-class InThreads:
-    """An encoder whose pictures are decoded in threads, whatever it says."""
-
-    encoder: Any
-    decodes_apart: None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.encoder, name)
 
 
 class Asleep:
@@ -184,7 +173,11 @@ def one_round(
         if way.decoders is None:
             encoder.preprocess(some)
         else:
-            way.decoders.decode([(file.read_bytes(), str(file)) for file in some], memory=ANY_MEMORY)
+            names = [str(file) for file in some]
+            found = way.decoders.read(names, largest=SMALL_BYTES, memory=ANY_MEMORY, wanted=lambda *_: True)
+            for file, one in zip(some, found, strict=True):
+                if one is None:
+                    way.decoders.decode([(file.read_bytes(), str(file))], memory=ANY_MEMORY)
 
     def begin(_: int) -> None:
         decode(files[:1])
@@ -204,21 +197,15 @@ def one_round(
             "decode": (lambda: [encoder.preprocess([file]) for file in some], len(some)),
             "decode on all cores": (lambda: list(decoders.map(decode, together)), len(files)),
             "encode": (lambda: list(encoders.map(encoder.encode, batches)), len(files)),
-            "ingest": (lambda: index.ingest(files), len(files)),
+            "ingest": (lambda: index.ingest(files[0].parent), len(files)),
         }
         names = random.sample(sorted(works), len(works))
         return {name: spent(*works[name]) for name in names}
 
 
-def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict[str, dict[str, Any]]:
-    """One encoder on one kind of picture, decoded in threads and, where it is on another device, in processes."""
+def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict[str, Any]:
+    """One encoder on one kind of picture, as ingest does it."""
     encoder = elastic.encoder(spec)
-    ways = {"threads": InThreads(encoder)} | ({"processes": encoder} if encoder.decodes_apart else {})
-    return {name: measure_way(elastic, one, files, rounds) for name, one in ways.items()}
-
-
-def measure_way(elastic: Any, encoder: Any, files: Sequence[Path], rounds: int) -> dict[str, Any]:
-    """As ingest does it with `encoder`."""
     batch = way_of(encoder).batch
     pixels = np.concatenate([encoder.preprocess([file]) for file in files[: 8 * batch]])
     if encoder.decodes_apart:
@@ -247,6 +234,7 @@ def measure_way(elastic: Any, encoder: Any, files: Sequence[Path], rounds: int) 
     bounds = {"shared cores": shared_cores, "two devices": two_devices, "forward": forward}
     return {
         "count": len(files),
+        "decoders": "threads" if way.decoders is None else "processes",
         "runtime": encoder.runtime,
         "cores": usable_cores(),
         "batch": way.batch,
@@ -298,23 +286,22 @@ def measure_all(arguments: argparse.Namespace, one: Measure) -> Iterator[tuple[s
 
 def print_rates(rows: Sequence[dict[str, Any]]) -> None:
     """As a table."""
-    print("| pictures | encoder | decoders | core-ms: decode | on all cores | encode ", end="")
+    print("| pictures | encoder | core-ms: decode | on all cores | encode ", end="")
     print("| ingest | of these the main process's | parts of ingest ", end="")
     print("| ingest/s | shared cores: bound/s | share | two devices: bound/s | share ", end="")
     print("| forward/s | share | others' cores |")
-    print("|---" * 17 + "|")
+    print("|---" * 16 + "|")
     for row in rows:
         core = row["core_ms"]
-        columns = [f"{row['count']} of {row['pictures']}", row["encoder"], row["decoders"]]
+        columns = [f"{row['count']} of {row['pictures']}", row["encoder"]]
         columns += [f"{core[name]:.2f}" for name in ("decode", "decode on all cores", "encode", "ingest")]
         columns += [f"{row['main_ms']:.2f}", f"{row['parts_of_ingest']:.3f}", f"{row['rate']:.1f}"]
         for name, bound in row["bounds"].items():
             columns += [f"{bound:.1f}", f"{row['shares'][name]:.3f}"]
         print("| " + " | ".join([*columns, f"{row['others']:.2f}"]) + " |")
     first = rows[0]
-    ways = {row["decoders"]: f"{row['at_once']} batches of {row['batch']} at once" for row in rows}
-    each = "; ".join(f"{name}: {batches}" for name, batches in ways.items())
-    print(f"\n{first['runtime']}, {first['cores']} cores, {first['threads_of_each']} torch thread(s) each; {each}")
+    print(f"\n{first['runtime']}, {first['cores']} cores, {first['threads_of_each']} torch thread(s) each; ", end="")
+    print(f"decoded in {first['decoders']}, {first['at_once']} batches of {first['batch']} at once")
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -475,11 +462,7 @@ def main() -> None:
         rows, show = [memory(int(size)) for size in arguments.sizes.split(",")], print_memory
     else:
         found = measure_all(arguments, measure)
-        rows = [
-            {"pictures": source, "encoder": spec, "decoders": way, **row}
-            for source, spec, ways in found
-            for way, row in ways.items()
-        ]
+        rows = [{"pictures": source, "encoder": spec, **row} for source, spec, row in found]
         show = print_rates
     print(json.dumps(rows, indent=2)) if arguments.json else show(rows)
 

@@ -257,7 +257,7 @@ class _Worker:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _unpacked(answer: bytearray, names: Sequence[str]) -> list[Decoded]:
+def _unpacked(answer: memoryview, names: Sequence[str]) -> list[Decoded]:
     place, found = len(names) * _ANSWERED.size, []
     for number, name in enumerate(names):
         kind, width, height, length = _ANSWERED.unpack_from(answer, number * _ANSWERED.size)
@@ -285,7 +285,7 @@ def serve(*, preprocessing: dict[str, object], size: int, truncated: bool, warne
         answers.write(_STARTED)
         while True:
             try:
-                message = memoryview(_receive(asked))
+                message = _receive(asked)
             except EOFError:
                 return
             memory, largest, count = _ASKED.unpack_from(message)
@@ -355,15 +355,15 @@ def _send(pipe: io.FileIO, parts: Sequence[bytes]) -> None:
         left = left[pipe.write(left) :]
 
 
-def _receive(pipe: io.FileIO) -> bytearray:
+def _receive(pipe: io.FileIO) -> memoryview:
     [length] = _LENGTH.unpack(_read(pipe, _LENGTH.size))
     return _read(pipe, length)
 
 
-def _read(pipe: io.FileIO, length: int) -> bytearray:
+def _read(pipe: io.FileIO, length: int) -> memoryview:
     """Raises EOFError when there are fewer bytes."""
-    found = bytearray(length)
-    left = memoryview(found)
+    found = np.empty(length, np.uint8).data  # unlike a bytearray not filled with zeros, under Python's lock
+    left = found
     while left:
         read = pipe.readinto(left)
         if not read:

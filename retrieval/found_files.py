@@ -1,7 +1,7 @@
 """The files that were found for an ingest, each once, kept outside the memory when they are many."""
 
 # Strings, because a Path per file would double the time of walking a large collection.
-# ruff: noqa: PTH100, PTH118, PTH122
+# ruff: noqa: PTH100, PTH118, PTH120, PTH122
 
 from __future__ import annotations
 
@@ -103,6 +103,15 @@ class FoundFiles:
         times = (None, None) if status is None else (status.size, status.mtime_ns)
         self._files.execute(_INSERT, (*values, *times))
 
+    def _add_pictures(self, paths: list[str]) -> None:
+        """`add_file` of each, all of one folder: in one call of SQLite's, which halves the time."""
+        if paths:
+            start = len(os.path.dirname(paths[0]).rstrip(os.sep)) + 1
+            real = os.path.join(os.path.dirname(self._real_path(paths[0])), "")
+            names = ((real + path[start:], path) for path in paths)
+            rows = ((os.fsencode(one), os.fsencode(path), PICTURE, *[None] * 4) for one, path in names)
+            self._files.executemany(_INSERT, rows)
+
     def _real_path(self, path: str) -> str:
         folder, name = os.path.split(path)
         if folder not in self._real:
@@ -116,9 +125,7 @@ class FoundFiles:
             return is_index(Path(path)) or not self._is_new(os.path.realpath(path))
 
         for files in walk_folders(folder, on_error=self._skip_folder, leave_out=leave_out):
-            for path in files:
-                if is_picture(path):
-                    self.add_file(path)
+            self._add_pictures([path for path in files if is_picture(path)])
 
     def folders_below(self, folder: str) -> list[str]:
         """This folder and those below it, each once, by its own name if it has one there."""
