@@ -36,7 +36,7 @@ class ViTConfig(BaseModel):
     family: Literal["vit", "eva"] = "vit"  # timm's VisionTransformer, or its Eva with rotary positions (DINOv3)
     image_size: Size  # pixels, a multiple of patch_size
     patch_size: Size  # pixels
-    embed_dim: Size  # a multiple of num_heads
+    embed_dim: Size  # a multiple of num_heads, unless head_dim is given
     num_heads: Size
     head_dim: Size | None = None  # None: embed_dim / num_heads; a submodel with fewer heads keeps their width
     ffn_widths: Annotated[tuple[Size, ...], Field(max_length=1000)]  # hidden units of each block
