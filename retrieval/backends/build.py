@@ -16,7 +16,7 @@ from retrieval.backends.rows import MappedRows
 from retrieval.exact import Found, exact_search
 from retrieval.items import IntArray
 
-RECALL = 0.99  # of the ten nearest, at least so many are found
+RECALL = 0.99  # of ten hits, at least so many score as much as the tenth nearest
 _HELD_OUT = 1000  # queries that recall is measured with, or a tenth: their mean is then known to some 0.002
 _ERRORS = 2  # standard errors above RECALL: by chance alone, one choice in forty would be under it for other queries
 _TRAINING = 100_000  # vectors that quantisers learn from, at most
@@ -81,16 +81,16 @@ def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
 def _measure(
     kind: Kind, index: Any, raw: MappedRows, rest: IntArray, queries: FloatArray
 ) -> tuple[Setting, float] | None:
-    own, places, truth = raw.subset(rest), np.arange(len(rest), dtype=np.int64), list[set[int]]()
+    own, places, truth = raw.subset(rest), np.arange(len(rest), dtype=np.int64), list[Found]()
     for setting in kind.settings():
         search = ApproximateSearch(rest, own, index=index, kind=kind, setting=setting, positions=places)
-        truth = truth or _sets(exact_search(search, queries, ids=rest, k=_K))  # reads the rows, but keeps none
-        answers = _sets(search.search(queries, k=_K))
-        recalls = np.array([len(a & t) / len(t) for a, t in zip(answers, truth, strict=True)])
+        truth = truth or exact_search(search, queries, ids=rest, k=_K)  # reads the rows, but keeps none
+        recalls = np.array([_recall(*both) for both in zip(search.search(queries, k=_K), truth, strict=True)])
         if recalls.mean() - _ERRORS * recalls.std() / len(recalls) ** 0.5 >= RECALL:
             return setting, float(recalls.mean())
     return None
 
 
-def _sets(found: list[Found]) -> list[set[int]]:
-    return [set(positions.tolist()) for positions, _ in found]
+def _recall(answer: Found, truth: Found) -> float:
+    """By score: of equal vectors, more than are asked for, any is right."""
+    return np.count_nonzero(answer[1] >= truth[1][-1]) / len(truth[1])
