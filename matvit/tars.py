@@ -89,7 +89,8 @@ def description(entry: tarfile.TarInfo, content: bytes) -> dict[str, Any]:
         value = json.loads(text)
         return value if isinstance(value, dict) else {"json": value}
     text = text.strip()
-    return {kind: int(text) if kind == "label" and text.isdecimal() else text}
+    is_number = kind == "label" and text.isdecimal() and str(int(text)) == text  # "007" and "7" are two classes
+    return {kind: int(text) if is_number else text}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

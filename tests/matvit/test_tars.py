@@ -53,6 +53,14 @@ def test_the_class_is_the_samples_cls_its_json_or_the_members_folder(tmp_path: P
     assert found.origins[0].startswith(f"{tmp_path / 'birds.tar'}#")
 
 
+def test_classes_that_are_one_number_in_other_digits_stay_apart(tmp_path: Path) -> None:
+    names = ("007", "7", "\u0663", "3")
+    members = {f"{i}.cls": name.encode() for i, name in enumerate(names)}
+    pictures = {f"{i}.png": picture(i) for i in range(len(names))}
+    found = read_dataset(write_tar(tmp_path / "birds.tar", dict(sorted((members | pictures).items()))))
+    assert sorted(found.class_names) == sorted(names)
+
+
 def test_hidden_members_and_folders_are_left_out_as_they_are_on_disk(tmp_path: Path) -> None:
     hidden = {"fox/._a.png": b"of macOS", ".thumbs/fox/a.png": picture(2), "./.b.png": picture(3)}
     found = read_dataset(write_tar(tmp_path / "birds.tar", LABELLED["folders"] | hidden))
