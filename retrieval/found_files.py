@@ -41,7 +41,7 @@ class FoundFiles:
     """
 
     def __init__(self) -> None:
-        self.bases: dict[str, None] = {}  # folders that the files were named by, in order
+        self.bases: dict[str, bool] = {}  # that files were named by, in order; True: a folder or a pattern's base
         self.scopes: list[str] = []  # folders, and files with pictures in them, that were looked through
         self.skipped: list[SkippedFile] = []  # what cannot be read
         self.missing: list[SkippedFile] = []  # named, but not there
@@ -140,14 +140,14 @@ class FoundFiles:
         deque(walk_folders(folder, on_error=self._skip_folder, leave_out=leave_out), maxlen=0)
         return folders
 
-    def note_folder(self, folder: str) -> None:
-        """A folder that is looked through."""
-        self.note_base(folder)
+    def note_folder(self, folder: str, *, matched: bool = False) -> None:
+        """A folder that is looked through: named itself, the base of a pattern, or `matched` by one."""
+        self.bases[folder] = not matched or self.bases.get(folder, False)
         self.scopes.append(folder)
 
     def note_base(self, folder: str) -> None:
         """A folder that a file is named by."""
-        self.bases[folder] = None
+        self.bases.setdefault(folder, False)
 
     def _skip_folder(self, error: OSError) -> None:
         self.skip(os.path.abspath(os.fsdecode(error.filename)), f"folder cannot be read ({error.strerror})")

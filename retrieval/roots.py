@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from retrieval.locations import split_member
 
@@ -14,16 +14,22 @@ from retrieval.locations import split_member
 class Roots:
     """Named folders that items' paths are relative to. A path belongs to the deepest root around it."""
 
-    def __init__(self, known: Mapping[str, str], bases: Iterable[str]) -> None:
-        """Keep the `known` roots, and add one for every base that none of them contains."""
+    def __init__(self, known: Mapping[str, str], bases: Mapping[str, bool]) -> None:
+        """Keep the `known` roots, and add those of the bases that they do not contain: places that are known stay.
+
+        `bases`: folders that files were named by; True for one that was named itself, or is a pattern's base. All
+        of these become roots, so that a file is known by the innermost; the folder of a file that was named
+        becomes one only where no other root contains it.
+        """
         self.named = dict(known)
         self._by_folder = {folder: name for name, folder in known.items()}
         self._found: dict[str, tuple[str, str]] = {}  # folder -> root's name, its path below that root
-        for base in sorted({_printable(base) for base in bases}, key=lambda base: (len(base), base)):
+        folders = {_printable(base) for base, is_named in bases.items() if is_named}
+        for base in sorted((base for base in folders if self._search(base) is None), key=_outermost_first):
+            self._add(base)
+        for base in sorted(map(_printable, bases), key=_outermost_first):
             if self._search(base) is None:
-                name = self._new_name(base)
-                self.named[name] = base
-                self._by_folder[base] = name
+                self._add(base)
 
     def locate(self, path: str) -> tuple[str, bytes]:
         """An absolute path as its root's name and the bytes of its path below it, "/" between parts."""
@@ -37,6 +43,11 @@ class Roots:
             self._found[folder] = self._by_folder[root], os.path.join(folder, "")[len(os.path.join(root, "")) :]
         root_name, below = self._found[folder]
         return root_name, os.fsencode((below + name).replace(os.sep, "/"))
+
+    def _add(self, base: str) -> None:
+        name = self._new_name(base)
+        self.named[name] = base
+        self._by_folder[base] = name
 
     def _search(self, folder: str) -> str | None:
         while folder not in self._by_folder:
@@ -52,6 +63,10 @@ class Roots:
         while name in self.named:
             name, number = f"{stem}-{number}", number + 1
         return name
+
+
+def _outermost_first(folder: str) -> tuple[int, str]:
+    return len(folder), folder
 
 
 def _printable(folder: str) -> str:

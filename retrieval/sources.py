@@ -95,7 +95,7 @@ def _add(found: FoundFiles, name: str) -> None:
         base = os.path.abspath(os.path.dirname(re.split(r"[*?\[]", name, maxsplit=1)[0]))
         found.note_folder(base)
         for match in _matches(found, name, base=base):
-            _add_existing(found, match)
+            _add_existing(found, match, matched=True)
     else:
         found.skip(path, os_reason(error), gone=is_gone(error))
 
@@ -123,9 +123,9 @@ def _add_url(found: FoundFiles, url: str) -> None:
             _add_file(found, one, status=status)
 
 
-def _add_existing(found: FoundFiles, path: str) -> None:
+def _add_existing(found: FoundFiles, path: str, *, matched: bool = False) -> None:
     if os.path.isdir(path):
-        found.note_folder(path)
+        found.note_folder(path, matched=matched)
         found.add_folder(path)
     else:
         _add_file(found, path)

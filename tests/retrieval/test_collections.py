@@ -15,6 +15,7 @@ import pytest
 from matvit.errors import ImageError, MissingExtraError
 from retrieval import Index, IngestError, Retriever, SearchError
 from retrieval.locations import location, read_picture, split_member
+from retrieval.metadata import from_json
 from retrieval.sources import find_files
 
 
@@ -174,6 +175,39 @@ def test_a_shards_picture_has_the_folder_inside_the_shard_for_its_label(tmp_path
         "1.png": {"label": "cat/old"},
         "plain.png": {"label": "shop"},
     }
+
+
+def labels(index):
+    snapshot = index._snapshot
+    return {
+        snapshot.full_path(item.place).name: from_json(item.metadata, item.path).get("label")
+        for _, item in snapshot.live_items()
+    }
+
+
+@pytest.mark.parametrize("folder", ["photos", "photos/*", "photos/s*/**/*.png"])
+def test_a_named_picture_or_shard_beside_a_folder_does_not_change_the_labels(tmp_path, photos, picture, build, folder):
+    (tmp_path / "one.png").write_bytes(picture(20))
+    write_tar(tmp_path / "shard.tar", {"cat/a.png": picture(21)})
+    named = [tmp_path / folder, tmp_path / "one.png", tmp_path / "shard.tar"]
+    index = build(named)
+    found = labels(index)
+    assert {name: label for name, label in found.items() if label} == {
+        **dict.fromkeys(["7.png", "8.png", "9.png"], "sub"),
+        "a.png": "cat",
+    }
+    index.ingest(photos)
+    for images in (tmp_path, named[1:], named):
+        assert index.ingest(images, delete=True).indexed == 0
+    assert {name: labels(index)[name] for name in found} == found
+
+
+def test_an_index_that_holds_a_folder_by_the_one_around_it_goes_on_so(tmp_path, photos, build):
+    index = build(tmp_path)
+    before = metadata(index).keys()
+    report = index.ingest([photos, photos / "sub"])
+    assert (report.indexed, report.unchanged) == (0, 10)
+    assert metadata(index).keys() == before >= {"photos/0.png", "photos/sub/7.png"}
 
 
 def test_hidden_members_and_hidden_folders_in_a_shard_are_left_out(tmp_path, picture, build):

@@ -157,15 +157,21 @@ def test_a_missing_one_among_several_is_listed_not_fatal(photos):
 
 
 def test_a_file_belongs_to_the_deepest_root_and_known_roots_are_kept():
-    roots = Roots({"trip": "/p/2024/trip"}, ["/p/2024", "/p/2024/other", "/p/2024/trip/day1"])
+    roots = Roots({"trip": "/p/2024/trip"}, dict.fromkeys(["/p/2024", "/p/2024/other", "/p/2024/trip/day1"], False))
     assert roots.named == {"trip": "/p/2024/trip", "2024": "/p/2024"}
     assert roots.locate("/p/2024/trip/day1/x.png") == ("trip", b"day1/x.png")
     assert roots.locate("/p/2024/other/x.png") == ("2024", b"other/x.png")
-    assert Roots({}, ["/"]).locate("/x.png") == ("root", b"x.png")
+    assert Roots({}, {"/": True}).locate("/x.png") == ("root", b"x.png")
+
+
+def test_every_new_folder_is_a_root_and_that_of_a_named_file_only_where_no_other_contains_it():
+    bases = {"/p": False, "/p/photos": True, "/p/photos/ferry": False, "/p/shop": True, "/p/shop/new": True}
+    assert list(Roots({}, bases).named.values()) == ["/p/shop", "/p/photos", "/p/shop/new", "/p"]
+    assert Roots({"p": "/p"}, bases).named == {"p": "/p"}  # what is known of the files below keeps its place
 
 
 def test_roots_of_one_name_are_told_apart():
-    assert Roots({}, ["/a/photos", "/b/photos"]).named == {"photos": "/a/photos", "photos-2": "/b/photos"}
+    assert Roots({}, {"/a/photos": True, "/b/photos": True}).named == {"photos": "/a/photos", "photos-2": "/b/photos"}
 
 
 @pytest.mark.parametrize("images", [None, 5, b"a.png", [None], [b"a.png"], [[]]])
