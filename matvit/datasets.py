@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from matvit import layouts, tars
 from matvit.errors import DatasetError, MissingExtraError
-from matvit.preprocess import Absent, ImageSource
+from matvit.preprocess import RAW_SUFFIXES, Absent, ImageSource
 from matvit.regular import check_regular
 from matvit.walk import walk_files
 
@@ -39,8 +39,8 @@ LabelArray = npt.NDArray[np.int64]
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-    # Not read by Pillow alone: named here so that they are skipped with a reason, not passed over.
-    | {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
+    # Not read: named here so that they are skipped with a reason, not passed over.
+    | {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", *RAW_SUFFIXES}
 )
 
 

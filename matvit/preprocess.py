@@ -64,6 +64,8 @@ MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # by all scans of a progressive JPEG; came
 # With these limits, the worst file takes half a minute (docs/decisions/0010).
 _BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 21}  # others: 8, a picture and a copy of it in RGB
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")
+_DNG_VERSION = 50706  # a tag that makes a TIFF file a DNG
 _TILE = 1024  # pixels a side: pictures that need arithmetic are converted in such pieces
 _CODECS = ("jpg", "zlib", "libtiff", "webp", "avif")  # of FORMATS, those that a Pillow may lack
 _FIX = "give a readable JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file"
@@ -146,7 +148,7 @@ def open_image(source: ImageSource, *, draft_size: int = 0) -> Image.Image:
             source = _encoded(source)
         if isinstance(source, Image.Image):
             return _to_rgb(_upright(_with_pixels(source)))
-        with _file_of(source) as file, _opened(file) as image:
+        with _file_of(source) as file, _opened(file, name=where) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             _check_work(image, file)
@@ -199,21 +201,29 @@ class _SpecialFileError(Exception):
     pass
 
 
-def _opened(file: BinaryIO) -> Image.Image:
-    """The file with its header read, as Image.open does, but for its warning of large pictures.
+class _CameraRawError(UnidentifiedImageError):
+    pass
+
+
+def _opened(file: BinaryIO, *, name: str) -> Image.Image:
+    """The file with its header read, as Image.open does, but for its warning of large pictures, and no camera raw.
 
     The caller has its own limit. To suppress the warning, threads would wait for each other's files.
     """
+    is_raw = name.lower().endswith(RAW_SUFFIXES)
     guarded = cast(BinaryIO, _Guarded(file))
     beginning = guarded.read(16)
-    for name in FORMATS:
-        make, accepts = Image.OPEN[name]
+    for format_ in FORMATS:
+        make, accepts = Image.OPEN[format_]
         accepted = accepts is None or accepts(beginning)
         if accepted and not isinstance(accepted, str):  # a text says that this Pillow lacks the format
             guarded.seek(0)
             with suppress(SyntaxError, IndexError, TypeError, struct.error):  # to Image.open, too, it is another format
-                return make(guarded, "")
-    raise UnidentifiedImageError
+                image = make(guarded, "")
+                if isinstance(image, TiffImageFile) and (is_raw or _DNG_VERSION in image.tag_v2):
+                    raise _CameraRawError  # what Pillow reads of most of them is a small preview
+                return image
+    raise _CameraRawError if is_raw else UnidentifiedImageError
 
 
 def _would_warn(image: Image.Image) -> bool:
@@ -262,7 +272,7 @@ def read_header(file: BinaryIO, *, path: str | os.PathLike[str]) -> Header | Non
     NotDecodedError when this Pillow lacks one of the formats.
     """
     try:
-        image = _opened(file)
+        image = _opened(file, name=os.fspath(path))
     except UnidentifiedImageError as error:
         raise _image_error(error, path, where=os.fspath(path)) from error
     except Exception:  # the decoder will say what is wrong with it
@@ -298,6 +308,8 @@ def _may_pass(error: Exception) -> bool:
 def _reason(error: Exception, source: ImageSource) -> str:
     if isinstance(source, Absent):
         return source.reason
+    if isinstance(error, _CameraRawError):
+        return "is a camera raw picture, which needs converting to JPEG first"
     if isinstance(error, UnidentifiedImageError) and _is_heic(source):
         return "is a HEIC picture, which needs converting to JPEG first"
     known: dict[type[Exception], str] = {

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from matvit import preprocess
 from matvit.errors import BackboneError, ImageError
@@ -409,6 +409,19 @@ def test_a_heic_picture_is_said_to_need_converting(tmp_path: Path) -> None:
         assert refusal(source).what == "is a HEIC picture, which needs converting to JPEG first"
     cut.write_bytes(encode(scene(9, 9), "JPEG"))
     assert PLAIN(cut, size=28).shape == (3, 28, 28)  # the content decides
+
+
+def test_a_camera_raw_picture_is_said_to_need_converting_not_taken_for_the_preview_in_it(tmp_path: Path) -> None:
+    preview, other = tmp_path / "photo.NEF", tmp_path / "photo.raf"
+    preview.write_bytes(encode(scene(9, 9), "TIFF"))
+    other.write_bytes(b"FUJIFILMCCD-RAW " + bytes(100))
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[50706] = b"\1\4\0\0"
+    dng = encode(scene(9, 9), "TIFF", tiffinfo=tags)
+    for source in (preview, str(other), dng):
+        assert refusal(source).what == "is a camera raw picture, which needs converting to JPEG first"
+    preview.write_bytes(encode(scene(9, 9), "JPEG"))
+    assert PLAIN(preview, size=28).shape == (3, 28, 28)  # the content decides
 
 
 def test_a_pil_image_without_pixels_is_refused() -> None:

@@ -81,11 +81,13 @@ def test_content_that_is_held_is_not_decoded(photos, elastic, monkeypatch):
 def test_pictures_of_kinds_that_are_not_read_are_listed_with_what_to_do(photos, elastic, tmp_path):
     (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     (photos / "IMG_2.cr2").write_bytes(b"II*\0" + bytes(100))
+    Image.new("RGB", (9, 9)).save(photos / "IMG_3.dng", "TIFF")  # raws hold a small preview
     index = Index.create(tmp_path / "photos.index", encoder=elastic)
     report = index.ingest(photos)
     skipped = {file.path.name: file.reason for file in report.skipped}
     assert "needs converting to JPEG" in skipped["IMG_1.HEIC"]
-    assert "IMG_2.cr2" in skipped
+    assert "is a camera raw picture, which needs" in skipped["IMG_2.cr2"]
+    assert "is a camera raw picture, which needs" in skipped["IMG_3.dng"]
 
 
 def fail(error):
