@@ -60,7 +60,10 @@ def is_shared(descriptor: int) -> bool:
 
 def holder_of(path: Path) -> str:
     """The process id that the lock file names, or "unknown"."""
-    return path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
+    except FileNotFoundError:  # it has just gone, and its lock with it
+        return "unknown"
 
 
 def sign(path: Path, descriptor: int) -> None:

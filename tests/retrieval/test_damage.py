@@ -602,6 +602,16 @@ def test_a_lock_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeyp
         pass
 
 
+def test_a_holder_that_takes_its_lock_with_it_is_told_as_unknown(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        (tmp_path / "writer.lock").unlink()
+        raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
+
+    monkeypatch.setattr(retrieval.lock, "lock", refuse)
+    with pytest.raises(IndexLockedError, match="process unknown is writing"), writer_lock(tmp_path):
+        pass
+
+
 def test_a_file_system_without_locks_is_told_as_such(tmp_path, monkeypatch):
     def refuse(descriptor):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
