@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.arguments import is_number, is_whole
 from retrieval.encoders import check_encoder, describe, load_encoder
 from retrieval.errors import DamagedFileError, DiskRefusalError, IndexExistsError, IndexFormatError, IngestError
-from retrieval.files import index_folder, keeping_lists, writing
+from retrieval.files import index_folder, keeping_lists, remove, writing
 from retrieval.found_files import FoundFiles
 from retrieval.ingest import Ingest
 from retrieval.known import KnownItems
@@ -83,7 +82,11 @@ class Index:
         """
         folder, described = index_folder(path), describe(encoder)  # raises before anything is made
         with writing(folder):
-            _check_free(folder)
+            try:
+                _check_free(folder)
+            except (IndexFormatError, FileNotFoundError):  # or another process, with the lock, is just removing one
+                with writer_lock(folder):
+                    _check_free(folder)
         was_there = folder.exists()
         manifest = Manifest(
             generation=1,
@@ -101,6 +104,7 @@ class Index:
             with writer_lock(folder):
                 _check_free(folder)  # another process may have been faster
                 with writing(folder):
+                    make_folders(folder)  # or have just removed them, with an index of its own
                     _publish_first(folder, manifest)
         except DiskRefusalError:
             _discard_unmade(folder, keep_folder=was_there)
@@ -445,13 +449,16 @@ def _nothing_indexed(report: IngestReport) -> IngestError:
 
 def _discard_empty(folder: Path, *, keep_folder: bool) -> None:
     """Remove an index that holds no picture, as the disk says now; not one that another process is writing to."""
-    with suppress(MatVitError, FileNotFoundError), writer_lock(folder):
+    with suppress(MatVitError, OSError), writer_lock(folder):
         if Snapshot.open(folder).info().items:
             return
         (folder / CURRENT).unlink()  # first: what a kill from here on leaves never opens
-        shutil.rmtree(folder, ignore_errors=True)
-        if keep_folder:
-            folder.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if path.name != LOCK:
+                remove(path)
+        (folder / LOCK).unlink()  # last: who makes another finds nothing beside it
+        if not keep_folder:
+            folder.rmdir()
 
 
 def _check_free(folder: Path) -> None:

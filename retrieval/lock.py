@@ -27,6 +27,8 @@ def writer_lock(folder: Path) -> Iterator[None]:
             descriptor = open_lock(path)
         except NotOursError as error:
             raise wrong_kind(path, f"is {error.strerror}") from error
+        except FileNotFoundError as error:
+            raise _removed(folder) from error
     try:
         try:
             lock(descriptor)
@@ -44,11 +46,15 @@ def writer_lock(folder: Path) -> Iterator[None]:
                 fix="wait until it is done, or stop it",
             ) from error
         if not is_still(path, descriptor):
-            raise IndexLockedError(
-                what="another process has just removed this index", where=str(folder), fix="run the same again"
-            )
+            raise _removed(folder)
         with writing(folder):
             sign(path, descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _removed(folder: Path) -> IndexLockedError:
+    return IndexLockedError(
+        what="another process has just removed this index", where=str(folder), fix="run the same again"
+    )

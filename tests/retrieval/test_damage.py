@@ -13,12 +13,13 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import retrieval.index
 import retrieval.ingest
 import retrieval.lock
 from retrieval import (
@@ -32,7 +33,7 @@ from retrieval import (
 )
 from retrieval.backends import choice
 from retrieval.errors import DamagedFileError
-from retrieval.files import sha256_bytes
+from retrieval.files import remove, sha256_bytes
 from retrieval.lock import writer_lock
 from retrieval.manifest import UPGRADES, publish_manifest, read_manifest, read_pointer
 from retrieval.writer import Entry, GenerationWriter
@@ -412,6 +413,7 @@ def test_an_approximate_index_that_cannot_grow_leaves_the_generation_before(inde
 
 SLOW_INGEST = """
 import runpy, sys, time
+import retrieval.index
 import retrieval.ingest
 from retrieval import Index
 
@@ -591,6 +593,40 @@ def test_an_empty_index_that_another_process_writes_to_is_left_alone(tmp_path, p
     with ExitStack() as holder, pytest.raises(IngestError):
         Index.build(photos, encoder=elastic, path=tmp_path / "i")
     assert Index.open(tmp_path / "i").info().items == 0
+
+
+def test_an_index_that_another_process_is_just_discarding_is_not_told_as_damaged(tmp_path, elastic, monkeypatch):
+    told = []
+
+    def create_meanwhile(path):
+        with pytest.raises((IndexLockedError, IndexExistsError)) as caught:
+            Index.create(path.parent, encoder=elastic)
+        told.append(caught.type)
+        remove(path)
+
+    (tmp_path / "bad.png").write_text("no picture")
+    monkeypatch.setattr(retrieval.index, "remove", create_meanwhile)
+    with pytest.raises(IngestError, match="not a picture"):
+        Index.build(tmp_path / "bad.png", encoder=elastic, path=tmp_path / "i")
+    assert told[0] is IndexLockedError
+    assert not (tmp_path / "i" / "writer.lock").exists()
+
+
+def test_an_index_is_created_where_another_process_has_just_discarded_its_own(tmp_path, elastic, monkeypatch):
+    @contextmanager
+    def lock_after_removal(folder):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        with writer_lock(folder):
+            yield
+
+    monkeypatch.setattr(retrieval.index, "writer_lock", lock_after_removal)
+    assert Index.create(tmp_path / "i", encoder=elastic).verify() == []
+
+
+def test_a_folder_that_was_removed_meanwhile_cannot_be_locked(tmp_path):
+    with pytest.raises(IndexLockedError, match="has just removed"), writer_lock(tmp_path / "gone"):
+        pass
 
 
 def test_a_lock_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
