@@ -118,7 +118,7 @@ class Ingest:
     def _forget_gone(self) -> None:
         for known in chain.from_iterable(self._gone.values()):  # those that were not found elsewhere
             self._deleted.setdefault(known.segment.entry.name, []).append(known.item.id)
-            self._deleted_count += 1
+            self._deleted_count += known.item.status == OK
         self._gone = {}
 
     def _read_and_encode(self) -> None:

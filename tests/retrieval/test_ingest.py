@@ -191,7 +191,7 @@ def test_delete_forgets_a_named_folder_or_file_that_is_gone_itself(albums, tmp_p
     assert counts(albums.ingest([more, photos / "sub", photos / "1.png"], delete=True)) == (0, 1, 4, 0)
     shutil.rmtree(photos)
     report = albums.ingest([more, photos, tmp_path / "misspelt"], delete=True)
-    assert counts(report) == (0, 1, 6, 1)
+    assert counts(report) == (0, 1, 5, 1)  # bad.png, which was skipped, is no picture
     assert report.skipped[0].path == tmp_path / "misspelt"
     assert (albums.info().items, albums.info().skipped, albums.verify()) == (1, (), [])
 
@@ -207,7 +207,7 @@ def test_a_renamed_folder_keeps_its_ids_and_is_not_embedded_again(albums, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(type(elastic.encoder()), "preprocess", None)  # any use would fail
         report = albums.ingest([tmp_path / "renamed", photos], delete=True)
-    assert counts(report) == (1, 9, 1, 1)  # the copy; the moved; bad.png under its old and its new name
+    assert counts(report) == (1, 9, 0, 1)  # the copy; the moved; bad.png
     after = ids()
     copies = {after.pop("2.png"), after.pop("copy.png")}
     assert copies == {before.pop("2.png"), 12}
@@ -230,6 +230,17 @@ def test_a_picture_renamed_over_another_one_takes_that_ones_place(index, photos,
     assert counts(index.ingest(photos, delete=True)) == (1, 8, 1, 0)
     assert id_of(index.path, elastic, picture(5)) == (third, path)
     assert (index.info().items, index.verify()) == (9, [])
+
+
+def test_a_skipped_file_that_is_gone_is_forgotten_but_is_no_deleted_picture(index, photos):
+    (photos / "sub" / "empty.jpg").touch()
+    index.ingest(photos)
+    (photos / "sub").rename(photos / "moved")
+    assert counts(index.ingest(photos, delete=True)) == (0, 10, 0, 1)
+    assert [file.path for file in index.info().skipped] == [photos / "moved" / "empty.jpg"]
+    (photos / "moved" / "empty.jpg").unlink()
+    assert counts(index.ingest(photos, delete=True)) == (0, 10, 0, 0)
+    assert index.info().skipped == ()
 
 
 def test_ids_are_never_given_twice(index, photos, elastic, picture):
