@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import retrieval
 from retrieval import Index, Retriever
+from retrieval.backends import KINDS
 from retrieval.errors import DamagedFileError
 from retrieval.items import Item
 from retrieval.manifest import (
@@ -28,11 +30,28 @@ HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "formats" / "index.md"
 
 
-def test_every_field_and_column_is_documented():
-    models = Manifest, EncoderEntry, AskedEntry, ApproximateEntry, SegmentEntry, FileEntry, DeletionsEntry
-    names = [name for model in models for name in model.model_fields] + [field.name for field in fields(Item)]
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert [name for name in names if f"`{name}`" not in text] == []
+def tables():
+    """The page's tables, each a list of rows, each a list of cells, without the line under the header."""
+    blocks = re.findall(r"(?:^\|.*\n)+", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    return [[row.strip("|").split("|") for row in block.splitlines() if row != "|---|---|---|"] for block in blocks]
+
+
+def test_every_field_and_column_is_documented_and_no_other():
+    models = Manifest, EncoderEntry, AskedEntry, ApproximateEntry, SegmentEntry, DeletionsEntry
+    expected = [[*model.model_fields] for model in models] + [[field.name for field in fields(Item)]]
+    found = [
+        [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+        for (header, *rest), *rows in tables()
+        if header.strip() in {"field", "column"}
+    ]
+    assert [sorted(names) for names in found] == [sorted(names) for names in expected]
+    assert f"`{{{', '.join(FileEntry.model_fields)}}}`" in DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_every_parameter_of_an_approximate_index_is_documented():
+    [(_, _, *rows)] = [table for table in tables() if table[0][0].strip() == "`parameters` of"]
+    found = {name.strip("` "): re.findall(r"`(\w+)`:", have) for name, have in rows}
+    assert found == {name: [*kind.parameters(1000, 32)] for name, kind in KINDS.items()}
 
 
 @pytest.fixture
