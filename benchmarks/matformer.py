@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from controls import embed
 
 from matvit import MatViT
 from matvit.datasets import LabelledImages, data_folder, read_dataset
-from matvit.metrics import top_k
+from matvit.metrics import IntArray, top_k
 from matvit.preprocess import FloatArray
 from matvit.spec import Granularity
 from matvit.training.loop import train
 from matvit.training.recipe import Recipe
 
-IntArray = npt.NDArray[np.int64]
 TRAIN, VAL = "tiny-imagenet/train", "tiny-imagenet/val"
 SHARE = {"S": 0.5, "M": 1.0, "L": 2.0, "XL": 4.0}  # hidden width of a feed-forward layer, in embedding widths
 SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3}

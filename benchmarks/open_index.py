@@ -23,7 +23,7 @@ from retrieval import Index, Retriever
 from retrieval.files import sha256_file
 from retrieval.items import Item
 from retrieval.lock import writer_lock
-from retrieval.manifest import EncoderEntry, Manifest, publish_manifest
+from retrieval.manifest import EncoderEntry, Manifest, make_folders, publish_manifest
 from retrieval.writer import Entry, GenerationWriter
 
 DIM, SEGMENT_ROWS = 384, 16_384
@@ -36,8 +36,7 @@ NO_ENCODER = EncoderEntry(
 
 def make_index(folder: Path, rows: int, *, encoder: EncoderEntry = NO_ENCODER) -> None:
     """An index of `rows` random unit vectors of width DIM, and items as photographs have them."""
-    for name in ("generations", "segments", "deletions"):
-        (folder / name).mkdir(parents=True)
+    make_folders(folder)
     manifest = Manifest(
         generation=1,
         parent=None,

@@ -33,7 +33,7 @@ def fit_private(model: MatViT, images: Tensor) -> None:
             up, down, offset = _best_change(layer.weight.double(), *units, width=own.width, rank=rank)
             own.set_matrix("mlp.fc2.weight", up=up, down=down)
             if layer.bias is not None:
-                own.set_vector("mlp.fc2.bias", offset)
+                own.add("mlp.fc2.bias", offset)
 
 
 def _hidden_units(model: MatViT, images: Tensor, layers: list[nn.Linear]) -> list[tuple[Tensor, Tensor]]:

@@ -78,11 +78,6 @@ class PrivateBlock(nn.Module):
         self.up[key].zero_()[: len(up)] = up.to(self.up[key])
         self.down[key][: len(down)] = down.to(self.down[key])
 
-    @torch.no_grad()
-    def set_vector(self, name: str, delta: Tensor) -> None:
-        """The delta (n,) of the block's vector `name`."""
-        self.vector[_key(name)][0] = delta.to(self.vector[_key(name)])
-
     def _changed(self, name: str, tensor: Tensor) -> Tensor:
         key = _key(name)
         if tensor.ndim == 1:

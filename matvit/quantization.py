@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32]
+from matvit.preprocess import FloatArray
+
 Tensors = dict[str, npt.NDArray[np.generic]]
 
 _INTEGERS, _SCALES = ".int8", ".scale"  # suffixes of the two stored tensors

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.exact import Vectors
 from retrieval.flat import exact_scores, float32_slack
-from retrieval.items import IntArray
 
 _BLOCK = 2048  # rows a side of the block of scores that is looked at: 16 MB
 

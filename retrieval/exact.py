@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from retrieval.flat import BLOCK, ScoreArray, best_of, sweep
-from retrieval.items import IntArray
 
 Found = tuple[IntArray, ScoreArray]
 """Positions (K,) int64 and scores (K,) float64, best first; equal scores ordered by id."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from matvit.metrics import IntArray
 from retrieval.errors import SearchError
-from retrieval.items import IntArray
 
 Scalar = str | int | float | bool
 Where = Mapping[str, Scalar | Sequence[Scalar] | Mapping[str, Scalar]]

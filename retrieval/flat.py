@@ -10,9 +10,9 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from matvit.threads import for_queries
-from retrieval.items import IntArray
 
 ScoreArray = npt.NDArray[np.float64]
 Knn = Callable[[FloatArray, int], tuple[FloatArray, IntArray]]

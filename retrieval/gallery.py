@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from retrieval.arguments import is_whole
 from retrieval.backends.cache import open_search
 from retrieval.errors import SearchError
 from retrieval.exact import Found, Vectors, exact_search
 from retrieval.filters import Column, Scalar, Where, parse_where
-from retrieval.items import IntArray, Place
+from retrieval.items import Place
 from retrieval.manifest import read_current
 from retrieval.metadata import from_json
 from retrieval.snapshot import Snapshot

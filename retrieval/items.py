@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from matvit.durable import sync_file
+from matvit.metrics import IntArray
 from matvit.regular import check_regular
 from retrieval.errors import DamagedFileError, IndexFormatError
 from retrieval.files import RESTORE, reading
 
-IntArray = npt.NDArray[np.int64]
 Place = tuple[str, bytes]  # a root's name, and the path below it
 
 _AT_ONCE = 1024  # items in memory while all are read

@@ -13,6 +13,7 @@ from PIL import Image
 
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray, ImageSource
 from retrieval.arguments import is_whole
 from retrieval.encoders import normalised
@@ -20,10 +21,9 @@ from retrieval.errors import SearchError
 from retrieval.exact import Found
 from retrieval.files import sha256_bytes
 from retrieval.gallery import Gallery
-from retrieval.items import IntArray
 from retrieval.locations import absolute, is_virtual, location, read_picture
 
-PICTURE = (str, os.PathLike, bytes, Image.Image)  # ImageSource, as isinstance takes it
+PICTURE_TYPES = (str, os.PathLike, bytes, Image.Image)  # ImageSource, as isinstance takes it
 Fusion = Literal["mean", "rank"]
 
 UNLIKE = 0.5  # how much one is pushed away: with the full weight, what like and unlike share would be lost
@@ -78,12 +78,12 @@ class Asked:
 
 def check(query: Query, gallery: Gallery) -> Asked:
     """Raises SearchError for what is no query, or an id that `gallery` does not hold."""
-    if isinstance(query, PICTURE):
+    if isinstance(query, PICTURE_TYPES):
         return Asked(blend=Blend([query]), single=True)
     single = not isinstance(query, Blend)
     blend = Blend([query]) if not isinstance(query, Blend) else query
     for name, parts in (("like", blend.like), ("unlike", blend.unlike)):
-        if isinstance(parts, PICTURE) or not isinstance(parts, Sequence):
+        if isinstance(parts, PICTURE_TYPES) or not isinstance(parts, Sequence):
             raise SearchError(what=f"'{name}' is no list", where="Blend", fix="give a list of pictures or ids")
     if not blend.like:
         raise SearchError(what="'like' is empty", where="Blend", fix="give a picture or more that hits should be like")

@@ -20,12 +20,13 @@ import numpy as np
 
 from matvit.encoder import ElasticEncoder, ImageEncoder
 from matvit.errors import MatVitError
+from matvit.metrics import IntArray
 from matvit.progress import Progress, ProgressEvent
 from matvit.regular import read_small
 from retrieval.encoders import check_encoder, load_encoder
 from retrieval.errors import DamagedFileError, IndexFormatError
 from retrieval.files import check_file, exhausted, reading, sha256_bytes, writing
-from retrieval.items import OK, IntArray, Item, ItemStore
+from retrieval.items import OK, Item, ItemStore
 from retrieval.lock import writer_lock
 from retrieval.manifest import (
     CACHE,

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from matvit.encoder import ElasticEncoder, ImageEncoder, lengths, near_one
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, silent
 from matvit.spec import SubmodelSpec
@@ -29,11 +30,10 @@ from retrieval.files import index_folder
 from retrieval.filters import Scalar, Where
 from retrieval.flat import exact_scores
 from retrieval.gallery import Gallery
-from retrieval.items import IntArray
 from retrieval.locations import read_picture
 from retrieval.manifest import read_pointer
 from retrieval.queries import (
-    PICTURE,
+    PICTURE_TYPES,
     Asked,
     Query,
     check,
@@ -186,7 +186,8 @@ class Retriever:
     ) -> list[Hits]:
         """`search` for every one of `queries`, `batch_size` of them encoded together; raises what it raises."""
         batch_size = _positive(batch_size, name="batch_size")
-        if isinstance(queries, PICTURE) or not isinstance(queries, Iterable):  # a text is many paths of one letter
+        # A text would be many paths of one letter.
+        if isinstance(queries, PICTURE_TYPES) or not isinstance(queries, Iterable):
             raise SearchError(
                 what=f"a {type(queries).__name__} is no list", where="search_many", fix="give a list, or call search"
             )

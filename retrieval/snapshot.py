@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from retrieval.files import CheckedOnce, check_file, damaged, reading
-from retrieval.items import IntArray, Item, ItemStore, Place
+from retrieval.items import Item, ItemStore, Place
 from retrieval.manifest import (
     CURRENT,
     DELETIONS,

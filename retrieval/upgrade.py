@@ -16,12 +16,13 @@ import numpy as np
 
 from matvit.durable import sync_folder, temporary_name
 from matvit.encoder import ElasticEncoder
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
 from retrieval.encoders import describe
 from retrieval.errors import DamagedFileError, IndexFormatError, IngestError
 from retrieval.files import reading, writing
-from retrieval.items import OK, SKIPPED, IntArray, Item
+from retrieval.items import OK, SKIPPED, Item
 from retrieval.locations import NO_TIME
 from retrieval.manifest import (
     CURRENT,

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from matvit.threads import for_queries
 from retrieval.backends.kinds import Kind, Setting
 from retrieval.backends.rows import MappedRows
 from retrieval.flat import FlatSearch, ScoreArray, best_of, check_finite, float32_slack
-from retrieval.items import IntArray
 
 _BLOCK = 65_536  # rows read together when everything has to be compared
 _MANY = 3  # times k candidates: telling them apart in float32 first is quicker

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
 from matvit.threads import limited
@@ -14,11 +15,10 @@ from retrieval.backends.approximate import ApproximateSearch
 from retrieval.backends.kinds import Kind, Setting
 from retrieval.backends.rows import MappedRows
 from retrieval.exact import Found, exact_search
-from retrieval.items import IntArray
 
-RECALL = 0.99  # of ten hits, at least so many score as much as the tenth nearest
+LEAST_RECALL = 0.99  # of ten hits, at least so many score as much as the tenth nearest
+_ERRORS = 2  # standard errors above it: by chance alone, one choice in forty would be under it for other queries
 _HELD_OUT = 1000  # queries that recall is measured with, or a tenth: their mean is then known to some 0.002
-_ERRORS = 2  # standard errors above RECALL: by chance alone, one choice in forty would be under it for other queries
 _TRAINING = 100_000  # vectors that quantisers learn from, at most
 _BLOCK = 8192  # vectors added together
 _K = 10
@@ -45,7 +45,7 @@ def build_order(rows: int, held_out: int) -> tuple[IntArray, IntArray]:
 
 
 def build(kind: Kind, raw: MappedRows, *, progress: Progress) -> Built | None:
-    """An index of that kind over `raw`, R rows; None when its recall@10 stays under RECALL however wide it looks.
+    """An index of that kind over `raw`, R rows; None when its recall@10 stays under LEAST_RECALL however wide it looks.
 
     Recall is measured while the held-out vectors are not in it; then they are added.
     """
@@ -86,7 +86,7 @@ def _measure(
         search = ApproximateSearch(rest, own, index=index, kind=kind, setting=setting, positions=places)
         truth = truth or exact_search(search, queries, ids=rest, k=_K)  # reads the rows, but keeps none
         recalls = np.array([_recall(*both) for both in zip(search.search(queries, k=_K), truth, strict=True)])
-        if recalls.mean() - _ERRORS * recalls.std() / len(recalls) ** 0.5 >= RECALL:
+        if recalls.mean() - _ERRORS * recalls.std() / len(recalls) ** 0.5 >= LEAST_RECALL:
             return setting, float(recalls.mean())
     return None
 

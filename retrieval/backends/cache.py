@@ -15,10 +15,11 @@ import faiss
 import numpy as np
 
 from matvit.durable import sync_folder, temporary_name
+from matvit.metrics import IntArray
 from matvit.progress import Progress
 from retrieval.backends import EXACT, KINDS
 from retrieval.backends.approximate import ApproximateSearch
-from retrieval.backends.build import RECALL, build, build_order
+from retrieval.backends.build import LEAST_RECALL, build, build_order
 from retrieval.backends.choice import choose
 from retrieval.backends.gpu import gpu_knn, gpu_of
 from retrieval.backends.kinds import Setting
@@ -26,7 +27,6 @@ from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning
 from retrieval.files import check_file, check_size, damaged, sha256_bytes, sha256_file, writing
 from retrieval.flat import FlatSearch
-from retrieval.items import IntArray
 from retrieval.manifest import CACHE, ApproximateEntry, AskedEntry, IndexType, Manifest, read_pointer
 from retrieval.snapshot import OpenSegment, Snapshot
 from retrieval.writer import GenerationWriter
@@ -109,7 +109,7 @@ def refresh(
         return
     entry = None if chosen == EXACT else _build(snapshot, chosen, progress)
     if entry is None and chosen != EXACT:
-        chosen, reason = EXACT, f"{chosen} was left: recall@10 stays under {RECALL} ({reason})"
+        chosen, reason = EXACT, f"{chosen} was left: recall@10 stays under {LEAST_RECALL} ({reason})"
     writer.publish_search(cast(IndexType, chosen), reason=reason, asked=now, approximate=entry)
 
 

@@ -48,6 +48,14 @@ def test_import_contracts_hold() -> None:
     assert "0 broken" in done.stdout
 
 
+def test_a_name_for_a_type_of_arrays_has_one_home() -> None:
+    parts = "matvit", "retrieval", "app", "data", "benchmarks"
+    sources = [path.read_text() for part in parts for path in ROOT.glob(f"{part}/**/*.py")]
+    names = [name for text in sources for name in re.findall(r"^(\w+) = (?:npt\.)?NDArray", text, re.MULTILINE)]
+    assert len(names) > 5
+    assert sorted(names) == sorted(set(names))
+
+
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 
 

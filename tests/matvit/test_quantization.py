@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from matvit.quantization import FloatArray, dequantize, quantize
+from matvit.preprocess import FloatArray
+from matvit.quantization import dequantize, quantize
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=4, max_side=6)
 TINY = float(np.finfo(np.float32).tiny)
