@@ -475,7 +475,7 @@ def adaptation_json(result: Adaptation, *, out: Path | None) -> dict[str, Any]:
     }
     if out is None:
         return described
-    skipped = [{"path": path, "reason": reason} for path, reason in result.skipped]
+    skipped = [asdict(picture) for picture in result.skipped]
     return {"checkpoint": str(out) if result.kept else None, **described, "skipped": skipped}
 
 

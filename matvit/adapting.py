@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from matvit.agreement import HELD_BACK, Agreement, compare, embed, read_pictures
+from matvit.datasets import SkippedPicture
 from matvit.errors import DatasetError
 from matvit.last_block import Tokens, fit_last_block, read_tokens
 from matvit.metrics import BoolArray, IntArray, bootstrap_intervals
@@ -51,7 +52,7 @@ class Adaptation:
 
     pictures: int
     near_copies: int  # of one of them, and left out: they would be measured by a fit to their like
-    skipped: tuple[tuple[str, str], ...]  # pictures that cannot be read, and why
+    skipped: tuple[SkippedPicture, ...]
     gains: Mapping[str, Gain]
 
     @property
@@ -84,7 +85,7 @@ def adapt(
             fix="give a folder with more that differ, a few hundred at best",
         )
     pixels = pixels[~copies]
-    classes = _classes(images, labels, skipped={path for path, _ in skipped}, left=~copies)
+    classes = _classes(images, labels, skipped={one.path for one in skipped}, left=~copies)
     steps.done("pictures read")
     full = read_tokens(model, pixels, model.shape.spec("XL"))
     steps.done("XL")

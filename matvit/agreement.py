@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from matvit.datasets import SkippedPicture
 from matvit.encoder import check_unit
 from matvit.errors import DatasetError, ImageError
 from matvit.metrics import agreement, top_k
@@ -46,7 +47,7 @@ class Agreement:
 
 def read_pictures(
     model: MatViT, images: Sequence[ImageSource], *, fewest: int
-) -> tuple[FloatArray, tuple[tuple[str, str], ...]]:
+) -> tuple[FloatArray, tuple[SkippedPicture, ...]]:
     """As the encoder takes them (N, 3, R, R), and those that cannot be read, with the reason.
 
     Raises DatasetError when fewer than `fewest` can be read.
@@ -62,7 +63,7 @@ def read_pictures(
     with ThreadPoolExecutor(usable_cores()) as pool:
         for image, pixels in zip(images, pool.map(read, images), strict=True):
             if isinstance(pixels, ImageError):
-                skipped.append((str(image), pixels.what))
+                skipped.append(SkippedPicture(path=str(image), reason=pixels.what))
             else:
                 ready.append(pixels)
     if len(ready) < fewest:

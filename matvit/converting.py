@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from matvit.agreement import HELD_BACK, Agreement, agreement_with_full, read_pictures
+from matvit.datasets import SkippedPicture
 from matvit.importance import order_by_importance
 from matvit.model import AxesConfig, MatViT
 from matvit.preprocess import ImageSource
@@ -23,7 +24,7 @@ class Conversion:
 
     pictures: int  # that the order was found on
     held_back: int
-    skipped: tuple[tuple[str, str], ...]  # pictures that cannot be read, and why
+    skipped: tuple[SkippedPicture, ...]
     agreement: Mapping[str, Agreement]
 
 

@@ -44,6 +44,14 @@ PICTURE_SUFFIXES = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedPicture:
+    """A picture that could not be read, and why."""
+
+    path: str
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
     """N pictures, in an order that depends on the data alone."""

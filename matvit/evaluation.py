@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from matvit.datasets import GroundTruth, LabelledImages, Pictures
+from matvit.datasets import GroundTruth, LabelledImages, Pictures, SkippedPicture
 from matvit.encoder import ImageEncoder
 from matvit.errors import DatasetError
 from matvit.metrics import NO_HIT, BoolArray, IntArray
@@ -18,7 +18,7 @@ from matvit.progress import Progress, silent
 from matvit.quality import Quality, measure
 from matvit.relevance import ByClass, ByList, Relevance
 from matvit.spec import EncoderShape, SubmodelSpec
-from matvit.streaming import EmbeddedPictures, SkippedPicture, embed_pictures
+from matvit.streaming import EmbeddedPictures, embed_pictures
 
 
 class Submodels(Protocol):

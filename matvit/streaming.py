@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from matvit.datasets import Pictures
+from matvit.datasets import Pictures, SkippedPicture
 from matvit.encoder import ImageEncoder, check_unit
 from matvit.errors import ImageError
 from matvit.metrics import IntArray
@@ -20,14 +20,6 @@ from matvit.spec import SubmodelSpec
 from matvit.threads import usable_cores
 
 _BATCHES_AHEAD = 2  # decoded while the encoders work; bounds the memory held
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkippedPicture:
-    """A picture that could not be read, and why."""
-
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,8 +39,8 @@ def adapt(
         write_json(services.adaptation_json(result, out=out))
     else:
         _show(result)
-    for path, reason in result.skipped:
-        say(f"skipped {path}: {reason}")
+    for skipped in result.skipped:
+        say(f"skipped {skipped.path}: {skipped.reason}")
     if result.near_copies:
         say(f"near-copies of other pictures, left out: {result.near_copies}")
     if not result.kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,8 +61,8 @@ def convert(
             out=out,
             progress=progress,
         )
-    for path, reason in result.skipped:
-        say(f"skipped {path}: {reason}")
+    for skipped in result.skipped:
+        say(f"skipped {skipped.path}: {skipped.reason}")
     if json:
         write_json(
             {
@@ -71,7 +72,7 @@ def convert(
                 "pictures": result.pictures,
                 "held_back": result.held_back,
                 "submodels": list(model.pareto),
-                "skipped": [{"path": path, "reason": reason} for path, reason in result.skipped],
+                "skipped": [asdict(picture) for picture in result.skipped],
             }
         )
         return

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from matvit.datasets import LabelledImages
+from matvit.datasets import LabelledImages, SkippedPicture
 from matvit.errors import DatasetError, ImageError
 from matvit.preprocess import FloatArray, open_image
 from matvit.progress import Progress, ProgressEvent
@@ -37,17 +37,9 @@ class DeviceImages:
         return len(self.labels)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A picture that cannot be read and is not trained on."""
-
-    origin: str
-    reason: str
-
-
 def to_device(
     images: LabelledImages, *, resolution: int, device: torch.device, processes: int = 1, progress: Progress
-) -> tuple[DeviceImages, LabelledImages, list[Skipped]]:
+) -> tuple[DeviceImages, LabelledImages, list[SkippedPicture]]:
     """Decode all pictures to `resolution` pixels a side: the readable ones, decoded and as given, and the others.
 
     `processes` share the cores, each decoding on its own. Raises DatasetError when none can be read.
@@ -80,7 +72,7 @@ def to_device(
         labels=torch.from_numpy(kept.labels).to(device),
         num_classes=len(images.class_names),
     )
-    return decoded, kept, [Skipped(origin=images.origins[index], reason=why) for index, why in skipped.items()]
+    return decoded, kept, [SkippedPicture(path=images.origins[index], reason=why) for index, why in skipped.items()]
 
 
 def _decode_into(

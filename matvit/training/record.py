@@ -126,7 +126,7 @@ def _record(run: Run, *, before: dict[str, Any] | None) -> dict[str, Any]:
                 "pictures": len(images),
                 "class_names": list(images.class_names),
                 "sha256": sha256,
-                "skipped": [{"picture": _below_data(bad.origin, one.path), "reason": bad.reason} for bad in unreadable],
+                "skipped": [{"picture": _below_data(bad.path, one.path), "reason": bad.reason} for bad in unreadable],
             }
             for images, sha256, unreadable, one in zip(run.labelled, run.data, run.skipped, recipe.data, strict=True)
         ],

@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, Val
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from matvit.datasets import LabelledImages
+from matvit.datasets import LabelledImages, SkippedPicture
 from matvit.durable import remove_unfinished, write_atomic
 from matvit.errors import RecipeError
 from matvit.locking import HELD, holder_of, is_still, lock, open_lock, sign
@@ -32,7 +32,6 @@ from matvit.progress import Progress
 from matvit.regular import check_regular, read_small
 from matvit.training.batches import TrainingSet
 from matvit.training.board import Board
-from matvit.training.data import Skipped
 from matvit.training.heads import Heads
 from matvit.training.memory import room_for
 from matvit.training.recipe import Recipe, Stage
@@ -83,7 +82,7 @@ class Run:
     sets: list[TrainingSet]
     labelled: list[LabelledImages]  # the readable pictures, for the record
     data: list[str]  # the sha256 of each
-    skipped: list[list[Skipped]]
+    skipped: list[list[SkippedPicture]]
     folder: Path
     progress: Progress
     start: list[str | None]  # see `start_hashes`

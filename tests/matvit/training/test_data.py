@@ -84,7 +84,7 @@ def test_pictures_that_cannot_be_read_are_skipped_counted_and_named(data):
         read_dataset(data / "shapes"), resolution=8, device=torch.device("cpu"), progress=events.append
     )
     assert len(decoded) == len(kept) == len(decoded.pixels) == len(decoded.aspect) == 11
-    assert [(one.origin, one.reason) for one in skipped] == [
+    assert [(one.path, one.reason) for one in skipped] == [
         (str(data / "shapes" / "dark" / "2.png"), "not a picture in a supported format")
     ]
     assert np.bincount(decoded.labels.numpy()).tolist() == [5, 6]
