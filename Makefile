@@ -20,7 +20,7 @@ types:  ## strict type check
 	mypy
 
 test:  ## the tests, without the slow ones
-	pytest
+	pytest -n auto
 
 slow:  ## the long tests: clean installs, training, soaks
 	pytest -m slow

@@ -33,7 +33,7 @@ def test_ci_installs_and_tests_with_the_readmes_commands() -> None:
 
 
 def test_the_last_thing_that_ci_runs_is_the_whole_suite() -> None:
-    assert re.findall(r"^(?:step|must) (.*)$", CI, flags=re.MULTILINE)[-1] == "tests pytest"
+    assert re.findall(r"^(?:step|must) (.*)$", CI, flags=re.MULTILINE)[-1] == "tests pytest -n auto"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -222,7 +222,7 @@ def test_every_damaged_byte_of_the_weights_is_caught(saved: Path, tmp_path_facto
     content = (copy / "model.safetensors").read_bytes()
     config = checkpoint.read_config(copy)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
     @given(position=st.integers(0, len(content) - 1), flip=st.integers(1, 255))
     def flipped(position: int, flip: int) -> None:
         damaged = bytearray(content)

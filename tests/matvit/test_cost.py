@@ -24,7 +24,7 @@ SHAPE = EncoderShape(
 WIDTHS = st.tuples(*[st.integers(1, 128)] * 4)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(widths=WIDTHS, heads=st.integers(1, 4), depth=st.integers(1, 4), resolution=st.sampled_from([8, 24, 32, 40]))
 def test_flops_and_parameters_equal_the_real_counts(
     model: MatViT, widths: tuple[int, ...], heads: int, depth: int, resolution: int

@@ -31,7 +31,7 @@ def _equal(model: MatViT, spec: SubmodelSpec, images: Tensor, atol: float) -> No
         torch.testing.assert_close(extracted, model(images, spec), rtol=0, atol=atol)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(widths=WIDTHS, heads=HEADS, depth=DEPTHS, resolution=RESOLUTIONS)
 def test_extracted_encoder_equals_nested_forward(
     model: MatViT, widths: tuple[int, ...], heads: int, depth: int, resolution: int
@@ -42,7 +42,7 @@ def test_extracted_encoder_equals_nested_forward(
     _equal(copy.deepcopy(model).double(), spec, images.double(), 1e-12)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(sizes=st.tuples(*[st.sampled_from([16, 32, 64, 128, 7])] * 4), heads=HEADS, depth=DEPTHS, pixels=RESOLUTIONS)
 def test_what_submodels_own_is_merged_when_they_are_extracted(
     owning: MatViT, sizes: tuple[int, ...], heads: int, depth: int, pixels: int
@@ -56,7 +56,7 @@ def test_what_submodels_own_is_merged_when_they_are_extracted(
     assert small.state_dict().keys() <= owning.vit.state_dict().keys()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), small=WIDTHS, depth=DEPTHS)
 def test_a_slice_of_a_slice_is_a_slice(model: MatViT, data: st.DataObject, small: tuple[int, ...], depth: int) -> None:
     middle = data.draw(st.tuples(*(st.integers(width, 128) for width in small)))

@@ -64,7 +64,7 @@ def timm_transform() -> Callable[[Image.Image], Any]:
 # --- equal to timm ------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sides=st.one_of(
         st.tuples(st.integers(1, 330), st.integers(1, 330)),
@@ -138,7 +138,7 @@ def test_pixels_that_the_caller_chose_are_taken_as_they_are(tmp_path: Path) -> N
         np.testing.assert_array_equal(PLAIN(views, size=28), full(views, size=28))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(width=st.integers(30, 900), height=st.integers(30, 900), draft=st.integers(1, 300))
 def test_drafting_never_goes_below_the_asked_size(width: int, height: int, draft: int) -> None:
     source = encode(Image.new("L", (width, height), 77), "JPEG")
@@ -331,7 +331,7 @@ def test_truncated_files_are_refused_not_padded_with_grey(kind: str, kept: float
     assert len(error.what) < 120
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(kind=st.sampled_from(LOSSLESS + LOSSY), place=st.floats(0, 0.999), value=st.integers(0, 255))
 def test_a_changed_byte_gives_a_picture_or_an_image_error_and_nothing_else(kind: str, place: float, value: int) -> None:
     content = bytearray(encode(scene(24, 18), kind))

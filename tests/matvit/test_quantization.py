@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -31,7 +31,6 @@ def matrices(draw: st.DrawFn) -> FloatArray:
     return np.stack(rows)
 
 
-@settings(deadline=None)
 @given(matrix=matrices())
 def test_quantising_again_changes_nothing(matrix: FloatArray) -> None:
     stored = quantize({"fc.weight": matrix})
@@ -43,7 +42,6 @@ def test_quantising_again_changes_nothing(matrix: FloatArray) -> None:
     assert loaded["fc.weight"].tobytes() == dequantize(again)["fc.weight"].tobytes()
 
 
-@settings(deadline=None)
 @given(matrix=matrices())
 def test_the_error_is_at_most_half_a_step_of_the_row(matrix: FloatArray) -> None:
     loaded = dequantize(quantize({"fc.weight": matrix}))["fc.weight"]

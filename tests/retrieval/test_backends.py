@@ -108,7 +108,7 @@ def test_a_setting_that_is_enough_for_the_held_out_queries_by_chance_is_not_take
     assert (chosen.recall, chosen.setting) == (1.0, KINDS["hnsw"].settings()[2])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**16),
     lost=st.sampled_from([0, 1, 2000, 3995]),

@@ -30,7 +30,7 @@ def brute_force(ids, vectors, query, k):
     return np.lexsort((ids, -scores))[:k], scores
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**16),
     distinct=st.integers(1, 40),

@@ -78,7 +78,7 @@ def test_many_files_are_compared_as_few_are(index, photos, tmp_path, elastic, pi
 PARTS = ("a", "a-b", "a.tar", "a.tar#", "a#b", "b", "\udcff")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     paths=st.sets(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), min_size=1, max_size=25),
     asked=st.lists(

@@ -70,7 +70,7 @@ def found(hits):
 galleries = {"seed": st.integers(0, 2**16), "count": st.integers(1, 60)}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     **galleries,
     k=st.one_of(st.none(), st.integers(1, 70)),
@@ -97,7 +97,7 @@ def test_filtered_range_and_item_search_equal_brute_force(seed, count, k, min_sc
         assert all(hit.metadata["label"] in present for hit in hits)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     **galleries,
     like=st.lists(st.integers(0, 59), min_size=1, max_size=4),
@@ -137,7 +137,7 @@ def test_by_rank_what_is_first_for_one_picture_stays_ahead_of_what_is_middling_f
     assert fuse_ranks(asked, cut, ids=ids, k=2)[0].tolist() == [0, 31]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**galleries, min_score=st.one_of(st.none(), st.floats(-1, 1)), block=st.integers(1, 20))
 def test_duplicates_are_the_connected_components_of_all_pairs(seed, count, min_score, block):
     retriever, gallery, vectors, _ = made(seed, count)
