@@ -27,6 +27,8 @@ def read_weights(path: Path, *, like: nn.Module) -> _Tensors:
     try:
         check_regular(path)  # safetensors would wait for a pipe, and not be interrupted
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    except FileNotFoundError as error:
+        raise BackboneError(what="no such file", where=str(path), fix="give one that is there") from error
     except (OSError, SafetensorError, TypeError, UnicodeError) as error:  # the latter: no file's name
         raise _unfit(path, f"cannot be read as safetensors ({error})") from error
     try:

@@ -157,7 +157,7 @@ def test_what_cannot_be_converted_is_one_sentence(run, small_timm, pictures, tmp
         "does not fit the model ('a'": ["vit_small_patch16_224", "--weights", tmp_path / "other.safetensors"],
         "('blocks.0.ls1.gamma': none in the file, (48,) in the model)": ["vit_small_patch14_dinov2", *good[:2]],
         "cannot be read as safetensors": ["vit_small_patch16_224", "--weights", tmp_path / "damaged.safetensors"],
-        "none.safetensors": ["vit_small_patch16_224", "--weights", tmp_path / "none.safetensors"],
+        "none.safetensors: no such file;": ["vit_small_patch16_224", "--weights", tmp_path / "none.safetensors"],
         "has NaN or infinite values in 'norm.bias'": [
             "vit_small_patch16_224",
             "--weights",
