@@ -140,7 +140,7 @@ def table_folder(source: str) -> Path:
 
 
 def table_specs(model: MatViT, *, gallery: str) -> list[str]:
-    """The specs in the checkpoint's table: measured again together, so that its rows can be compared.
+    """XL and the specs in the checkpoint's table: measured together, so that its rows can be compared, also with XL's.
 
     Raises SpecError unless `gallery`, the first one, is the full encoder's: rows say what a query finds there.
     """
@@ -150,7 +150,7 @@ def table_specs(model: MatViT, *, gallery: str) -> list[str]:
             where=f"gallery '{gallery}'",
             fix="put XL first in --galleries, or leave --write-table out",
         )
-    return [str(model.shape.spec(row["spec"])) for row in model.pareto]
+    return [str(model.shape.spec(spec)) for spec in ("XL", *(row["spec"] for row in model.pareto))]
 
 
 def write_table(model: MatViT, found: Evaluation, *, folder: Path) -> int:

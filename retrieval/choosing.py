@@ -63,8 +63,13 @@ class Chooser:
                 f"the checkpoint '{self._elastic.name}' does not tell its submodels' recall",
                 fix="name an encoder, or measure them with: matvit eval DATASET --write-table",
             )
+        full = choices.get(str(self._elastic.shape.spec()))
+        if full is None:
+            raise _refused(
+                f"the table of the checkpoint '{self._elastic.name}' does not tell XL's recall",
+                fix="name an encoder, or measure the table again: matvit eval DATASET --write-table",
+            )
         front = pareto_front(list(choices.values()))
-        full = choices.get(str(self._elastic.shape.spec()), front[-1])
         timed = count(1)
 
         def measuring(spec: str) -> None:

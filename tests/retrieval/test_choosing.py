@@ -207,6 +207,13 @@ def test_without_a_table_there_is_nothing_to_choose_by(retriever, photos, elasti
         retriever.search(photos / "1.png", encoder="auto")
 
 
+def test_a_table_without_xl_says_nothing_of_shares_of_xls_recall(retriever, photos, elastic):
+    elastic.pareto = tuple(row for row in elastic.pareto if row["spec"] != "XL")
+    for asked in ({"encoder": "auto"}, {"min_recall": 0.5}):
+        with pytest.raises(SearchError, match=r"does not tell XL's recall.*measure the table again: matvit eval"):
+            retriever.search(photos / "1.png", **asked)
+
+
 def test_the_query_encoder_is_the_one_that_a_search_uses(retriever, picture):
     for asked in ({}, {"encoder": "M"}, {"max_latency_ms": 6}, {"encoder": "auto"}):
         assert str(retriever.query_encoder(**asked).spec) == retriever.search(picture(1), **asked).spec
