@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import SupportsIndex, cast
 
 from matvit.durable import TEMPORARY
-from matvit.encoder import ElasticEncoder
+from matvit.encoder import ElasticEncoder, ImageEncoder
 from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.arguments import is_number, is_whole
@@ -158,7 +158,8 @@ class Index:
         Files that cannot be used are skipped and listed. With `delete`, pictures whose file is gone from the
         named folders, or that were named themselves, are forgotten; a named folder may itself be gone, unless
         nothing named is there: a disk may be away, and `Index.delete` forgets what was on it. Those found
-        again elsewhere, by their content, keep their id. `encoder` None: the index was created with it.
+        again elsewhere, by their content, keep their id. `encoder` None: the one that built the index, which is loaded
+        when a picture must be read.
 
         Publishes as it goes, so an interrupted run continues where it stopped when it is repeated;
         KeyboardInterrupt is raised again after publishing what is complete.
@@ -315,16 +316,21 @@ class Index:
     def _ingest(
         self, found: FoundFiles, *, encoder: ElasticEncoder | None, delete: bool, progress: Progress
     ) -> IngestReport:
-        entry = self._snapshot.manifest.encoder
-        encoder = encoder or self._encoder or load_encoder(entry, index=self.path)
+        given = encoder or self._encoder
         with keeping_lists(), self._writing() as writer:
             entry, snapshot = writer.manifest.encoder, self._snapshot
-            check_encoder(encoder, entry, index=self.path)
-            run = Ingest(snapshot, writer=writer, encoder=encoder.encoder(entry.spec), found=found, progress=progress)
+            if given is not None:
+                check_encoder(given, entry, index=self.path)
+                self._encoder = given
+
+            def gallery_encoder() -> ImageEncoder:
+                self._encoder = given or load_encoder(entry, index=self.path)
+                return self._encoder.encoder(entry.spec)
+
+            run = Ingest(snapshot, writer=writer, encoder=gallery_encoder, found=found, progress=progress)
             report = run.run(delete=delete)
             _merge_small(writer)
             _refresh_search(writer, snapshot, progress=progress)
-        self._encoder = encoder
         return report
 
     @contextmanager

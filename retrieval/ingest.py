@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -42,7 +42,7 @@ class Ingest:
         snapshot: Snapshot,
         *,
         writer: GenerationWriter,
-        encoder: ImageEncoder,
+        encoder: Callable[[], ImageEncoder],  # asked for when a picture must be read: loading one takes seconds
         found: FoundFiles,
         progress: Progress,
     ) -> None:
@@ -122,7 +122,11 @@ class Ingest:
         self._gone = {}
 
     def _read_and_encode(self) -> None:
-        results = embed_all(self._tasks(), encoder=self._encoder, held=self._known.with_content)
+        tasks = self._tasks()
+        first = next(tasks, None)
+        if first is None:
+            return
+        results = embed_all(chain([first], tasks), encoder=self._encoder(), held=self._known.with_content)
         with closing(results):
             for embedded in results:
                 self._take(embedded)

@@ -232,6 +232,23 @@ def test_a_picture_renamed_over_another_one_takes_that_ones_place(index, photos,
     assert (index.info().items, index.verify()) == (9, [])
 
 
+def test_the_encoder_is_loaded_only_when_a_picture_must_be_read(index, photos, picture, elastic, monkeypatch):
+    def load(*_, **__):
+        loaded.append(1)
+        return elastic
+
+    loaded = []
+    monkeypatch.setattr("retrieval.index.load_encoder", load)
+    assert counts(Index.open(index.path).ingest(photos)) == (0, 10, 0, 0)
+    assert loaded == []
+    (photos / "new.png").write_bytes(picture(50))
+    again = Index.open(index.path)
+    assert counts(again.ingest(photos)) == (1, 10, 0, 0)
+    (photos / "newer.png").write_bytes(picture(51))
+    assert counts(again.ingest(photos)) == (1, 11, 0, 0)
+    assert loaded == [1]
+
+
 def test_a_skipped_file_that_is_gone_is_forgotten_but_is_no_deleted_picture(index, photos):
     (photos / "sub" / "empty.jpg").touch()
     index.ingest(photos)
