@@ -50,10 +50,7 @@ def info(
 
 
 def _show_index(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
-    write_line(
-        f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, "
-        f"{described(found)}, generation {found['generation']}"
-    )
+    write_line(f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, {described(found)}")
     fields = list(found["metadata"].items())
     for name, field in fields[:_SHOWN]:
         write_line(f"{name}: {field['pictures']} pictures, {_values(field)}")
@@ -68,7 +65,6 @@ def _show_index(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
         f"encoder {found['encoder']}, {gallery['spec']} on pictures of {gallery['resolution']} px, "
         f"{found['embedding_dim']} numbers a picture"
     )
-    write_line(f"space {found['space_id']}")
     if gallery["source"] is not None:
         write_line(f"submodels that can search it: matvit info {shlex.quote(gallery['source'])}")
 

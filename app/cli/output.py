@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -67,6 +68,12 @@ def short_path(path: Path) -> str:
     """`path`, relative to the current folder where it lies below it."""
     here = Path.cwd()
     return os.fspath(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def short_paths(query: str) -> str:
+    """The same of each path in what was searched with, such as "/photos/a.jpg + /photos/b.jpg"."""
+    here = re.escape(os.path.join(Path.cwd(), ""))  # noqa: PTH118 - with a separator at its end
+    return re.sub(rf"(^| [+-] ){here}", r"\1", query)
 
 
 def say(message: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, short_path, write_json, write_table
+from matvit_app.cli.output import JsonFlag, say, short_path, short_paths, write_json, write_table
 from matvit_app.cli.progress import progress_bar
 from matvit_app.cli.where import parse_conditions, unknown_values
 
@@ -169,6 +169,7 @@ def _show(hits: Hits) -> None:
     rows = [
         [
             str(hit.rank),
+            str(hit.id),
             f"{hit.score:.3f}",
             short_path(hit.path),
             _text(hit.metadata),
@@ -176,14 +177,14 @@ def _show(hits: Hits) -> None:
         for hit in hits
     ]
     write_table(
-        ["rank", "score", "picture", "metadata"],
+        ["rank", "id", "score", "picture", "metadata"],
         rows,
-        title=f"{hits.query}",
+        title=short_paths(f"{hits.query}"),
         caption=f"{hits.spec} on {hits.runtime}: {latency.total:.1f} ms = preprocess {latency.preprocess:.1f} "
         f"+ encode {latency.encode:.1f} + search {latency.search:.1f}"
         if len(hits)
         else "nothing found",
-        text_columns=4,
+        text_columns=5,
     )
 
 

@@ -103,6 +103,18 @@ def test_search_finds_the_picture_itself_first(run, index, photos):
         assert [hit["rank"] for hit in answer["hits"]] == [1, 2, 3]
 
 
+def test_search_shows_ids_and_paths_from_the_current_folder_on(run, index, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    [hit] = run("search", "--item", 0, "--index", index, "-k", 1, "--json").json["queries"][0]["hits"]
+    place = os.path.relpath(hit["path"], photos)
+    shown = run("search", "--item", 0, "--index", index, "-k", 1).out.split("\n")
+    title, columns, _, row, *_ = [line for line in shown if line.strip()]
+    assert (title.strip(), columns.split()) == (place, ["rank", "id", "score", "picture", "metadata"])
+    assert row.split()[:4] == ["1", "0", "1.000", place]
+    title = run("search", photos / "cats" / "1.png", "--item", 0, "--index", index, "--fuse", "mean").out.split("\n")[0]
+    assert title.strip() == f"cats/1.png + {place}"
+
+
 def test_search_names_the_submodel_in_its_canonical_form(run, index, photos):
     done = run("search", photos / "cats" / "1.png", "--index", index, "--encoder", "2s", "--json")
     assert (done.json["queries"][0]["encoder"], done.json["queries"][0]["spec"]) == ("2s", "S")
@@ -219,6 +231,7 @@ def test_info_shows_what_an_index_holds_without_its_encoder(run, photos, checkpo
     monkeypatch.setattr("matvit_app.services.load_encoder", None)  # any use would fail
     lines = run("info", index).out.splitlines()
     assert lines[0].startswith(f"{index}: 8 pictures")
+    assert not any("generation" in line or line.startswith("space") for line in lines)
     assert set(lines[1:4]) == {
         "price: 8 pictures, 0 to 3.5",
         "label: 8 pictures, 2 values: cat (5), dog (3)",
