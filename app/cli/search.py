@@ -122,6 +122,8 @@ def search(
     _refuse_checkpoint(encoder)
     conditions = parse_conditions(where or ())
     retriever = services.open_retriever(path, checkpoint=checkpoint, pictures=[*like, *(unlike or ())])
+    # Before the encoder is loaded, which takes seconds.
+    retriever.search_many([], k=k, min_score=min_score, where=conditions)
     if images or unlike:
         with progress_bar() as progress:
             ready = retriever.query_encoder(

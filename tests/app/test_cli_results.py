@@ -115,6 +115,14 @@ def test_search_shows_ids_and_paths_from_the_current_folder_on(run, index, photo
     assert title.strip() == f"cats/1.png + {place}"
 
 
+def test_search_refuses_a_folder_and_an_unknown_name_before_the_encoder_is_loaded(run, index, photos, monkeypatch):
+    monkeypatch.setattr("retrieval.retriever.load_encoder", None)  # any use would fail
+    folder = run("search", photos, "--index", index)
+    assert (folder.code, folder.err) == (2, f"error: {photos}: is a folder, not a picture; name pictures\n")
+    unknown = run("search", photos / "cats" / "1.png", "--index", index, "--where", "lable=cats")
+    assert (unknown.code, unknown.err) == (2, "error: where: no picture has 'lable'; use one of: label\n")
+
+
 def test_search_names_the_submodel_in_its_canonical_form(run, index, photos):
     done = run("search", photos / "cats" / "1.png", "--index", index, "--encoder", "2s", "--json")
     assert (done.json["queries"][0]["encoder"], done.json["queries"][0]["spec"]) == ("2s", "S")
