@@ -99,8 +99,6 @@ def open_retriever(path: Path, *, checkpoint: str | None = None, pictures: Itera
     for image in pictures:
         if isinstance(image, Path):
             place = location(image)
-            if image.is_dir():
-                raise ImageError(what="is a folder, not a picture", where=place, fix="name pictures")
             try:
                 status_of(split_member(place)[0])
             except OSError as error:
@@ -313,15 +311,19 @@ def _checkpoint_at(target: str) -> Path:
 def _encoder_info(model: MatViT) -> dict[str, Any]:
     from matvit.checkpoint import pareto_row
 
-    quality = {row["spec"]: row.get("quality", {}) for row in model.pareto}
+    table = {row["spec"]: row for row in model.pareto}
     named = [str(spec) for spec in model.shape.granularities()]
-    specs = [*named, *(spec for spec in quality if spec not in named)]
+
+    def described(spec: str) -> dict[str, Any]:
+        row = table.get(spec, {})
+        return pareto_row(model, spec, row.get("quality", {})) | {key: row[key] for key in row.keys() & {"measured"}}
+
     return {
         "encoder": model.name,
         "embedding_dim": model.embedding_dim,
         "space_id": model.space_id,
         "weights_sha256": model.weights_sha256,
-        "submodels": [pareto_row(model, spec, quality.get(spec, {})) for spec in specs],
+        "submodels": [described(spec) for spec in (*named, *(spec for spec in table if spec not in named))],
         "axes": _axes(model),
     }
 

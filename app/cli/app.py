@@ -78,7 +78,7 @@ def serve(
         services.load_encoder(checkpoint)
     # Python's default would end this process at once and leave the server running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    url = f"http://{host}:{port}"
+    url = _url(host, port)
     command, environment = _command(host, port), _environment(index, checkpoint)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 (our own arguments)
     try:
@@ -118,6 +118,10 @@ def check_can_serve(*, host: str, port: int) -> None:
         ) from error
 
 
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _command(host: str, port: int) -> list[str]:
     options = {
         "server.address": host,
@@ -137,16 +141,17 @@ def _environment(index: Path | None, checkpoint: str | None) -> dict[str, str]:
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], *, host: str, port: int) -> None:
-    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 (a name to look up)
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (a name to look up)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know this machine's page
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{local}:{port}/_stcore/health", timeout=1):
+            with direct.open(f"{_url(local, port)}/_stcore/health", timeout=1):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise MatVitError(
         what="the page did not start",
-        where=f"http://{host}:{port}",
+        where=_url(host, port),
         fix="see Streamlit's message above, or run: matvit doctor",
     )

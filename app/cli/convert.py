@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def convert(
     timm_model: Annotated[str, typer.Argument(help="A timm name, such as vit_small_patch14_dinov2.")],
     *,
-    out: Annotated[Path, typer.Option(help="The folder of the new checkpoint.")],
+    out: Annotated[Path, typer.Option(help="The folder of the new checkpoint; one that is there is replaced.")],
     weights: Annotated[
         Path | None, typer.Option(help="A .safetensors file of this model's weights.", show_default=False)
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,6 @@ from matvit_app import services
 from matvit_app.cli.index import described
 from matvit_app.cli.output import JsonFlag, write_json, write_line, write_table
 from matvit_app.cli.where import typed
-
-_SOURCE = "measured on its validation pictures when the encoder was trained (see its training.json), not on yours."
 
 _SHOWN = 20  # metadata names that are listed for people; --json lists all
 
@@ -93,8 +92,16 @@ def _show_encoder(found: dict[str, Any]) -> None:
         ]
         for submodel in found["submodels"]
     ]
-    caption = f"{', '.join(measures)}: {_SOURCE}" if measures else ""
+    caption = f"{', '.join(measures)}: {_source(found['submodels'])}" if measures else ""
     write_table(["submodel", "share", "FLOPs", "parameters", *measures], rows, caption=caption)
+
+
+def _source(submodels: Sequence[Mapping[str, Any]]) -> str:
+    """What the rows say that they were measured with."""
+    pictures = {one["measured"].get("queries") for one in submodels if isinstance(one.get("measured"), dict)}
+    if len(pictures) == 1 and None not in pictures:
+        return f"measured with the pictures of {pictures.pop()}. Yours may be easier or harder."
+    return "measured with pictures of whoever made the encoder, not with yours."
 
 
 def _measure(value: object) -> str:

@@ -15,6 +15,7 @@ from matvit.regular import read_small
 
 _MOST = 2**20  # bytes: YAML takes a hundred times that in memory
 _SIZES = ("depth", "embed_dim", "num_heads", "patch_size")  # torch warns of some that are 0
+_LARGEST = 2**14  # of these: far more than any encoder has; making such a one would not end
 _Weight = Annotated[float, Field(ge=0, le=1e6)]  # beyond it, float32 overflows sooner or later
 _Pixels = Annotated[int, Field(ge=1, le=2**12)]  # a side of what an encoder is given
 _Batch = Annotated[int, Field(ge=1, le=2**20)]  # pictures
@@ -27,8 +28,8 @@ def _check_arguments(arguments: Mapping[str, int | float | str]) -> None:
     for name, value in arguments.items():
         if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir"):
             raise ValueError(f"leave {name} out of model_args: weights are named by the field weights, as safetensors")
-        if name in _SIZES and not isinstance(value, str) and value < 1:
-            raise ValueError(f"{name} in model_args must be 1 or more, not {value}")
+        if name in _SIZES and not isinstance(value, str) and not 1 <= value <= _LARGEST:
+            raise ValueError(f"{name} in model_args must be from 1 to {_LARGEST}, not {value}")
 
 
 class _Strict(BaseModel):
@@ -150,7 +151,7 @@ class Stage(_Strict):
     """
 
     name: str = Field(pattern=r"^[\w .-]+$", max_length=200)
-    steps: PositiveInt
+    steps: int = Field(ge=1, le=10**9)
     learning_rate: float = Field(gt=0, le=1e30)
     full: Losses = Losses()
     submodels: Losses | None = None

@@ -34,17 +34,24 @@ def test_app_serves_opens_the_browser_and_ends_with_ctrl_c(run, page, index, por
 
     def look_then_press_ctrl_c(url):
         opened.append(url)
+        monkeypatch.delenv("http_proxy")
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert answer.status == 200
         raise KeyboardInterrupt
 
     monkeypatch.setattr(webbrowser, "open", look_then_press_ctrl_c)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # it answers nobody
     done = run("app", index, "--port", port, "--json")
     url = f"http://127.0.0.1:{port}"
     assert (done.code, opened) == (0, [url])
     assert done.json == {"url": url, "index": str(index)}
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_an_ipv6_address_has_its_brackets():
+    assert app_command._url("::1", 8000) == "http://[::1]:8000"
+    assert app_command._url("localhost", 8000) == "http://localhost:8000"
 
 
 def test_a_terminated_app_takes_its_server_along(index, port):

@@ -164,6 +164,14 @@ def test_a_table_is_measured_whole_and_keeps_what_else_its_rows_say(run, photos,
     assert "recall@1" in table["1S.1M"]["quality"]
 
 
+def test_a_table_always_holds_the_full_encoder_and_is_told_with_its_pictures(run, photos, mine):
+    (mine / "pareto.json").write_text("[]")
+    assert run("eval", photos, "--encoder", mine, "--queries", "S", "--write-table").code == 0
+    assert {row["spec"] for row in MatViT.from_pretrained(mine).pareto} == {"S", "XL"}
+    told = " ".join(run("info", mine).out.split())
+    assert f"measured with the pictures of {photos.name}. Yours" in told
+
+
 @pytest.mark.parametrize("galleries", ["S,XL", "M"])
 def test_a_table_of_another_gallery_than_the_full_encoders_is_refused(run, photos, mine, galleries):
     before = (mine / "pareto.json").read_text()

@@ -146,7 +146,8 @@ def test_regularisation_that_nested_blocks_lack_is_refused(make_fields, tmp_path
             "leave checkpoint_path out of model_args: weights are named by the field weights",
         ),
         ({"pretrained": 1}, "leave pretrained out of model_args"),
-        ({"embed_dim": 0}, "embed_dim in model_args must be 1 or more, not 0"),
+        ({"embed_dim": 0}, "embed_dim in model_args must be from 1 to 16384, not 0"),
+        ({"depth": 99_999_999}, "depth in model_args must be from 1 to 16384, not 99999999"),
     ],
 )
 @pytest.mark.parametrize("part", ["encoder", "teacher"])
