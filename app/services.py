@@ -99,6 +99,8 @@ def open_retriever(path: Path, *, checkpoint: str | None = None, pictures: Itera
     for image in pictures:
         if isinstance(image, Path):
             place = location(image)
+            if image.is_dir():
+                raise ImageError(what="is a folder, not a picture", where=place, fix="name pictures")
             try:
                 status_of(split_member(place)[0])
             except OSError as error:

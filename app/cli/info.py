@@ -100,8 +100,8 @@ def _source(submodels: Sequence[Mapping[str, Any]]) -> str:
     """What the rows say that they were measured with."""
     pictures = {one["measured"].get("queries") for one in submodels if isinstance(one.get("measured"), dict)}
     if len(pictures) == 1 and None not in pictures:
-        return f"measured with the pictures of {pictures.pop()}. Yours may be easier or harder."
-    return "measured with pictures of whoever made the encoder, not with yours."
+        return f"measured on the pictures of {pictures.pop()}. Yours may be easier or harder."
+    return "measured on the pictures of whoever made the encoder, not on yours."
 
 
 def _measure(value: object) -> str:

@@ -255,7 +255,7 @@ def test_info_says_that_the_quality_was_not_measured_on_ones_own_pictures(run, c
     (tmp_path / "measured" / "pareto.json").write_text(json.dumps([row]))
     shown = run("info", tmp_path / "measured").out
     assert "0.750" in shown
-    assert "recall@1: measured with pictures of whoever made the encoder" in shown
+    assert "recall@1: measured on the pictures of whoever made the encoder" in shown
     assert "not on yours" in shown
 
 

@@ -169,7 +169,7 @@ def test_a_table_always_holds_the_full_encoder_and_is_told_with_its_pictures(run
     assert run("eval", photos, "--encoder", mine, "--queries", "S", "--write-table").code == 0
     assert {row["spec"] for row in MatViT.from_pretrained(mine).pareto} == {"S", "XL"}
     told = " ".join(run("info", mine).out.split())
-    assert f"measured with the pictures of {photos.name}. Yours" in told
+    assert f"measured on the pictures of {photos.name}. Yours" in told
 
 
 @pytest.mark.parametrize("galleries", ["S,XL", "M"])
