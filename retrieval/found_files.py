@@ -86,6 +86,17 @@ class FoundFiles:
         """Whether a URL was found."""
         return self._files.execute("SELECT 1 FROM files WHERE real = ?", (os.fsencode(path),)).fetchone() is not None
 
+    def any_at_or_below(self, place: str) -> bool:
+        """Whether any file was found at a place, or below it, by the name that it was found by or by its own."""
+        self._files.execute("CREATE INDEX IF NOT EXISTS by_path ON files (path)")
+        real = place if is_url(place) else os.path.realpath(place)
+        query = "SELECT 1 FROM files WHERE {0} = ? OR ({0} >= ? AND {0} < ?) LIMIT 1"
+        for column, name in (("path", os.fsencode(place)), ("real", os.fsencode(real))):
+            inside = name.rstrip(b"/")
+            if self._files.execute(query.format(column), (name, inside + b"/", inside + b"0")).fetchone():
+                return True
+        return False
+
     def add_file(
         self,
         path: str,

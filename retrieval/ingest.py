@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,19 +20,20 @@ from retrieval.found_files import FoundFiles
 from retrieval.items import OK, SKIPPED, Item
 from retrieval.known import Known, KnownItems
 from retrieval.loading import Loaded, Task
-from retrieval.locations import NO_TIME, location, split_member
+from retrieval.locations import NO_TIME, is_url, location, split_member
 from retrieval.pace import Pace
 from retrieval.pipeline import NO_EMBEDDING, Embedded, embed_all
 from retrieval.plan import Plan, Unchanged, Unread
 from retrieval.presence import Presence
 from retrieval.roots import Roots
 from retrieval.snapshot import Snapshot
-from retrieval.sources import is_gone, lstat_error
+from retrieval.sources import is_below, is_gone, lstat_error
 from retrieval.types import IngestReport, SkippedFile
 from retrieval.writer import Entry, GenerationWriter
 
 PUBLISH_ITEMS = 2048  # a kill loses at most so many pictures, or what `Pace` says
 _PROGRESS_SECONDS = 0.1
+_AWAY = "nothing of it is there; nothing was forgotten, since a disk may be away"
 
 
 class Ingest:
@@ -57,6 +59,9 @@ class Ingest:
         self._next_id = snapshot.manifest.next_id
         self._generation = snapshot.manifest.generation
         self._gone: dict[str, list[Known]] = {}  # to be forgotten, unless found elsewhere
+        self._away: dict[
+            int, str
+        ] = {}  # ids of those that are not to be, and the named place of which nothing is there
         self._deleted: dict[str, list[int]] = {}  # segment -> ids, not yet published
         self._pending: list[Entry] = []  # encoded, not yet published
         self._pace = Pace(most=PUBLISH_ITEMS)
@@ -76,7 +81,7 @@ class Ingest:
             self._skipped = [file for file in self._skipped if location(file.path) not in homes]
         try:
             self._read_and_encode()
-            self._forget_gone()
+            kept = self._forget_gone()
         except DiskRefusalError:  # it would refuse again
             raise
         except BaseException:
@@ -90,7 +95,7 @@ class Ingest:
             indexed=self._indexed,
             unchanged=self._unchanged,
             deleted=self._deleted_count,
-            gone=0 if delete else sum(map(len, gone.values())),
+            gone=kept if delete else sum(map(len, gone.values())),
             skipped=tuple(sorted(self._skipped, key=lambda file: file.path)),
             images_per_second=self._indexed / seconds if seconds > 0 else 0.0,
             seconds=seconds,
@@ -99,27 +104,48 @@ class Ingest:
     def _find_gone(self) -> tuple[dict[str, list[Known]], set[str]]:
         """Items below the named folders, or at named places, whose file is gone, by their content's sha256.
 
-        And those of the named places, gone as well, that such items lay at or below.
+        And those of the named places, gone as well, that such items lay at or below. `_away`: what may be on a disk
+        that is not there now.
         """
         gone: dict[int, Known] = {}
         missing = {location(file.path) for file in self._found.missing}
         left: set[str] = set()
         is_there = Presence(self._found)
         for place in sorted(missing.union(self._found.scopes)):
+            away: bool | None = None
             for known in self._known.at_or_below(place):
-                if known.item.id in gone or not is_there(self._snapshot.file_name(known.item.place), known.item):
+                path = self._snapshot.file_name(known.item.place)
+                if known.item.id in gone or not is_there(path, known.item):
                     gone[known.item.id] = known
                     left.update(missing.intersection([place]))
+                    away = self._is_away(place, path, missing=place in missing) if away is None else away
+                    if away:
+                        self._away.setdefault(known.item.id, place)
         by_content: dict[str, list[Known]] = {}
         for known in gone.values():
             by_content.setdefault(known.item.content_sha256, []).append(known)
         return by_content, left
 
-    def _forget_gone(self) -> None:
-        for known in chain.from_iterable(self._gone.values()):  # those that were not found elsewhere
+    def _is_away(self, place: str, path: str, *, missing: bool) -> bool:
+        """Whether nothing of a named place is there: of a folder, or of that around a picture. `path`: of an item."""
+        if not missing:
+            return not self._found.any_at_or_below(place)
+        if is_url(place) or is_below(split_member(path)[0], [place]):
+            return True
+        return not _holds_something(os.path.dirname(place))  # noqa: PTH120 - as text, like all places
+
+    def _forget_gone(self) -> int:
+        """Forgets what was not found elsewhere, but for what is away; gives how many those are."""
+        kept: list[str] = []
+        for known in chain.from_iterable(self._gone.values()):
+            if known.item.id in self._away:
+                kept.append(self._away[known.item.id])
+                continue
             self._deleted.setdefault(known.segment.entry.name, []).append(known.item.id)
             self._deleted_count += known.item.status == OK
         self._gone = {}
+        self._skipped += (SkippedFile(path=Path(place), reason=_AWAY) for place in dict.fromkeys(kept))
+        return len(kept)
 
     def _read_and_encode(self) -> None:
         tasks = self._tasks()
@@ -280,6 +306,14 @@ class Ingest:
                 note=f"{rate}{len(self._skipped)} skipped",
             )
         )
+
+
+def _holds_something(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as inside:
+            return any(True for _ in inside)
+    except OSError:
+        return False
 
 
 def _entry(loaded: Loaded, item: Item, embedding: FloatArray | None) -> Entry:

@@ -105,10 +105,12 @@ def _add_url(found: FoundFiles, url: str) -> None:
     system, path = filesystem(url)
     try:
         with remote_errors():
+            by_name = True
             if glob.has_magic(path):
                 infos = system.glob(path, detail=True)
                 found.note_folder(system.unstrip_protocol(re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]))
             elif system.isdir(path):
+                by_name = False
                 infos = system.find(path, detail=True)
                 found.note_folder(system.unstrip_protocol(path).rstrip("/"))
             else:
@@ -118,7 +120,6 @@ def _add_url(found: FoundFiles, url: str) -> None:
         return
     for place, info in sorted(infos.items()):
         one, status = system.unstrip_protocol(place), remote_status(info)
-        by_name = len(infos) == 1 or glob.has_magic(path)
         if status.regular and (by_name or is_picture(one)):
             _add_file(found, one, status=status)
 

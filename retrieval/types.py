@@ -23,7 +23,7 @@ class IngestReport:
     indexed: int  # new and changed pictures, also copies of known ones
     unchanged: int  # pictures that the index already held, also those that were moved
     deleted: int  # pictures forgotten because their file is gone; skipped files that are gone are forgotten, too
-    gone: int  # of the named folders and files, still in the index: `delete` would forget them
+    gone: int  # of the named folders and files, still in the index: `delete` forgets them, but where a disk may be away
     skipped: tuple[SkippedFile, ...]  # files found but not indexed, also those known from an earlier run
     images_per_second: float  # `indexed` / `seconds`
     seconds: float

@@ -57,7 +57,12 @@ def index(
         Path, typer.Option("--index", help="The index: a folder, made if it is not there.")
     ] = services.DEFAULT_INDEX,
     checkpoint: Checkpoint = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Forget pictures whose files are gone.")] = False,
+    delete: Annotated[
+        bool,
+        typer.Option(
+            "--delete", help="Forget pictures whose files are gone, but where nothing is left: a disk may be away."
+        ),
+    ] = False,
     index_type: IndexType = None,
     max_ram: MaxRam = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if a file was skipped.")] = False,
@@ -87,10 +92,10 @@ def index(
     if json:
         write_json(services.ingest_json(report) | services.search_json(info))
     else:
-        _show(report, path)
+        _show(report, path, delete=delete)
         if index_type is not None:
             say(described(services.search_json(info)))
-    if strict and report.skipped:
+    if (strict and report.skipped) or (delete and report.gone):
         raise typer.Exit(code=1)
 
 
@@ -121,7 +126,7 @@ def described(search: dict[str, Any]) -> str:
     )
 
 
-def _show(report: IngestReport, path: Path) -> None:
+def _show(report: IngestReport, path: Path, *, delete: bool) -> None:
     from retrieval.locations import location
 
     speed = f"{in_short(report.images_per_second)} pictures/s, " if report.indexed else ""
@@ -131,5 +136,9 @@ def _show(report: IngestReport, path: Path) -> None:
     )
     if report.gone:
         files = "1 file of the index is" if report.gone == 1 else f"{report.gone} files of the index are"
-        say(f"{files} gone; --delete forgets {'it' if report.gone == 1 else 'them'}")
+        them = "it" if report.gone == 1 else "them"
+        if delete:
+            say(f"{files} gone, and stay there; if no disk is away, matvit delete PATH --index {path} forgets {them}")
+        else:
+            say(f"{files} gone; --delete forgets {them}")
     say_first("skipped", [f"{location(skipped.path)}: {skipped.reason}" for skipped in report.skipped])

@@ -54,6 +54,20 @@ def test_index_again_adds_and_forgets(run, own_index):
     assert (pruned["indexed"], pruned["unchanged"], pruned["deleted"], pruned["gone"]) == (0, 8, 1, 0)
 
 
+@pytest.mark.parametrize("emptied", [False, True])
+def test_delete_of_a_folder_whose_disk_may_be_away_is_told_and_exits_with_1(run, own_index, emptied):
+    pictures = own_index.parent / "photos"
+    (pictures / "cats").rename(own_index.parent / "away")
+    if emptied:
+        (pictures / "cats").mkdir()
+    done = run("index", pictures / "cats", pictures / "dogs", "--index", own_index, "--delete")
+    assert done.code == 1
+    assert " 0 deleted" in done.out
+    assert "gone, and stay there; if no disk is away, matvit delete PATH --index" in done.err
+    assert f"{pictures / 'cats'}: nothing of it is there" in done.err
+    assert run("delete", pictures / "cats", "--index", own_index).code == 0
+
+
 def test_delete_takes_pictures_and_folders_out_and_leaves_their_files(run, own_index, monkeypatch):
     monkeypatch.chdir(own_index.parent)
     shown = run("delete", "photos/dogs/0.png", "--index", own_index)

@@ -8,6 +8,9 @@ import os
 import sqlite3
 import sys
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -413,6 +416,34 @@ def test_a_store_is_read_changed_and_forgotten_like_a_folder(store, build, elast
     report = index.ingest("memory://shop/sub/*.png", delete=True)
     assert (report.indexed, report.unchanged, report.deleted) == (1, 1, 1)
     assert index.verify() == []
+
+
+def test_a_store_of_which_nothing_is_there_is_not_forgotten_beside_a_folder(store, build, photos):
+    index = build([photos, "memory://shop"])
+    for number in range(3):
+        store.rm(f"/shop/sub/{number}.png")
+    for named in ("memory://shop", "memory://shop/sub/*.png"):
+        report = index.ingest([photos, named], delete=True)
+        assert (report.deleted, report.gone, len(report.skipped)) == (0, 3, 1)
+    assert index.info().items == 13
+
+
+def test_a_url_that_answers_404_is_not_forgotten_beside_a_folder(build, photos, tmp_path, picture):
+    pytest.importorskip("aiohttp")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "x.png").write_bytes(picture(20))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "site")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/x.png"
+        index = build([photos, url])
+        (tmp_path / "site" / "x.png").unlink()
+        report = index.ingest([photos, url], delete=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (report.deleted, report.gone, [location(file.path) for file in report.skipped]) == (0, 1, [url])
+    assert index.info().items == 11
 
 
 def test_without_fsspec_a_url_names_the_install_line(monkeypatch):

@@ -183,17 +183,42 @@ def albums(tmp_path, photos, elastic):
     return Index.build([photos, tmp_path / "more"], encoder=elastic, path=tmp_path / "albums.index")
 
 
-def test_delete_forgets_a_named_folder_or_file_that_is_gone_itself(albums, tmp_path, photos):
+def test_delete_forgets_a_named_file_that_is_gone_itself_but_not_one_whose_folder_may_be_away(albums, tmp_path, photos):
     more = tmp_path / "more"
-    shutil.rmtree(photos / "sub")
     (photos / "1.png").unlink()
-    assert counts(albums.ingest([more, photos / "sub", photos / "1.png"])) == (0, 1, 0, 2)
-    assert counts(albums.ingest([more, photos / "sub", photos / "1.png"], delete=True)) == (0, 1, 4, 0)
-    shutil.rmtree(photos)
-    report = albums.ingest([more, photos, tmp_path / "misspelt"], delete=True)
-    assert counts(report) == (0, 1, 5, 1)  # bad.png, which was skipped, is no picture
-    assert report.skipped[0].path == tmp_path / "misspelt"
-    assert (albums.info().items, albums.info().skipped, albums.verify()) == (1, (), [])
+    (tmp_path / "list.txt").write_text("photos/2.png\nphotos/1.png\n")
+    assert counts(albums.ingest([more, photos / "1.png"])) == (0, 1, 0, 1)
+    assert counts(albums.ingest([more, tmp_path / "list.txt"])) == (0, 2, 0, 1)
+    assert counts(albums.ingest([more, tmp_path / "list.txt"], delete=True)) == (0, 2, 1, 0)
+    photos.rename(tmp_path / "away")
+    report = albums.ingest([more, tmp_path / "list.txt", tmp_path / "misspelt"], delete=True)
+    assert (counts(report), report.gone) == ((0, 1, 0, 3), 1)
+    assert {file.path.name: "may be away" in file.reason for file in report.skipped} == {
+        "2.png": True,
+        "1.png": False,  # the index has it no more
+        "misspelt": False,
+    }
+    assert albums.verify() == []
+
+
+@pytest.mark.parametrize("left", [None, "", "notes.md"])
+def test_delete_forgets_nothing_of_a_named_folder_of_which_nothing_is_there(albums, tmp_path, photos, left):
+    photos.rename(tmp_path / "away")
+    if left is not None:  # an unmounted disk's mount point
+        photos.mkdir()
+        (photos / left).touch()
+    report = albums.ingest([tmp_path / "more", photos], delete=True)
+    assert (counts(report), report.gone) == ((0, 1, 0, 1), 10)
+    assert [(file.path, "a disk may be away" in file.reason) for file in report.skipped] == [(photos, True)]
+    assert (albums.info().items, albums.verify()) == (10, [])
+    assert counts(albums.ingest([tmp_path / "more", tmp_path], delete=True)) == (0, 10, 0, 1)  # found again: bad.png
+    assert albums.info().items == 10
+
+
+def test_delete_forgets_what_is_gone_of_a_folder_that_is_there_by_another_name(index, tmp_path, photos):
+    (tmp_path / "link").symlink_to(photos)
+    (photos / "1.png").unlink()
+    assert counts(index.ingest([tmp_path / "link", photos], delete=True)) == (9, 0, 1, 0)
 
 
 def test_a_renamed_folder_keeps_its_ids_and_is_not_embedded_again(albums, tmp_path, photos, elastic, monkeypatch):
@@ -207,7 +232,7 @@ def test_a_renamed_folder_keeps_its_ids_and_is_not_embedded_again(albums, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(type(elastic.encoder()), "preprocess", None)  # any use would fail
         report = albums.ingest([tmp_path / "renamed", photos], delete=True)
-    assert counts(report) == (1, 9, 0, 1)  # the copy; the moved; bad.png
+    assert (counts(report), report.gone) == ((1, 9, 0, 2), 1)  # the copy; the moved; bad.png, here and there
     after = ids()
     copies = {after.pop("2.png"), after.pop("copy.png")}
     assert copies == {before.pop("2.png"), 12}
