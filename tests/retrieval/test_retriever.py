@@ -210,6 +210,7 @@ def test_an_encoder_that_cannot_be_found_is_named(index, elastic, picture, monke
     with pytest.raises(CheckpointError, match=r"from 'fake-source' \(no such folder\); put it back"):
         Retriever.open(index.path).search(picture(1))
     Index.build(photos, encoder=replace(elastic, source=None), path=tmp_path / "unsaved")
+    (photos / "new.png").write_bytes(picture(70))
     with pytest.raises(CheckpointError, match="'fake' that built this index was never saved; pass encoder="):
         Index.open(tmp_path / "unsaved").ingest(photos)
 
