@@ -170,7 +170,7 @@ class Gallery:
             column = Column.of([self.metadata(position).get(name) for position in range(len(self.ids))])
             if not column.positions:
                 known = sorted({key for position in range(len(self.ids)) for key in self.metadata(position)})
-                known = list(dict.fromkeys([*get_close_matches(name, known), *known]))  # the nearest first
+                known = list(dict.fromkeys([*get_close_matches(str(name), known), *known]))  # the nearest first
                 named = ", ".join(known[:_NAMED]) + (f" and {len(known) - _NAMED} more" if len(known) > _NAMED else "")
                 raise SearchError(
                     what=f"no picture has '{name}'",

@@ -379,11 +379,22 @@ def _not_held(missing: Sequence[int | str], folder: Path) -> IngestError:
 
 
 def _id_or_place(item: object) -> int | str:
-    if isinstance(item, str | os.PathLike) and (path := os.fspath(item)):
-        return absolute(location(path))
+    if isinstance(item, str | os.PathLike) and isinstance(path := os.fspath(item), str) and path:
+        place = absolute(location(path))
+        if _can_be_named(place):
+            return place
+        raise IngestError(what=f"no file can have the name {path!r}", where="delete", fix="give ids, files or folders")
     if not is_whole(item):
         raise IngestError(what=f"{item!r} is no id and no path", where="delete", fix="give ids, files or folders")
     return index(cast(SupportsIndex, item))
+
+
+def _can_be_named(place: str) -> bool:
+    """Not with a NUL, or half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(place)
+    except UnicodeEncodeError:
+        return False
 
 
 def _merge_small(writer: GenerationWriter) -> None:

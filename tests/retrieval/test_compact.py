@@ -62,6 +62,13 @@ def test_what_is_no_id_and_no_path_deletes_nothing(index, nonsense):
     assert index.info().items == 10
 
 
+@pytest.mark.parametrize("name", ["\ud800.png", "a\0b.png"])
+def test_a_name_that_no_file_can_have_deletes_nothing(index, name):
+    with pytest.raises(IngestError, match="no file can have the name"):
+        index.delete([0, name])
+    assert index.info().items == 10
+
+
 @pytest.mark.parametrize("unknown", [77, "no.png", Path("/photos")])
 def test_nothing_is_deleted_when_one_of_them_is_not_there(index, photos, unknown):
     with pytest.raises(IngestError, match=f"holds no (item with id|file) .*{unknown}"):

@@ -250,6 +250,7 @@ def test_copies_are_found_by_their_content(retriever):
         (Blend([0], unlike=[True]), {}, "search: a bool is no picture; give"),
         (0, {"where": "label"}, "where: where is a str; give"),
         (0, {"where": {"lable": "dog"}}, "where: no picture has 'lable'; use one of: label"),
+        (0, {"where": {1: 2}}, "where: no picture has '1'; use one of: label"),
         (0, {"where": {"label": []}}, "where: 'label' is asked to be []; give"),
         (0, {"where": {"label": b"dog"}}, "where: 'label' is asked to be b'dog'; give"),
         (0, {"where": {"label": None}}, "where: 'label' is asked to be None; give"),
