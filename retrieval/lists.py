@@ -108,9 +108,12 @@ def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
         errors="surrogateescape",
         newline="",
     ) as text:
-        reader = csv.DictReader(text, restval="")
+        reader = csv.DictReader(text, restval="", strict=True)  # or an unclosed quote would take all lines after it
+        read = 0  # lines of whole rows
         try:
+            read = reader.line_num if reader.fieldnames else 0
             for row in reader:
+                read = reader.line_num
                 if None in row:
                     raise IngestError(
                         what=f"line {reader.line_num} has more cells than the first line",
@@ -126,7 +129,9 @@ def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
                     fix="shorten it, or leave its column out",
                 ) from error
             raise IngestError(
-                what=f"line {reader.line_num} is no CSV ({error})", where=place, fix="write it as comma-separated text"
+                what=f"what begins in line {read + 1} is no CSV ({error})",
+                where=place,
+                fix="write it as comma-separated text, and close every quote",
             ) from error
         if reader.fieldnames is not None:
             _path_column(dict.fromkeys(reader.fieldnames, ""), place)  # also when there is no other line

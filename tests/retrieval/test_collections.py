@@ -108,6 +108,8 @@ def test_a_parquet_list_gives_metadata(photos, build):
         ("l.csv", "a,b\n1,2\n", "the list has no path column, only: a, b; give it a column 'path'"),
         ("l.csv", "path,b\n1.png,2,3\n", "line 2 has more cells than the first line"),
         ("l.csv", f"path,b\n1.png,{'x' * 131_073}\n", "line 2 has a cell of more than 131,072 characters; shorten it"),
+        ("l.csv", 'path,b\na.png,"dog\nb.png,cat\nc.png,cat\n', "what begins in line 2 is no CSV (unexpected"),
+        ("l.csv", 'path,b\na.png,"dog" x\n', "what begins in line 2 is no CSV ("),
         ("l.csv", "", "the list names no picture that is there"),
         ("l.txt", "nothing\n", "the list names no picture that is there ("),
         ("l.parquet", "no parquet", "is no readable parquet file"),
