@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrieval.errors import IngestError
-from retrieval.locations import is_url, one_line, open_file, os_reason
+from retrieval.locations import is_url, one_line, open_regular, os_reason
 from retrieval.metadata import to_json
 from retrieval.shards import Table
 
@@ -66,7 +66,7 @@ def _verb(error: OSError) -> str:
 
 
 def _read_text(place: str) -> Iterator[Listed]:
-    with open_file(place) as file:
+    with open_regular(place) as file:
         for number, line in enumerate(file, start=1):
             name = os.fsdecode(line.rstrip(b"\r\n"))
             if name and "\0" not in name:
@@ -103,7 +103,7 @@ def _is_number(cell: str) -> bool:
 
 def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(
-        open_file(place),
+        open_regular(place),
         encoding="utf-8-sig",
         errors="surrogateescape",
         newline="",

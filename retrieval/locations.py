@@ -83,6 +83,13 @@ def open_file(place: str) -> BinaryIO:
         return cast(BinaryIO, io.BufferedReader(_Remote(system.open(path, "rb"))))
 
 
+def open_regular(place: str) -> BinaryIO:
+    """The same, but no pipe and no device, which would not end. Raises OSError."""
+    if not is_url(place) and not status_of(place).regular:
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open_file(place)
+
+
 def open_with_status(place: str, status: Status | None = None) -> tuple[BinaryIO, Status]:
     """A file, and its size and time now; a URL, whose `status` is known. Raises OSError."""
     file = open_file(place)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from matvit import tars
 from matvit.datasets import PICTURE_SUFFIXES, schema_names
 from matvit.errors import MissingExtraError
-from retrieval.locations import NO_TIME, Status, one_line, open_file, status_of, window
+from retrieval.locations import NO_TIME, Status, one_line, open_file, open_regular, status_of, window
 from retrieval.metadata import MAX_METADATA, to_json
 
 _ROWS = 64  # of a table, read together
@@ -74,7 +74,7 @@ def read_member(container: str, name: str) -> bytes:
 
 @lru_cache(maxsize=4)
 def _offsets(container: str, size: int, mtime_ns: int) -> dict[str, tuple[int, int]]:  # noqa: ARG001 (a changed file is read anew)
-    with open_file(container) as file:
+    with open_regular(container) as file:
         files = (entry for entry in tars.headers(file, []) if tars.problem_of(entry) is None)
         return {tars.name_of(entry): (entry.offset_data, entry.size) for entry in files}
 
@@ -89,7 +89,7 @@ def tar_members(container: str) -> Iterator[Member]:
     """
     seen: set[str] = set()
     damage: list[str] = []  # an error at once would take the group before with it
-    with open_file(container) as file:
+    with open_regular(container) as file:
         for entries in tars.samples(file, damage):
             metadata, problem = _group_metadata(entries, file)
             for entry in entries:
@@ -141,7 +141,7 @@ class Table:
             import pyarrow.parquet as pq
         except ImportError as error:
             raise MissingExtraError.for_extra("parquet", purpose=f"reading {self.container}") from error
-        source = open_file(self.container)
+        source = open_regular(self.container)
         try:
             self.file = pq.ParquetFile(source, buffer_size=2**20)
         except Exception as error:  # pyarrow raises nearly anything on damaged bytes

@@ -150,8 +150,8 @@ def _add_file(found: FoundFiles, path: str, *, status: Status | None = None) -> 
 def _add_table(found: FoundFiles, path: str, status: Status | None) -> None:
     try:
         table = Table(path)
-    except ShardError as error:
-        found.skip(path, error.reason)
+    except OSError as error:
+        found.skip(path, error.reason if isinstance(error, ShardError) else os_reason(error))
         return
     try:
         if table.image_column is None:

@@ -124,6 +124,22 @@ def test_a_list_that_is_none_is_one_sentence(tmp_path, name, content, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.parquet", "a.tar"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_device_that_is_named_like_a_list_or_shard_is_told(build, tmp_path, photos, name, kind):
+    pytest.importorskip("pyarrow")
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(IngestError, match="not a regular file"):
+        build(tmp_path / name)
+    if not name.endswith((".txt", ".csv")):
+        [skipped] = build([photos, tmp_path / name]).ingest([photos, tmp_path / name]).skipped
+        assert "not a regular file" in skipped.reason
+
+
 def test_names_that_no_file_can_have_are_skipped_by_line_and_long_numbers_are_text(photos, build):
     (photos / "list.csv").write_bytes(b"path,n\n1.png," + b"1" * 5000 + b"\na\0b.png,2\n")
     assert metadata(build(photos / "list.csv")) == {"1.png": {"n": "1" * 5000}}
