@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from retrieval.errors import IngestError
 from retrieval.locations import is_url, one_line, open_regular, os_reason
@@ -65,11 +66,22 @@ def _verb(error: OSError) -> str:
     return reason if reason.startswith(("may", "cannot")) else f"cannot be read ({reason})"
 
 
+def _open(place: str) -> BinaryIO:
+    """A list behind its byte order mark. Raises OSError, IngestError."""
+    file = open_regular(place)
+    head = file.read(len(codecs.BOM_UTF8))
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        file.close()
+        raise IngestError(what="the list is UTF-16", where=place, fix="save it as UTF-8")
+    file.seek(len(head) if head == codecs.BOM_UTF8 else 0)
+    return file
+
+
 def _read_text(place: str) -> Iterator[Listed]:
-    with open_regular(place) as file:
+    with _open(place) as file:
         for number, line in enumerate(file, start=1):
             name = os.fsdecode(line.rstrip(b"\r\n"))
-            if name and "\0" not in name:
+            if name:
                 yield _listed(place, name, {}, number)
 
 
@@ -103,8 +115,8 @@ def _is_number(cell: str) -> bool:
 
 def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(
-        open_regular(place),
-        encoding="utf-8-sig",
+        _open(place),
+        encoding="utf-8",
         errors="surrogateescape",
         newline="",
     ) as text:

@@ -124,6 +124,22 @@ def test_a_list_that_is_none_is_one_sentence(tmp_path, name, content, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["list.txt", "list.csv"])
+def test_a_byte_order_mark_is_no_part_of_a_list_and_utf_16_is_told(photos, build, name):
+    text = "1.png\n2.png\n" if name == "list.txt" else "path\n1.png\n2.png\n"
+    (photos / name).write_text(text, encoding="utf-8-sig")
+    assert metadata(build(photos / name)).keys() == {"1.png", "2.png"}
+    (photos / name).write_text(text, encoding="utf-16")
+    with pytest.raises(IngestError, match=rf"{name}: the list is UTF-16; save it as UTF-8"):
+        find_files(photos / name)
+
+
+def test_a_line_with_nul_is_told(photos):
+    (photos / "list.txt").write_bytes(b"1.png\n2\0.png\n")
+    [skipped] = find_files(photos / "list.txt").skipped
+    assert skipped.reason == "cannot be read (no file can have this name) (line 2 of list.txt)"
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.parquet", "a.tar"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
