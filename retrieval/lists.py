@@ -7,8 +7,10 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, BinaryIO
 
 from retrieval.errors import IngestError
@@ -110,7 +112,7 @@ def _numeric_columns(place: str) -> set[str]:
 
 
 def _is_number(cell: str) -> bool:
-    return len(cell) < _LONGEST_NUMBER and _NUMBER.fullmatch(cell) is not None
+    return len(cell) < _LONGEST_NUMBER and _NUMBER.fullmatch(cell) is not None and isfinite(float(cell))
 
 
 def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -123,7 +125,8 @@ def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
         reader = csv.DictReader(text, restval="", strict=True)  # or an unclosed quote would take all lines after it
         read = 0  # lines of whole rows
         try:
-            read = reader.line_num if reader.fieldnames else 0
+            _refuse_repeated(reader.fieldnames or (), place)
+            read = reader.line_num
             for row in reader:
                 read = reader.line_num
                 if None in row:
@@ -147,6 +150,14 @@ def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
             ) from error
         if reader.fieldnames is not None:
             _path_column(dict.fromkeys(reader.fieldnames, ""), place)  # also when there is no other line
+
+
+def _refuse_repeated(columns: Sequence[str], place: str) -> None:
+    for name, count in Counter(columns).items():
+        if name and count > 1:
+            raise IngestError(
+                what=f"{count} columns are named '{one_line(name)}'", where=place, fix="rename or leave out all but one"
+            )
 
 
 def _path_column(row: Mapping[str, str], place: str) -> str:

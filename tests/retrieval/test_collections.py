@@ -83,6 +83,12 @@ def test_a_csv_list_gives_metadata_and_numbers_are_numbers(photos, build):
     assert (found["3.png"], found["4.png"], len(found)) == ({}, {}, 10)
 
 
+def test_a_number_that_is_too_large_for_one_is_text(photos, build):
+    (photos / "list.csv").write_text("path,size\n1.png,1e400\n2.png,3\n")
+    found = metadata(build(photos / "list.csv"))
+    assert (found["1.png"], found["2.png"]) == ({"size": "1e400"}, {"size": "3"})
+
+
 def test_a_lists_new_metadata_are_kept_without_reading_the_pictures(photos, build, elastic, monkeypatch):
     (photos / "list.csv").write_text("path,label\n1.png,cat\n")
     index = build([photos, photos / "list.csv"])
@@ -108,6 +114,7 @@ def test_a_parquet_list_gives_metadata(photos, build):
         ("l.csv", "a,b\n1,2\n", "the list has no path column, only: a, b; give it a column 'path'"),
         ("l.csv", "path,b\n1.png,2,3\n", "line 2 has more cells than the first line"),
         ("l.csv", f"path,b\n1.png,{'x' * 131_073}\n", "line 2 has a cell of more than 131,072 characters; shorten it"),
+        ("l.csv", "path,b,path\n1.png,2,3.png\n", "2 columns are named 'path'; rename or leave out all but one"),
         ("l.csv", 'path,b\na.png,"dog\nb.png,cat\nc.png,cat\n', "what begins in line 2 is no CSV (unexpected"),
         ("l.csv", 'path,b\na.png,"dog" x\n', "what begins in line 2 is no CSV ("),
         ("l.csv", "", "the list names no picture that is there"),
