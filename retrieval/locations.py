@@ -157,6 +157,13 @@ def remote_errors() -> Iterator[None]:
     """Stores raise their own errors: all are OSErrors to us, and so listed with their reason."""
     try:
         yield
+    except FileNotFoundError as error:
+        reason = error.__cause__
+        if isinstance(reason, OSError) and not isinstance(
+            reason, FileNotFoundError
+        ):  # the store was not reached at all
+            raise reason from error
+        raise
     except (OSError, MatVitError):
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import sqlite3
 import sys
 import tarfile
@@ -17,7 +18,7 @@ import pytest
 
 from matvit.errors import ImageError, MissingExtraError
 from retrieval import Index, IngestError, Retriever, SearchError
-from retrieval.locations import location, read_picture, split_member
+from retrieval.locations import location, read_picture, split_member, status_of
 from retrieval.metadata import from_json
 from retrieval.sources import find_files
 
@@ -500,6 +501,16 @@ def test_a_store_that_is_not_there_is_one_sentence(url):
         find_files(url)
     assert "\n" not in str(caught.value)
     assert url in str(caught.value)
+
+
+def test_a_store_that_is_not_reached_is_not_called_a_missing_file():
+    pytest.importorskip("aiohttp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/x.jpg"  # nobody listens
+        for ask in (status_of, read_picture):
+            with pytest.raises(OSError if ask is status_of else ImageError, match="Connect call failed"):
+                ask(url)
 
 
 def test_a_file_url_is_the_file(photos, build, elastic):
