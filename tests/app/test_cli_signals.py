@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,23 @@ def test_ctrl_c_ends_with_130_and_says_nothing(run, monkeypatch):
     monkeypatch.setattr(services, "info_of", interrupted)
     done = run("info")
     assert (done.code, done.out, done.err) == (130, "", "")
+
+
+def test_ctrl_c_while_the_commands_are_loaded_ends_with_130_and_says_nothing():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["matvit"].partition(":")
+    script = f"""
+import signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+from {module} import {function}
+sys.exit({function}())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_ctrl_c_while_indexing_says_how_to_go_on(run, photos, checkpoint, tmp_path, monkeypatch):
