@@ -59,9 +59,7 @@ class Ingest:
         self._next_id = snapshot.manifest.next_id
         self._generation = snapshot.manifest.generation
         self._gone: dict[str, list[Known]] = {}  # to be forgotten, unless found elsewhere
-        self._away: dict[
-            int, str
-        ] = {}  # ids of those that are not to be, and the named place of which nothing is there
+        self._away: dict[int, str] = {}  # not to be forgotten, by id: the named place of which nothing is there
         self._deleted: dict[str, list[int]] = {}  # segment -> ids, not yet published
         self._pending: list[Entry] = []  # encoded, not yet published
         self._pace = Pace(most=PUBLISH_ITEMS)

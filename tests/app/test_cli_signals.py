@@ -31,6 +31,7 @@ def test_ctrl_c_while_the_commands_are_loaded_ends_with_130_and_says_nothing():
     module, _, function = project["scripts"]["matvit"].partition(":")
     script = f"""
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 class Finder:
     def find_spec(name, path, target=None):
         if name == "typer":
