@@ -231,13 +231,11 @@ class _Worker:
         self._send([(_text(name), b"") for name in names], memory=memory, largest=largest)
         was_read = list(_READ.iter_unpack(_receive(self._answers)))
         found = [ReadFile(size, time, sha256.hex()) if good else None for good, size, time, sha256 in was_read]
-        asked = [number for number, file in enumerate(found) if file is not None and wanted(number, file)]
-        _send(self._asked, [bytes(number in asked for number in range(len(names)))])
-        decoded = dict(zip(asked, _unpacked(_receive(self._answers), [names[number] for number in asked]), strict=True))
-        return [
-            (file, decoded[number]) if file is not None and number in decoded else None
-            for number, file in enumerate(found)
-        ]
+        asked = [file if file is not None and wanted(number, file) else None for number, file in enumerate(found)]
+        _send(self._asked, [bytes(file is not None for file in asked)])
+        named = [name for name, file in zip(names, asked, strict=True) if file is not None]
+        decoded = iter(_unpacked(_receive(self._answers), named))
+        return [None if file is None else (file, next(decoded)) for file in asked]
 
     def _send(self, named: Sequence[tuple[bytes, bytes]], *, memory: int, largest: int = 0) -> None:
         if not self.started:

@@ -89,6 +89,11 @@ class _Small:
     content_sha256: str
     data: bytes = b""  # b"": the decoder has read it itself
 
+    @classmethod
+    def read(cls, task: Task, file: ReadFile) -> _Small:
+        """By a decoder."""
+        return cls(task, Status(size=file.size, mtime_ns=file.mtime_ns), file.sha256)
+
     def loaded(self, found: Decoded) -> Loaded | SkippedFile:
         if isinstance(found.error, NotDecodedError):
             return SkippedFile(path=Path(self.task.full_path), reason=one_line(found.error.what))
@@ -134,13 +139,10 @@ class Loader:
             return [self.load(task) for task in tasks]
         if not all(task.is_file for task in tasks):
             return self._together([self._read(task) for task in tasks])
-        return [
-            found or self._alone(task)
-            for task, found in zip(tasks, self._read_by_decoder(tasks, self._decoders), strict=True)
-        ]
+        return self._read_by_decoder(tasks, self._decoders)
 
-    def _read_by_decoder(self, tasks: Sequence[Task], decoders: Decoders) -> list[Loaded | SkippedFile | None]:
-        """None for what must be read here: because it is large, cannot be read, or its content is held."""
+    def _read_by_decoder(self, tasks: Sequence[Task], decoders: Decoders) -> list[Loaded | SkippedFile]:
+        """What is large, cannot be read, or has a content that is held, is read here."""
 
         def is_new(number: int, file: ReadFile) -> bool:
             return not self._is_own(tasks[number], file.sha256) and not self._held(file.sha256)
@@ -150,8 +152,11 @@ class Loader:
             try:
                 found = decoders.read(names, largest=SMALL_BYTES, memory=SMALL_MEMORY, wanted=is_new)
             except MemoryError:  # here, for all the answers
-                return [None for _ in tasks]
-        return [None if one is None else _answer(task, *one) for task, one in zip(tasks, found, strict=True)]
+                found = [None for _ in tasks]
+        return [
+            self._alone(task) if one is None else self._answered(_Small.read(task, one[0]), one[1])
+            for task, one in zip(tasks, found, strict=True)
+        ]
 
     def _together(self, found: Sequence[Loaded | SkippedFile | _Small]) -> list[Loaded | SkippedFile]:
         small = [one for one in found if isinstance(one, _Small)]
@@ -166,7 +171,8 @@ class Loader:
         return [self._answered(one, next(answers)) if isinstance(one, _Small) else one for one in found]
 
     def _answered(self, small: _Small, found: Decoded) -> Loaded | SkippedFile:
-        return small.loaded(found) if _is_answered(found) else self._alone(small.task)
+        takes_more = found.pixels is None and found.error is None  # memory than it might
+        return self._alone(small.task) if takes_more else small.loaded(found)
 
     def _alone(self, task: Task) -> Loaded | SkippedFile:
         found = self._read(task, alone=True)
@@ -232,16 +238,6 @@ class Loader:
             raise found.error
         assert found.pixels is not None
         return found.pixels[np.newaxis]
-
-
-def _answer(task: Task, file: ReadFile, found: Decoded) -> Loaded | SkippedFile | None:
-    status = Status(size=file.size, mtime_ns=file.mtime_ns)
-    return _Small(task, status, file.sha256).loaded(found) if _is_answered(found) else None
-
-
-def _is_answered(found: Decoded) -> bool:
-    """Not, if it takes more memory than it might."""
-    return found.pixels is not None or found.error is not None
 
 
 def _length(file: BinaryIO) -> int:

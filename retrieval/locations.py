@@ -85,9 +85,17 @@ def open_file(place: str) -> BinaryIO:
 
 def open_regular(place: str) -> BinaryIO:
     """The same, but no pipe and no device, which would not end. Raises OSError."""
-    if not is_url(place) and not status_of(place).regular:
-        raise OSError(errno.EINVAL, "not a regular file")
+    if not is_url(place):
+        _regular_status(place)
     return open_file(place)
+
+
+def _regular_status(place: str) -> Status:
+    """Raises OSError for a pipe or a device: opening a pipe would wait for ever."""
+    status = status_of(place)
+    if not status.regular:
+        raise OSError(errno.EINVAL, "not a regular file")
+    return status
 
 
 def open_with_status(place: str, status: Status | None = None) -> tuple[BinaryIO, Status]:
@@ -104,9 +112,7 @@ def open_picture(place: str) -> tuple[BinaryIO, Status]:
     from retrieval.shards import read_member
 
     container, member = split_member(place)
-    status = status_of(container)
-    if not status.regular:  # opening a pipe would wait for ever
-        raise OSError(errno.EINVAL, "not a regular file")
+    status = _regular_status(container)
     return open_file(container) if member is None else io.BytesIO(read_member(container, member)), status
 
 
