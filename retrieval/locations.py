@@ -165,9 +165,8 @@ def remote_errors() -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         reason = error.__cause__
-        if isinstance(reason, OSError) and not isinstance(
-            reason, FileNotFoundError
-        ):  # the store was not reached at all
+        not_reached = isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError)
+        if reason is not None and not_reached:  # the store itself
             raise reason from error
         raise
     except (OSError, MatVitError):
