@@ -73,7 +73,7 @@ class Ingest:
 
     def run(self, *, delete: bool) -> IngestReport:
         """Bring the index up to date with the files. What is complete is published, whatever ends the run."""
-        gone, homes = self._find_gone()
+        gone, homes = self._find_gone(delete=delete)
         if delete:
             self._gone = gone
             self._skipped = [file for file in self._skipped if location(file.path) not in homes]
@@ -99,11 +99,11 @@ class Ingest:
             seconds=seconds,
         )
 
-    def _find_gone(self) -> tuple[dict[str, list[Known]], set[str]]:
+    def _find_gone(self, *, delete: bool) -> tuple[dict[str, list[Known]], set[str]]:
         """Items below the named folders, or at named places, whose file is gone, by their content's sha256.
 
-        And those of the named places, gone as well, that such items lay at or below. `_away`: what may be on a disk
-        that is not there now.
+        And those of the named places, gone as well, that such items lay at or below. What may be on a disk that is
+        not there now is told apart, in `_away`, where they are to be forgotten.
         """
         gone: dict[int, Known] = {}
         missing = {location(file.path) for file in self._found.missing}
@@ -116,7 +116,8 @@ class Ingest:
                 if known.item.id in gone or not is_there(path, known.item):
                     gone[known.item.id] = known
                     left.update(missing.intersection([place]))
-                    away = self._is_away(place, path, missing=place in missing) if away is None else away
+                    if away is None:
+                        away = delete and self._is_away(place, path, missing=place in missing)
                     if away:
                         self._away.setdefault(known.item.id, place)
         by_content: dict[str, list[Known]] = {}
