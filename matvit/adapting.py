@@ -7,21 +7,17 @@ N pictures, D embedding, R pixels a side.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 
 import numpy as np
 import torch
-from PIL import Image
 
 from matvit.agreement import HELD_BACK, Agreement, compare, embed, read_pictures
 from matvit.datasets import SkippedPicture
-from matvit.errors import DatasetError
 from matvit.last_block import Tokens, fit_last_block, read_tokens
-from matvit.metrics import BoolArray, IntArray, bootstrap_intervals
+from matvit.metrics import IntArray, bootstrap_intervals
 from matvit.model import MatViT
-from matvit.near_copies import copies_of_earlier, difference_hash
 from matvit.preprocess import FloatArray, ImageSource
 from matvit.private import OWNERS, PrivateConfig
 from matvit.progress import Progress, ProgressEvent, silent
@@ -75,17 +71,8 @@ def adapt(
         images = [images[row] for row in drawn]
         labels = labels and [labels[row] for row in drawn]
     steps = _Steps(progress)
-    pixels, skipped = read_pictures(model, images, fewest=FEWEST_PICTURES)
-    copies = copies_of_earlier(np.stack([difference_hash(picture) for picture in _shown(model, pixels)]))
-    if len(pixels) - copies.sum() < FEWEST_PICTURES:
-        raise DatasetError(
-            what=f"{copies.sum()} of {len(pixels)} pictures are near-copies of others: {(~copies).sum()} are left, and "
-            f"{FEWEST_PICTURES} are needed",
-            where="pictures",
-            fix="give a folder with more that differ, a few hundred at best",
-        )
-    pixels = pixels[~copies]
-    classes = _classes(images, labels, skipped={one.path for one in skipped}, left=~copies)
+    found = read_pictures(model, images, fewest=FEWEST_PICTURES)
+    pixels, classes = found.pixels, _classes(labels and [labels[place] for place in found.places])
     steps.done("pictures read")
     full = read_tokens(model, pixels, model.shape.spec("XL"))
     steps.done("XL")
@@ -94,22 +81,12 @@ def adapt(
     gains = {owner.value: _fit(model, owner, pixels, full=full, classes=classes, steps=steps) for owner in OWNERS}
     if not any(gain.kept for gain in gains.values()):
         model.private = old
-    return Adaptation(pictures=len(pixels), near_copies=int(copies.sum()), skipped=skipped, gains=gains)
+    return Adaptation(pictures=len(pixels), near_copies=found.near_copies, skipped=found.skipped, gains=gains)
 
 
-def _shown(model: MatViT, pixels: FloatArray) -> Iterator[Image.Image]:
-    """The pictures that were normalised."""
-    mean, std = (np.reshape(value, (3, 1, 1)) for value in (model.preprocessing.mean, model.preprocessing.std))
-    for one in pixels:
-        yield Image.fromarray((255 * (one * std + mean)).round().astype(np.uint8).transpose(1, 2, 0))
-
-
-def _classes(
-    images: Sequence[ImageSource], labels: Sequence[str] | None, *, skipped: Collection[str], left: BoolArray
-) -> IntArray | None:
-    """(N,) the labels of the pictures that are `left` of those read, counted from 0; None where all are alike."""
-    read = [label for image, label in zip(images, labels or (), strict=False) if str(image) not in skipped]
-    names, classes = np.unique(list(compress(read, left)), return_inverse=True)
+def _classes(labels: Sequence[str] | None) -> IntArray | None:
+    """(N,) the labels, counted from 0; None where all are alike."""
+    names, classes = np.unique(labels or (), return_inverse=True)
     return classes if len(names) > 1 else None
 
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from matvit.datasets import SkippedPicture
 from matvit.encoder import check_unit
 from matvit.errors import DatasetError, ImageError
 from matvit.metrics import agreement, top_k
 from matvit.model import MatViT
-from matvit.preprocess import FloatArray, ImageSource
+from matvit.near_copies import copies_of_earlier, difference_hash
+from matvit.preprocess import FloatArray, ImageSource, PixelArray
 from matvit.threads import usable_cores
 
 HELD_BACK = 5  # every fifth picture is only measured on
@@ -45,34 +47,50 @@ class Agreement:
         return float(self.by_query.mean())
 
 
-def read_pictures(
-    model: MatViT, images: Sequence[ImageSource], *, fewest: int
-) -> tuple[FloatArray, tuple[SkippedPicture, ...]]:
-    """As the encoder takes them (N, 3, R, R), and those that cannot be read, with the reason.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """Those of some pictures that can be read and are no near-copies of earlier ones, which tell nothing new."""
 
-    Raises DatasetError when fewer than `fewest` can be read.
-    """
+    pixels: FloatArray  # (N, 3, R, R) as the encoder takes them
+    places: NDArray[np.int64]  # (N,) among those that were given
+    near_copies: int
+    skipped: tuple[SkippedPicture, ...]
 
-    def read(image: ImageSource) -> FloatArray | ImageError:
+
+def read_pictures(model: MatViT, images: Sequence[ImageSource], *, fewest: int) -> Pictures:
+    """Raises DatasetError when fewer than `fewest` are left."""
+
+    def read(image: ImageSource) -> tuple[PixelArray, FloatArray] | ImageError:
         try:
-            return model.preprocessing(image, size=model.shape.image_size)
+            pixels = model.preprocessing.pixels(image, size=model.shape.image_size)
         except ImageError as error:
             return error
+        return pixels, difference_hash(Image.fromarray(pixels.transpose(1, 2, 0)))
 
-    ready, skipped = [], []
+    ready, hashes, places, skipped = [], [], [], []
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for image, pixels in zip(images, pool.map(read, images), strict=True):
-            if isinstance(pixels, ImageError):
-                skipped.append(SkippedPicture(path=str(image), reason=pixels.what))
+        for place, (image, found) in enumerate(zip(images, pool.map(read, images), strict=True)):
+            if isinstance(found, ImageError):
+                skipped.append(SkippedPicture(path=str(image), reason=found.what))
             else:
-                ready.append(pixels)
-    if len(ready) < fewest:
+                ready.append(found[0])
+                hashes.append(found[1])
+                places.append(place)
+    copies = copies_of_earlier(np.stack(hashes)) if hashes else np.zeros(0, dtype=np.bool_)
+    if (left := len(ready) - int(copies.sum())) < fewest:
+        lost = {"cannot be read": len(skipped), "are near-copies of others": len(ready) - left}
+        why = ", ".join(f"{count} {reason}" for reason, count in lost.items() if count)
         raise DatasetError(
-            what=f"{len(ready)} of {len(images)} pictures can be read, and {fewest} are needed",
+            what=f"{left} of {len(images)} pictures can be used, and {fewest} are needed" + (f": {why}" if why else ""),
             where="pictures",
-            fix="give a folder with more of them, a few hundred at best",
+            fix="give a folder with more that differ, a few hundred at best",
         )
-    return np.stack(ready), tuple(skipped)
+    return Pictures(
+        pixels=model.preprocessing.normalise(np.stack(ready)[~copies]),
+        places=np.array(places)[~copies],
+        near_copies=len(ready) - left,
+        skipped=tuple(skipped),
+    )
 
 
 @torch.inference_mode()

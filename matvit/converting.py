@@ -24,6 +24,7 @@ class Conversion:
 
     pictures: int  # that the order was found on
     held_back: int
+    near_copies: int  # of one of them, and left out: they would be found too easily
     skipped: tuple[SkippedPicture, ...]
     agreement: Mapping[str, Agreement]
 
@@ -31,14 +32,16 @@ class Conversion:
 def convert(model: MatViT, images: Sequence[ImageSource], *, progress: Progress = silent) -> Conversion:
     """Order the hidden units of a plain encoder in place, and open its resolution axis; XL stays to rounding.
 
-    Of more than MOST_PICTURES a sample is taken. Every fifth picture is held back, to measure on.
+    Of more than MOST_PICTURES a sample is taken, and of near-copies the first. Every fifth picture is held back, to
+    measure on.
     Raises DatasetError for too few pictures.
     """
     chosen = images
     if len(images) > MOST_PICTURES:
         chosen = random.Random(0).sample(images, MOST_PICTURES)  # noqa: S311  # a seed, not a secret
     _tell(progress, 0, "reading pictures")
-    pixels, skipped = read_pictures(model, chosen, fewest=FEWEST_PICTURES)
+    read = read_pictures(model, chosen, fewest=FEWEST_PICTURES)
+    pixels = read.pixels
     held_back = range(0, len(pixels), HELD_BACK)
     others = [row for row in range(len(pixels)) if row % HELD_BACK]
     _tell(progress, 1, "ordering hidden units")
@@ -48,7 +51,13 @@ def convert(model: MatViT, images: Sequence[ImageSource], *, progress: Progress 
     specs = [str(spec) for spec in model.shape.granularities()]
     found = agreement_with_full(model, pixels, held_back, specs=specs)
     _tell(progress, 3, "measured")
-    return Conversion(pictures=len(others), held_back=len(held_back), skipped=skipped, agreement=found)
+    return Conversion(
+        pictures=len(others),
+        held_back=len(held_back),
+        near_copies=read.near_copies,
+        skipped=read.skipped,
+        agreement=found,
+    )
 
 
 def _tell(progress: Progress, done: int, note: str) -> None:

@@ -41,7 +41,8 @@ def convert(
     """Make a plain timm ViT elastic, without training, and say how much each granularity loses.
 
     Hidden units are ordered by their importance on up to 400 pictures; XL computes what the timm model does.
-    On every fifth picture, held back, the table shows how well each granularity's answers agree with XL's.
+    On every fifth picture, held back, the table shows how well each granularity's answers agree with XL's; near-copies
+    of a picture, as of a burst, are left out.
     Train it (matvit train), or tune it to your pictures (matvit adapt), before small queries are of use.
 
     \b
@@ -63,6 +64,8 @@ def convert(
         )
     for skipped in result.skipped:
         say(f"skipped {skipped.path}: {skipped.reason}")
+    if result.near_copies:
+        say(f"near-copies of other pictures, left out: {result.near_copies}")
     if json:
         write_json(
             {
@@ -71,6 +74,7 @@ def convert(
                 "space_id": model.space_id,
                 "pictures": result.pictures,
                 "held_back": result.held_back,
+                "near_copies": result.near_copies,
                 "submodels": list(model.pareto),
                 "skipped": [asdict(picture) for picture in result.skipped],
             }

@@ -123,8 +123,8 @@ def test_measures_stay_where_the_last_block_is_as_before(checkpoint):
 @pytest.mark.parametrize(
     ("images", "out", "words"),
     [
-        ("photos", "new", "8 of 8 pictures can be read, and 40 are needed"),
-        ("one", "new", "1 of 1 pictures can be read, and 40 are needed"),
+        ("photos", "new", "8 of 8 pictures can be used, and 40 are needed"),
+        ("one", "new", "1 of 1 pictures can be used, and 40 are needed"),
         ("gone", "new", "No such file or directory"),
         ("many", "foreign", "which is no part of a checkpoint"),
     ],

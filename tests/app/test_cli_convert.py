@@ -24,6 +24,7 @@ def pictures(tmp_path_factory):
     for number in range(25):
         pixels = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((40, 32)).save(folder / f"{number}.png")
+    Image.open(folder / "7.png").point(lambda value: min(value + 2, 255)).save(folder / "near-copy of 7.png")
     (folder / "bad.jpg").write_bytes(b"no picture")
     return folder
 
@@ -67,7 +68,7 @@ def test_a_local_file_of_every_family_becomes_elastic_and_keeps_its_function(
     assert list(rows) == ["S", "M", "L", "XL"]
     assert rows["XL"]["quality"]["agreement@10"] == rows["XL"]["relative_flops"] == 1
     assert [rows[spec]["relative_flops"] for spec in rows] == sorted(rows[spec]["relative_flops"] for spec in rows)
-    assert (done.json["pictures"], done.json["held_back"]) == (20, 5)
+    assert (done.json["pictures"], done.json["held_back"], done.json["near_copies"]) == (20, 5, 1)
     assert [row["path"].endswith("bad.jpg") for row in done.json["skipped"]] == [True]
 
 
@@ -77,6 +78,7 @@ def test_a_converted_encoder_indexes_searches_and_says_what_it_is(run, small_tim
     arguments = ["--weights", tmp_path / "weights.safetensors", "--image-size", 32, "--images", pictures]
     shown = run("convert", "vit_small_patch16_dinov3", *arguments, "--out", tmp_path / "elastic")
     assert "centred cosine" in shown.out
+    assert "near-copies of other pictures, left out: 1" in shown.err
     run("index", photos, "--index", tmp_path / "p.index", "--encoder", tmp_path / "elastic")
     query = photos / "cats" / "0.png"
     for spec in ("XL", "M-r16"):
@@ -180,4 +182,4 @@ def test_what_cannot_be_converted_is_one_sentence(run, small_timm, pictures, tmp
         assert sentence in refused.err
     assert not (tmp_path / "elastic").exists()
     few = run("convert", "vit_small_patch16_224", *good, "--images", tmp_path, "--out", tmp_path / "elastic")
-    assert "0 of 0 pictures can be read, and 20 are needed" in few.err
+    assert "0 of 0 pictures can be used, and 20 are needed" in few.err

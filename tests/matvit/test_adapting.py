@@ -164,14 +164,14 @@ def test_pictures_that_are_decoded_at_once_keep_their_order(tiny: MatViT, tmp_pa
     for shade in range(12):
         Image.new("RGB", (400 - 30 * shade,) * 2, (20 * shade,) * 3).save(tmp_path / f"{shade:02}.png")
     (tmp_path / "03.png").write_bytes(b"no picture")
-    pixels, skipped = read_pictures(tiny, sorted(tmp_path.iterdir()), fewest=1)
-    assert np.all(np.diff(pixels.mean(axis=(1, 2, 3))) > 0)
-    assert [one.path for one in skipped] == [str(tmp_path / "03.png")]
+    found = read_pictures(tiny, sorted(tmp_path.iterdir()), fewest=1)
+    assert np.all(np.diff(found.pixels.mean(axis=(1, 2, 3))) > 0)
+    assert [one.path for one in found.skipped] == [str(tmp_path / "03.png")]
 
 
 def test_too_few_pictures_are_refused_and_the_unreadable_do_not_count(tiny: MatViT, tmp_path: Path) -> None:
     (tmp_path / "no.jpg").write_bytes(b"no picture")
-    with pytest.raises(DatasetError, match="39 of 40 pictures can be read, and 40 are needed"):
+    with pytest.raises(DatasetError, match="39 of 40 pictures can be used, and 40 are needed: 1 cannot be read"):
         adapt(tiny, [*_pictures(39), tmp_path / "no.jpg"])
-    with pytest.raises(DatasetError, match="5 of 44 pictures are near-copies of others: 39 are left, and 40 are"):
+    with pytest.raises(DatasetError, match="39 of 44 pictures can be used, and 40 are needed: 5 are near-copies"):
         adapt(tiny, [*_pictures(39), *_pictures(5)])
