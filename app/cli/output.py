@@ -32,6 +32,14 @@ def write_line(text: str) -> None:
     typer.echo(printable(text))
 
 
+def write_lines(texts: Sequence[str], *, of: str) -> None:
+    """Some of the lines of a result, each on its own, and how many more there are `of` them."""
+    for text in texts[:_SHOWN]:
+        write_line(text)
+    if len(texts) > _SHOWN:
+        write_line(f"{len(texts) - _SHOWN} more {of}: --json lists them")
+
+
 def write_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", caption: str = "", text_columns: int = 1
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_line
+from matvit_app.cli.output import JsonFlag, say, write_json, write_line, write_lines
 from matvit_app.cli.progress import progress_bar
 
 
@@ -55,8 +55,7 @@ def verify(
             }
         )
     else:
-        for problem in result.problems:
-            write_line(problem)
+        write_lines(result.problems, of="problems")
         if result.unsampled and not result.problems:
             say(f"no picture was embedded once more: {result.unsampled}")
         elif sample != 0 and result.kind == "index" and not result.problems:

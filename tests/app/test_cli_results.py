@@ -322,6 +322,14 @@ def test_verify_finds_one_flipped_bit(run, kind, own_index, checkpoint, tmp_path
     assert run("verify", target).code == 1
 
 
+def test_verify_lists_the_first_problems_and_counts_the_others(run, index, monkeypatch):
+    problems = tuple(f"id {number} belongs to several items" for number in range(13))
+    monkeypatch.setattr(services, "verify", lambda *_, **__: services.Verification(kind="index", problems=problems))
+    shown = run("verify", index).out.splitlines()
+    assert shown == [*problems[:10], "3 more problems: --json lists them", f"{index}: index is damaged"]
+    assert run("verify", index, "--json").json["problems"] == list(problems)
+
+
 # --- extract -------------------------------------------------------------------------------------
 
 
