@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from operator import index
 from pathlib import Path
@@ -98,17 +98,18 @@ class Index:
             deletions={},
             next_id=0,
         )
-        try:
-            with writing(folder):
-                make_folders(folder)
-            with writer_lock(folder):
+        with ExitStack() as held:
+            try:
+                with writing(folder):
+                    make_folders(folder)
+                held.enter_context(writer_lock(folder))
                 _check_free(folder)  # another process may have been faster
                 with writing(folder):
                     make_folders(folder)  # or have just removed them, with an index of its own
                     _publish_first(folder, manifest)
-        except DiskRefusalError:
-            _discard_unmade(folder, keep_folder=was_there)
-            raise
+            except DiskRefusalError:
+                _discard_unmade(folder, keep_folder=was_there)
+                raise
         return cls(Snapshot.open(folder), encoder=encoder)
 
     @classmethod
@@ -444,14 +445,14 @@ def _publish_first(folder: Path, manifest: Manifest) -> None:
 
 
 def _discard_unmade(folder: Path, *, keep_folder: bool) -> None:
-    """Remove what a creation that the disk refused has made; not what another process has made meanwhile."""
+    """Remove what a creation that the disk refused has made, while it holds the lock, if it came so far."""
     with suppress(OSError):
         if not (folder / CURRENT).exists():
             remove_unpublished(folder, newest=0)
-            (folder / LOCK).unlink(missing_ok=True)
             for home in (GENERATIONS, SEGMENTS, DELETIONS):
                 with suppress(FileNotFoundError):
                     (folder / home).rmdir()
+            (folder / LOCK).unlink(missing_ok=True)  # last: who makes another finds nothing beside it
             if not keep_folder:
                 folder.rmdir()
 

@@ -575,6 +575,25 @@ def test_a_build_that_meets_a_full_disk_keeps_what_was_published(
         assert Index.open(tmp_path / "i").info().items == 4 * published
 
 
+def test_what_a_refused_creation_has_made_is_removed_before_another_may_begin_there(
+    tmp_path, elastic, monkeypatch, failing
+):
+    discard, met = retrieval.index._discard_unmade, []
+
+    def discard_beside_another(folder, **named):
+        with pytest.raises(IndexLockedError):
+            Index.create(folder, encoder=elastic)
+        discard(folder, **named)
+        met.append(folder)
+
+    monkeypatch.setattr(retrieval.index, "_discard_unmade", discard_beside_another)
+    with failing("replace", at=0), pytest.raises(IngestError, match="No space left on device"):
+        Index.create(tmp_path / "i", encoder=elastic)
+    assert met == [tmp_path / "i"]
+    assert not (tmp_path / "i").exists()
+    assert Index.create(tmp_path / "i", encoder=elastic).verify() == []
+
+
 def test_an_object_shows_what_a_failed_run_has_published(tmp_path, photos, elastic, monkeypatch, failing):
     monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
     monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
