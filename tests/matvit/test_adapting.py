@@ -161,10 +161,12 @@ def test_an_adapted_encoder_is_loaded_as_it_was_saved(tiny: MatViT, images: Tens
 
 
 def test_pictures_that_are_decoded_at_once_keep_their_order(tiny: MatViT, tmp_path: Path) -> None:
-    for shade in range(12):
-        Image.new("RGB", (400 - 30 * shade,) * 2, (20 * shade,) * 3).save(tmp_path / f"{shade:02}.png")
+    for number, picture in enumerate(_pictures(12)):
+        shown = picture.point(lambda value, number=number: value // 13 + 19 * number)  # brighter each time
+        shown.resize((400 - 30 * number,) * 2).save(tmp_path / f"{number:02}.png")
     (tmp_path / "03.png").write_bytes(b"no picture")
     found = read_pictures(tiny, sorted(tmp_path.iterdir()), fewest=1)
+    assert found.places.tolist() == [0, 1, 2, *range(4, 12)]
     assert np.all(np.diff(found.pixels.mean(axis=(1, 2, 3))) > 0)
     assert [one.path for one in found.skipped] == [str(tmp_path / "03.png")]
 
