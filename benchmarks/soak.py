@@ -130,7 +130,8 @@ def run_shard(part: Part, environment: dict[str, int]) -> tuple[float, str, str 
     with tempfile.TemporaryDirectory(prefix="matvit-soak-") as home, tempfile.TemporaryFile("w+") as output:
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for the tests' own processes
         own = {"TMPDIR": home, "PYTHONPATH": paths} | {name: str(value) for name, value in environment.items()}
-        options = ["-q", "-s", "-o", "timeout=0", "-p", "no:cacheprovider", f"--hypothesis-seed={shard}"]
+        # A shard is one process: pytest-benchmark, where it is installed, refuses to be with --dist.
+        options = ["-q", "-s", "--dist=no", "-o", "timeout=0", "-p", "no:cacheprovider", f"--hypothesis-seed={shard}"]
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, f"--basetemp={home}/pytest", *f"{TESTS}{part.test}".split()],
             cwd=ROOT,
