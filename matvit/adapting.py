@@ -6,7 +6,6 @@ N pictures, D embedding, R pixels a side.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,12 +65,8 @@ def adapt(
     `labels`, as many as `images`, recall is measured too; nothing is learnt from them. Raises DatasetError for too few
     pictures.
     """
-    if len(images) > MOST_PICTURES:
-        drawn = random.Random(0).sample(range(len(images)), MOST_PICTURES)  # noqa: S311  # a seed, not a secret
-        images = [images[row] for row in drawn]
-        labels = labels and [labels[row] for row in drawn]
     steps = _Steps(progress)
-    found = read_pictures(model, images, fewest=FEWEST_PICTURES)
+    found = read_pictures(model, images, fewest=FEWEST_PICTURES, most=MOST_PICTURES)
     pixels, classes = found.pixels, _classes(labels and [labels[place] for place in found.places])
     steps.done("pictures read")
     full = read_tokens(model, pixels, model.shape.spec("XL"))

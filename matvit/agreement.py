@@ -5,9 +5,11 @@ N pictures, R pixels a side.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,7 +50,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pictures:
+class DistinctPictures:
     """Those of some pictures that can be read and are no near-copies of earlier ones, which tell nothing new."""
 
     pixels: FloatArray  # (N, 3, R, R) as the encoder takes them
@@ -57,40 +59,42 @@ class Pictures:
     skipped: tuple[SkippedPicture, ...]
 
 
-def read_pictures(model: MatViT, images: Sequence[ImageSource], *, fewest: int) -> Pictures:
-    """Raises DatasetError when fewer than `fewest` are left."""
-
-    def read(image: ImageSource) -> tuple[PixelArray, FloatArray] | ImageError:
-        try:
-            pixels = model.preprocessing.pixels(image, size=model.shape.image_size)
-        except ImageError as error:
-            return error
-        return pixels, difference_hash(Image.fromarray(pixels.transpose(1, 2, 0)))
-
-    ready, hashes, places, skipped = [], [], [], []
+def read_pictures(model: MatViT, images: Sequence[ImageSource], *, fewest: int, most: int) -> DistinctPictures:
+    """Of more than `most` a sample, always the same. Raises DatasetError when fewer than `fewest` are left."""
+    places: Sequence[int] = range(len(images))
+    if len(images) > most:
+        places = random.Random(0).sample(places, most)  # noqa: S311  # a seed, not a secret
+    drawn = [images[place] for place in places]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for place, (image, found) in enumerate(zip(images, pool.map(read, images), strict=True)):
-            if isinstance(found, ImageError):
-                skipped.append(SkippedPicture(path=str(image), reason=found.what))
-            else:
-                ready.append(found[0])
-                hashes.append(found[1])
-                places.append(place)
-    copies = copies_of_earlier(np.stack(hashes)) if hashes else np.zeros(0, dtype=np.bool_)
-    if (left := len(ready) - int(copies.sum())) < fewest:
-        lost = {"cannot be read": len(skipped), "are near-copies of others": len(ready) - left}
+        found = list(pool.map(partial(_read, model), drawn))
+    failed = [(image, one) for image, one in zip(drawn, found, strict=True) if isinstance(one, ImageError)]
+    read = [(place, *one) for place, one in zip(places, found, strict=True) if not isinstance(one, ImageError)]
+    copies = copies_of_earlier(np.stack([hashed for *_, hashed in read])) if read else ()
+    kept = [one for one, is_copy in zip(read, copies, strict=True) if not is_copy]
+    if len(kept) < fewest:
+        lost = {"cannot be read": len(failed), "are near-copies of others": len(read) - len(kept)}
         why = ", ".join(f"{count} {reason}" for reason, count in lost.items() if count)
         raise DatasetError(
-            what=f"{left} of {len(images)} pictures can be used, and {fewest} are needed" + (f": {why}" if why else ""),
+            what=f"{len(kept)} of {len(drawn)} pictures can be used, and {fewest} are needed"
+            + (f": {why}" if why else ""),
             where="pictures",
             fix="give a folder with more that differ, a few hundred at best",
         )
-    return Pictures(
-        pixels=model.preprocessing.normalise(np.stack(ready)[~copies]),
-        places=np.array(places)[~copies],
-        near_copies=len(ready) - left,
-        skipped=tuple(skipped),
+    return DistinctPictures(
+        pixels=model.preprocessing.normalise(np.stack([pixels for _, pixels, _ in kept])),
+        places=np.array([place for place, *_ in kept]),
+        near_copies=len(read) - len(kept),
+        skipped=tuple(SkippedPicture(path=str(image), reason=error.what) for image, error in failed),
     )
+
+
+def _read(model: MatViT, image: ImageSource) -> tuple[PixelArray, FloatArray] | ImageError:
+    """(3, R, R) of native resolution, and its difference hash."""
+    try:
+        pixels = model.preprocessing.pixels(image, size=model.shape.image_size)
+    except ImageError as error:
+        return error
+    return pixels, difference_hash(Image.fromarray(pixels.transpose(1, 2, 0)))
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,14 +32,10 @@ def convert(model: MatViT, images: Sequence[ImageSource], *, progress: Progress 
     """Order the hidden units of a plain encoder in place, and open its resolution axis; XL stays to rounding.
 
     Of more than MOST_PICTURES a sample is taken, and of near-copies the first. Every fifth picture is held back, to
-    measure on.
-    Raises DatasetError for too few pictures.
+    measure on. Raises DatasetError for too few pictures.
     """
-    chosen = images
-    if len(images) > MOST_PICTURES:
-        chosen = random.Random(0).sample(images, MOST_PICTURES)  # noqa: S311  # a seed, not a secret
     _tell(progress, 0, "reading pictures")
-    read = read_pictures(model, chosen, fewest=FEWEST_PICTURES)
+    read = read_pictures(model, images, fewest=FEWEST_PICTURES, most=MOST_PICTURES)
     pixels = read.pixels
     held_back = range(0, len(pixels), HELD_BACK)
     others = [row for row in range(len(pixels)) if row % HELD_BACK]

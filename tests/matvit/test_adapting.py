@@ -165,7 +165,7 @@ def test_pictures_that_are_decoded_at_once_keep_their_order(tiny: MatViT, tmp_pa
         shown = picture.point(lambda value, number=number: value // 13 + 19 * number)  # brighter each time
         shown.resize((400 - 30 * number,) * 2).save(tmp_path / f"{number:02}.png")
     (tmp_path / "03.png").write_bytes(b"no picture")
-    found = read_pictures(tiny, sorted(tmp_path.iterdir()), fewest=1)
+    found = read_pictures(tiny, sorted(tmp_path.iterdir()), fewest=1, most=12)
     assert found.places.tolist() == [0, 1, 2, *range(4, 12)]
     assert np.all(np.diff(found.pixels.mean(axis=(1, 2, 3))) > 0)
     assert [one.path for one in found.skipped] == [str(tmp_path / "03.png")]
