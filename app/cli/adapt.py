@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_line, write_table
+from matvit_app.cli.output import JsonFlag, say, say_left_out, write_json, write_line, write_table
 from matvit_app.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -39,10 +39,7 @@ def adapt(
         write_json(services.adaptation_json(result, out=out))
     else:
         _show(result)
-    for skipped in result.skipped:
-        say(f"skipped {skipped.path}: {skipped.reason}")
-    if result.near_copies:
-        say(f"near-copies of other pictures, left out: {result.near_copies}")
+    say_left_out(result.skipped, near_copies=result.near_copies)
     if not result.kept:
         say("nothing was surely gained on the pictures that were held back: nothing is written")
         raise typer.Exit(code=1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_line, write_table
+from matvit_app.cli.output import JsonFlag, say_left_out, write_json, write_line, write_table
 from matvit_app.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -62,10 +62,7 @@ def convert(
             out=out,
             progress=progress,
         )
-    for skipped in result.skipped:
-        say(f"skipped {skipped.path}: {skipped.reason}")
-    if result.near_copies:
-        say(f"near-copies of other pictures, left out: {result.near_copies}")
+    say_left_out(result.skipped, near_copies=result.near_copies)
     if json:
         write_json(
             {

@@ -11,7 +11,7 @@ import typer
 
 from matvit_app import services
 from matvit_app.cli.index import described
-from matvit_app.cli.output import JsonFlag, write_json, write_line, write_table
+from matvit_app.cli.output import JsonFlag, write_json, write_line, write_lines, write_table
 from matvit_app.cli.where import typed
 
 _SHOWN = 20  # metadata names that are listed for people; --json lists all
@@ -50,11 +50,8 @@ def info(
 
 def _show_index(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
     write_line(f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, {described(found)}")
-    fields = list(found["metadata"].items())
-    for name, field in fields[:_SHOWN]:
-        write_line(f"{name}: {field['pictures']} pictures, {_values(field)}")
-    if len(fields) > _SHOWN:
-        write_line(f"{len(fields) - _SHOWN} more metadata names: --json lists them")
+    fields = [f"{name}: {field['pictures']} pictures, {_values(field)}" for name, field in found["metadata"].items()]
+    write_lines(fields, of="metadata names", most=_SHOWN)
     for reason, count in found["skipped_reasons"].items():
         write_line(f"skipped {count}: {reason}")
     for file in skipped:

@@ -6,12 +6,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from matvit.datasets import SkippedPicture
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -32,12 +35,10 @@ def write_line(text: str) -> None:
     typer.echo(printable(text))
 
 
-def write_lines(texts: Sequence[str], *, of: str) -> None:
-    """Some of the lines of a result, each on its own, and how many more there are `of` them."""
-    for text in texts[:_SHOWN]:
+def write_lines(texts: Sequence[str], *, of: str, most: int = _SHOWN) -> None:
+    """Up to `most` lines of a result, and how many more there are `of` them."""
+    for text in _first(texts, most, of=f" {of}"):
         write_line(text)
-    if len(texts) > _SHOWN:
-        write_line(f"{len(texts) - _SHOWN} more {of}: --json lists them")
 
 
 def write_table(
@@ -92,10 +93,22 @@ def say(message: str) -> None:
 
 def say_first(fate: str, lines: Sequence[str]) -> None:
     """Some of `lines`, each after the word that says what became of it, and how many more there are."""
-    for line in lines[:_SHOWN]:
+    for line in _first(lines, _SHOWN):
         say(f"{fate} {line}")
-    if len(lines) > _SHOWN:
-        say(f"{fate} {len(lines) - _SHOWN} more: --json lists them")
+
+
+def _first(lines: Sequence[str], most: int, *, of: str = "") -> Iterator[str]:
+    yield from lines[:most]
+    if len(lines) > most:
+        yield f"{len(lines) - most} more{of}: --json lists them"
+
+
+def say_left_out(skipped: Iterable[SkippedPicture], *, near_copies: int) -> None:
+    """What of a user's pictures was not used, and why."""
+    for picture in skipped:
+        say(f"skipped {picture.path}: {picture.reason}")
+    if near_copies:
+        say(f"near-copies of other pictures, left out: {near_copies}")
 
 
 def printable(text: str) -> str:
