@@ -25,6 +25,10 @@ class TorchEncoder:
         self.preprocessing = preprocessing
         parameter = next(module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self._white, self._mean, self._std = (  # copied there once: each copy would wait for what the device computes
+            torch.tensor(values, dtype=torch.float32, device=self.device).reshape(-1, 1, 1)
+            for values in ((255.0,), preprocessing.mean, preprocessing.std)
+        )
 
     @property
     def runtime(self) -> str:
@@ -47,7 +51,10 @@ class TorchEncoder:
     @torch.inference_mode()
     def encode(self, pixels: FloatArray | PixelArray) -> FloatArray:
         """(N, 3, H, W) float32, or uint8 before it was normalised -> (N, D) float32 of unit length."""
-        batch = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        batch = torch.from_numpy(pixels)
+        if self.device.type == "cuda":  # from other memory, the copy would wait for the batch that is computed
+            batch = batch.pin_memory()
+        batch = batch.to(self.device, non_blocking=True)
         if batch.dtype == torch.uint8:
             batch = self.normalise(batch)
         embeddings: FloatArray = F.normalize(self.module(batch.to(self.dtype)).float(), dim=-1).cpu().numpy()
@@ -55,11 +62,7 @@ class TorchEncoder:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """`Preprocessing.normalise` on the device, bit by bit: CUDA would multiply by the inverse of a plain number."""
-        white, mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=self.device).reshape(-1, 1, 1)
-            for values in ((255.0,), self.preprocessing.mean, self.preprocessing.std)
-        )
-        return (pixels.float() / white - mean) / std
+        return (pixels.float() / self._white - self._mean) / self._std
 
     def embed(self, images: Sequence[ImageSource]) -> FloatArray:
         """Pictures -> (N, D) float32 of unit length."""
