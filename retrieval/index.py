@@ -17,7 +17,7 @@ from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.arguments import is_number, is_whole
 from retrieval.encoders import check_encoder, describe, load_encoder
 from retrieval.errors import DamagedFileError, DiskRefusalError, IndexExistsError, IndexFormatError, IngestError
-from retrieval.files import index_folder, keeping_lists, remove, writing
+from retrieval.files import index_folder, keeping_lists, remove, remove_temporaries, writing
 from retrieval.found_files import FoundFiles
 from retrieval.ingest import Ingest
 from retrieval.known import KnownItems
@@ -58,6 +58,7 @@ from retrieval.writer import GenerationWriter
 Selected = int | str | os.PathLike[str]
 """A picture's id, its file, or a folder around it."""
 
+_HOMES = (GENERATIONS, SEGMENTS, DELETIONS)  # the folders that a creation makes
 _NAMED = 5  # of what an index does not hold, in the error
 
 
@@ -449,7 +450,7 @@ def _discard_unmade(folder: Path, *, keep_folder: bool) -> None:
     with suppress(OSError):
         if not (folder / CURRENT).exists():
             remove_unpublished(folder, newest=0)
-            for home in (GENERATIONS, SEGMENTS, DELETIONS):
+            for home in _HOMES:
                 with suppress(FileNotFoundError):
                     (folder / home).rmdir()
             (folder / LOCK).unlink(missing_ok=True)  # last: who makes another finds nothing beside it
@@ -466,14 +467,17 @@ def _nothing_indexed(report: IngestReport) -> IngestError:
 
 
 def _discard_empty(folder: Path, *, keep_folder: bool) -> None:
-    """Remove an index that holds no picture, as the disk says now; not one that another process is writing to."""
+    """Remove an index that holds no picture, as the disk says now; not one that another process is writing to.
+
+    What others have put beside it meanwhile stays, and so does the folder then.
+    """
     with suppress(MatVitError, OSError), writer_lock(folder):
         if Snapshot.open(folder).info().items:
             return
         (folder / CURRENT).unlink()  # first: what a kill from here on leaves never opens
-        for path in folder.iterdir():
-            if path.name != LOCK:
-                remove(path)
+        remove_temporaries(folder)
+        for home in _HOMES:
+            remove(folder / home)
         (folder / LOCK).unlink()  # last: who makes another finds nothing beside it
         if not keep_folder:
             folder.rmdir()

@@ -553,6 +553,19 @@ def test_nothing_stays_when_no_file_is_a_picture(tmp_path, elastic, made_before)
     assert not list(tmp_path.glob("i/*"))
 
 
+def test_a_failed_build_leaves_what_others_put_into_its_folder_meanwhile(tmp_path, elastic, monkeypatch):
+    def put_beside(index, *arguments, **named):
+        (index.path / "mine").mkdir()
+        (index.path / "mine" / "notes.txt").touch()
+        raise IngestError(what="the disk is full", where="here", fix="make room")
+
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr(Index, "_ingest", put_beside)
+    with pytest.raises(IngestError, match="the disk is full"):
+        Index.build(tmp_path / "a.png", encoder=elastic, path=tmp_path / "i")
+    assert sorted((tmp_path / "i").rglob("*")) == [tmp_path / "i" / "mine", tmp_path / "i" / "mine" / "notes.txt"]
+
+
 @pytest.mark.parametrize("published", [0, 1, 2])
 def test_a_build_that_meets_a_full_disk_keeps_what_was_published(
     tmp_path, photos, elastic, monkeypatch, failing, published
