@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,16 @@ class AnyOf:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """All of these comparisons, such as (">=", 3); numbers compare with numbers, text with text."""
+    """All of these comparisons, such as (">=", 3); what compares with their kind is in `_comparable`."""
 
     limits: tuple[tuple[str, Scalar], ...]
 
     def select(self, column: Column, *, name: str) -> IntArray:
-        """Ascending positions. Raises SearchError when no picture has a value of the bounds' kind."""
-        kinds = {_kind(limit) for _, limit in self.limits}
-        comparable = [(key[1], rows) for key, rows in column.positions.items() if kinds == {key[0]}]
+        """Ascending positions. Raises SearchError when no picture has a value that compares with the bounds' kind."""
+        kind = " and ".join(sorted({_kind(limit) for _, limit in self.limits}))
+        comparable = _comparable(column, kind)
         if not comparable:
-            raise _refused(name, f"has no {' and '.join(sorted(kinds))} to compare", "compare with what it has")
+            raise _refused(name, f"has no {kind} to compare", "compare with what it has")
         return _joined([rows for value, rows in comparable if self._holds(value)])
 
     def _holds(self, value: Scalar) -> bool:
@@ -75,6 +77,27 @@ class Bounds:
 
 
 Condition = AnyOf | Bounds
+
+
+def as_number(value: Scalar) -> int | float | None:
+    """What numbers compare with: a number, or one that is written as text, such as "007"; None for any other."""
+    if isinstance(value, str):
+        return float(value) if _NUMBER.fullmatch(value) else None
+    return None if isinstance(value, bool) else value
+
+
+def _comparable(column: Column, kind: str) -> Sequence[tuple[Scalar, IntArray]]:
+    """The values that compare with limits of this kind, as that kind, with their positions; no truth values.
+
+    One list's column can be read as numbers and another's, where a cell is none, as text: neither is passed over.
+    """
+    values = [(value, rows) for (_, value), rows in column.positions.items() if not isinstance(value, bool)]
+    if kind == "number":
+        numbers = ((as_number(value), rows) for value, rows in values)
+        return [(number, rows) for number, rows in numbers if number is not None]
+    if kind == "text" and any(isinstance(value, str) for value, _ in values):  # or it is a mistake: "10" < "9"
+        return [(str(value), rows) for value, rows in values]
+    return []
 
 
 def parse_where(where: Where) -> dict[str, Condition]:

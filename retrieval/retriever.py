@@ -155,6 +155,7 @@ class Retriever:
         `k` None: all. `min_score`: only hits that score at least this, to a millionth: float32 rounds embeddings, and
         so a picture may score 0.9999999 with itself.
         `where`: only pictures whose metadata is so, such as {"label": ["cat", "dog"], "price": {">=": 3, "<": 5}}.
+        A number as a bound compares with texts that spell one, too, and leaves out the others.
         `exclude_self`: not the query's own picture, nor files with the same content.
         Raises ImageError, SpecError, EncoderMismatchError, SearchError (an argument that cannot be meant, an id that
         the index does not hold, a name that no picture has, limits that no submodel keeps), or what

@@ -10,7 +10,7 @@ import typer
 from matvit_app import services
 from matvit_app.cli.output import JsonFlag, say, short_path, short_paths, write_json, write_table
 from matvit_app.cli.progress import progress_bar
-from matvit_app.cli.where import parse_conditions, unknown_values
+from matvit_app.cli.where import left_out, parse_conditions, unknown_values
 
 if TYPE_CHECKING:
     from matvit.encoder import ImageEncoder
@@ -140,7 +140,7 @@ def search(
         where=conditions,
         exclude_self=exclude_self,
     )
-    for note in unknown_values(where or (), retriever.values):
+    for note in (*unknown_values(where or (), retriever.values), *left_out(where or (), retriever.values)):
         say(note)
     if json:
         limited = max_latency_ms is not None or min_recall is not None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from retrieval.filters import Scalar
 
 _CONDITION = re.compile(r"([^<>=]+)(<=|>=|<|>|=)(.+)", re.DOTALL)
 _NAMED = 5  # values that are named for one that no picture has
@@ -46,9 +49,28 @@ def unknown_values(texts: Sequence[str], values_of: Callable[[str], Sequence[obj
         if known and not any(reading in known for reading in _readings(value)):
             by_text = {typed(one).lower(): typed(one) for one in reversed(known[:_COMPARED])}
             near = [by_text[text] for text in get_close_matches(value.lower(), by_text, n=_NAMED)]
-            named = list(dict.fromkeys([*near, *map(typed, known[:_NAMED])]))[:_NAMED]
-            more = f", and {len(known) - len(named)} more" if len(known) > len(named) else ""
-            yield f"no picture has {name}={value}; there {'is' if len(known) == 1 else 'are'} {', '.join(named)}{more}"
+            named = _named([*near, *map(typed, known[:_NAMED])], of=len(known))
+            yield f"no picture has {name}={value}; there {'is' if len(known) == 1 else 'are'} {named}"
+
+
+def left_out(texts: Sequence[str], values_of: Callable[[str], Sequence[Scalar]]) -> Iterator[str]:
+    """One sentence for each name of which a range of numbers leaves out texts that are none.
+
+    `values_of`: what pictures have under a name, the most frequent first.
+    """
+    from retrieval.filters import as_number
+
+    ranges = [(name, _readings(value)[-1]) for name, sign, value in map(_parts, texts) if sign != "="]
+    for name in dict.fromkeys(name for name, limit in ranges if isinstance(limit, float)):
+        others = [value for value in values_of(name) if isinstance(value, str) and as_number(value) is None]
+        if others:
+            named = _named(map(typed, others[:_NAMED]), of=len(others))
+            yield f"pictures whose '{name}' is no number are left out: {named}"
+
+
+def _named(values: Iterable[str], *, of: int) -> str:
+    named = list(dict.fromkeys(values))[:_NAMED]
+    return ", ".join(named) + (f", and {of - len(named)} more" if of > len(named) else "")
 
 
 def _parts(text: str) -> tuple[str, str, str]:

@@ -188,6 +188,17 @@ def test_search_takes_conditions_thresholds_items_and_several_pictures_as_one_qu
         assert (query["query"], len(query["hits"])) == (name, 3)
 
 
+def test_a_range_of_numbers_names_the_texts_that_it_leaves_out(run, tmp_path, photos, checkpoint):
+    cats = photos / "cats"
+    (tmp_path / "a.csv").write_text(f"path,year\n{cats / '0.png'},2019\n{cats / '1.png'},2021\n")
+    (tmp_path / "b.csv").write_text(f"path,year\n{cats / '2.png'},2020\n{cats / '3.png'},unknown\n")
+    lists, index = (tmp_path / "a.csv", tmp_path / "b.csv"), tmp_path / "years.index"
+    run("index", *lists, "--index", index, "--checkpoint", checkpoint)
+    done = run("search", cats / "0.png", "--index", index, "--where", "year>=2020", "--where", "year<2030", "--json")
+    assert {hit["metadata"]["year"] for hit in done.json["queries"][0]["hits"]} == {2021, "2020"}
+    assert done.err == "pictures whose 'year' is no number are left out: unknown\n"
+
+
 def test_a_value_that_no_picture_has_finds_nothing_and_a_note_names_the_nearest(run, index, photos):
     picture = photos / "cats" / "0.png"
     shown = run("search", picture, "--index", index, "--where", "label=Dogz", "--json")

@@ -90,6 +90,19 @@ def test_a_number_that_is_too_large_for_one_is_text(photos, build):
     assert (found["1.png"], found["2.png"]) == ({"size": "1e400"}, {"size": "3"})
 
 
+def test_a_range_finds_what_one_list_gives_as_numbers_and_another_as_text(photos, build, elastic):
+    (photos / "a.csv").write_text("path,year\n0.png,2019\n1.png,2021\n")
+    (photos / "b.csv").write_text("path,year\n2.png,2020\n3.png,unknown\n4.png,02022\n5.png,-1\n")
+    retriever = Retriever.open(build([photos / "a.csv", photos / "b.csv"]).path, encoder=elastic)
+
+    def found(**limits):
+        return sorted(int(hit.path.stem) for hit in retriever.search(photos / "0.png", k=None, where=limits))
+
+    assert found(year={">=": 2020}) == [1, 2, 4]
+    assert found(year={"<": 2020}) == [0, 5]
+    assert found(year={">=": "2020"}) == [1, 2, 3]  # by their letters
+
+
 def test_a_lists_new_metadata_are_kept_without_reading_the_pictures(photos, build, elastic, monkeypatch):
     (photos / "list.csv").write_text("path,label\n1.png,cat\n")
     index = build([photos, photos / "list.csv"])
