@@ -157,10 +157,11 @@ class Index:
         docs/guides/indexing.md describes lists, shards and URLs.
 
         Files that the index holds with the same size and time, or the same content, are not embedded again.
-        Files that cannot be used are skipped and listed. With `delete`, pictures whose file is gone from the
-        named folders, or that were named themselves, are forgotten. Where nothing of a named folder is there, or of
-        the folder around a named picture, a disk may be away: they stay, that place is listed as skipped, and
-        `Index.delete` forgets what was there. Pictures found again elsewhere, by their content, keep their id.
+        Files that cannot be used are skipped and listed. With `delete`, pictures whose file is gone from the named
+        folders, or that were named themselves, are forgotten. Where nothing of a named folder is there, or of the
+        folder around a named picture, or where a folder below a named one is now empty, a disk may be away: they stay,
+        that place is listed as skipped, and `Index.delete` forgets what was there. Pictures found again elsewhere, by
+        their content, keep their id.
         `encoder` None: the one that built the index, which is loaded when a picture must be read.
 
         Publishes as it goes, so an interrupted run continues where it stopped when it is repeated;

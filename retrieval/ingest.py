@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Ingest:
         self._next_id = snapshot.manifest.next_id
         self._generation = snapshot.manifest.generation
         self._gone: dict[str, list[Known]] = {}  # to be forgotten, unless found elsewhere
-        self._away: dict[int, str] = {}  # not to be forgotten, by id: the named place of which nothing is there
+        self._away: dict[int, str] = {}  # not to be forgotten, by id: the place, or folder below it, that holds nothing
         self._deleted: dict[str, list[int]] = {}  # segment -> ids, not yet published
         self._pending: list[Entry] = []  # encoded, not yet published
         self._pace = Pace(most=PUBLISH_ITEMS)
@@ -108,7 +109,7 @@ class Ingest:
         gone: dict[int, Known] = {}
         missing = {location(file.path) for file in self._found.missing}
         left: set[str] = set()
-        is_there = Presence(self._found)
+        is_there, emptied = Presence(self._found), cache(_emptied)
         for place in sorted(missing.union(self._found.scopes)):
             away: bool | None = None
             for known in self._known.at_or_below(place):
@@ -116,10 +117,13 @@ class Ingest:
                 if known.item.id in gone or not is_there(path, known.item):
                     gone[known.item.id] = known
                     left.update(missing.intersection([place]))
+                    if not delete:
+                        continue
                     if away is None:
-                        away = delete and self._is_away(place, path, missing=place in missing)
-                    if away:
-                        self._away.setdefault(known.item.id, place)
+                        away = self._is_away(place, path, missing=place in missing)
+                    home = place if away else emptied(os.path.dirname(split_member(path)[0]), place)  # noqa: PTH120
+                    if home is not None:
+                        self._away.setdefault(known.item.id, home)
         by_content: dict[str, list[Known]] = {}
         for known in gone.values():
             by_content.setdefault(known.item.content_sha256, []).append(known)
@@ -307,10 +311,24 @@ class Ingest:
         )
 
 
+def _emptied(folder: str, place: str) -> str | None:
+    """The first folder from `folder` up that is there, if it lies below `place` and holds nothing.
+
+    So does the mount point of a disk that is away, and a link that leads to one.
+    """
+    while is_below(folder, [place]):
+        if os.path.lexists(folder):
+            return None if _holds_something(folder) else folder
+        folder = os.path.dirname(folder)  # noqa: PTH120 - as text, like all places
+    return None
+
+
 def _holds_something(folder: str) -> bool:
     try:
         with os.scandir(folder) as inside:
             return any(True for _ in inside)
+    except NotADirectoryError:  # a file has taken its place
+        return True
     except OSError:
         return False
 

@@ -211,8 +211,32 @@ def test_delete_forgets_nothing_of_a_named_folder_of_which_nothing_is_there(albu
     assert (counts(report), report.gone) == ((0, 1, 0, 1), 10)
     assert [(file.path, "a disk may be away" in file.reason) for file in report.skipped] == [(photos, True)]
     assert (albums.info().items, albums.verify()) == (10, [])
-    assert counts(albums.ingest([tmp_path / "more", tmp_path], delete=True)) == (0, 10, 0, 1)  # found again: bad.png
+    found_again = albums.ingest([tmp_path / "more", tmp_path], delete=True)
+    assert counts(found_again) == (0, 10, 0, 2 if left == "" else 1)  # bad.png, and what it was in
     assert albums.info().items == 10
+
+
+@pytest.mark.parametrize("left", ["empty", "dangling link", "gone", "file", "other file"])
+def test_delete_forgets_nothing_below_an_emptied_folder_since_it_may_be_a_mount_point(photos, tmp_path, elastic, left):
+    disk = photos / "disk"
+    (photos / "sub").rename(tmp_path / "sub")
+    disk.mkdir()
+    (tmp_path / "sub").rename(disk / "sub")
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    disk.rename(tmp_path / "away")
+    if left == "dangling link":
+        disk.symlink_to(tmp_path / "unmounted" / "disk")
+    elif left == "file":
+        disk.touch()
+    elif left != "gone":
+        disk.mkdir()
+    if left == "other file":  # so it is no mount point
+        (disk / "notes.md").touch()
+    report = index.ingest(photos, delete=True)
+    kept = left in ("empty", "dangling link")
+    assert (report.deleted, report.gone) == ((0, 3) if kept else (3, 0))
+    assert [file.path for file in report.skipped if "may be away" in file.reason] == ([disk] if kept else [])
+    assert (index.info().items, index.verify()) == (10 if kept else 7, [])
 
 
 def test_delete_forgets_what_is_gone_of_a_folder_that_is_there_by_another_name(index, tmp_path, photos):
