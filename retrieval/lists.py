@@ -14,7 +14,7 @@ from math import isfinite
 from typing import Any, BinaryIO
 
 from retrieval.errors import IngestError
-from retrieval.locations import is_url, one_line, open_regular, os_reason
+from retrieval.locations import is_url, location, one_line, open_regular, os_reason
 from retrieval.metadata import to_json
 from retrieval.shards import Table
 
@@ -175,7 +175,7 @@ def _listed(place: str, name: str, values: Mapping[str, Any], line: int) -> List
 
 def _resolved(place: str, name: str) -> str:
     if is_url(name):
-        return name
+        return location(name)
     if is_url(place):
         return f"{place.rpartition('/')[0]}/{name}"
     return os.path.abspath(os.path.join(os.path.dirname(place), name))  # noqa: PTH100, PTH118, PTH120

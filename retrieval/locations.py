@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 from matvit.errors import ImageError, MatVitError, MissingExtraError
 from retrieval.errors import IngestError
@@ -42,11 +43,11 @@ def is_url(name: str) -> bool:
 def location(path: str | os.PathLike[str]) -> str:
     """A hit's or a skipped file's path as text that can be read again: `Path` folds the slashes of a URL.
 
-    A URL of the scheme "file" is the path that it means.
+    A URL of the scheme "file" is the path that it means: "file:///a%20b" is "/a b".
     """
     text = os.fspath(path)
     if text.startswith("file:/"):
-        return "/" + text.removeprefix("file:").lstrip("/")
+        return unquote("/" + text.removeprefix("file:").lstrip("/"), errors="surrogateescape")  # as `os.fsdecode`
     return _FOLDED.sub(r"\1/", text, count=1) if _FOLDED.match(text) else text
 
 

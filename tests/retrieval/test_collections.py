@@ -535,6 +535,22 @@ def test_a_file_url_is_the_file(photos, build, elastic):
     assert hits[0].path != photos / "1.png"
 
 
+def test_a_file_url_may_spell_letters_by_their_bytes_as_percent_signs(tmp_path, picture, build, elastic):
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    names = ["100%.png", "a%20b.png", "ü#1.png", os.fsdecode(b"\xff.png")]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(picture(number))
+    assert len(find_files(folder.as_uri())) == 4
+    assert location((folder / "100%.png").as_uri().replace("%25", "%")) == str(folder / "100%.png")  # spells none
+    (tmp_path / "list.txt").write_text("".join(f"{(folder / name).as_uri()}\n" for name in names))
+    retriever = Retriever.open(build(tmp_path / "list.txt").path, encoder=elastic)
+    assert {path.name for path in retriever.paths().values()} == set(names)
+    for name in names:
+        [hit] = retriever.search((folder / name).as_uri(), k=1)
+        assert hit.path == folder / name
+
+
 @pytest.fixture
 def places(shard, store, tmp_path, picture):
     """Locations of picture(1) that are no files."""
