@@ -113,11 +113,9 @@ class Asleep:
     def __init__(self, encoder: Any, ms: float) -> None:
         self._encoder, self._ms, self._busy = encoder, ms, threading.Lock()
 
-    @property
-    def decodes_apart(self) -> Preprocessing:
-        """What decoders do."""
-        preprocessing: Preprocessing = self._encoder.preprocessing
-        return preprocessing
+    def for_batches(self) -> Asleep:
+        """Itself."""
+        return self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
@@ -196,7 +194,7 @@ def one_round(
         works: dict[str, tuple[Callable[[], object], int]] = {
             "decode": (lambda: [encoder.preprocess([file]) for file in some], len(some)),
             "decode on all cores": (lambda: list(decoders.map(decode, together)), len(files)),
-            "encode": (lambda: list(encoders.map(encoder.encode, batches)), len(files)),
+            "encode": (lambda: list(encoders.map(way.encode, batches)), len(files)),
             "ingest": (lambda: index.ingest(files[0].parent), len(files)),
         }
         names = random.sample(sorted(works), len(works))
@@ -206,15 +204,15 @@ def one_round(
 def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict[str, Any]:
     """One encoder on one kind of picture, as ingest does it."""
     encoder = elastic.encoder(spec)
-    batch = way_of(encoder).batch
+    way = way_of(encoder)
+    batch = way.batch
     pixels = np.concatenate([encoder.preprocess([file]) for file in files[: 8 * batch]])
-    if encoder.decodes_apart:
+    if way.decoders is not None:
         pixels = pixels.astype(np.uint8)  # of any values
     starts = range(0, len(files), batch)  # the same few batches again and again: all would take gigabytes
     batches = [pixels[start % len(pixels) :][: min(batch, len(files) - start)] for start in starts]
     every = [one_round(elastic, encoder, files, batches, way_of(encoder)) for _ in range(1 + rounds)]
     every = every[1:]  # the first warms up
-    way = way_of(encoder)
 
     def median(value: Callable[[dict[str, Spent]], float]) -> float:
         return statistics.median(map(value, every))

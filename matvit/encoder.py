@@ -12,14 +12,25 @@ import numpy as np
 import numpy.typing as npt
 
 from matvit.errors import CheckpointError
-from matvit.preprocess import FloatArray, ImageSource
+from matvit.preprocess import FloatArray, ImageSource, PixelArray, Preprocessing
 from matvit.spec import EncoderShape, SubmodelSpec
+
+
+class BatchEncoder(Protocol):
+    """An encoder whose `encode` takes none of this host's cores, for many batches that processes decode meanwhile."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What they do."""
+
+    def encode(self, pixels: PixelArray) -> FloatArray:
+        """(N, 3, H, W) uint8, as `Preprocessing.pixels` gives them -> (N, D) float32 of unit length."""
 
 
 class ImageEncoder(Protocol):
     """One encoder of one fixed spec, ready to embed pictures. N pictures, D embedding width.
 
-    One whose class has `decodes_apart`, as `TorchEncoder`'s, may be given pixels from processes that decode.
+    Its class may have a method `for_batches`, as `TorchEncoder` does: a `BatchEncoder` of the same, or None.
     """
 
     @property

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from matvit.decoding import Decoder, Decoders
-from matvit.encoder import ImageEncoder, is_unit
-from matvit.preprocess import FloatArray, Preprocessing
+from matvit.encoder import BatchEncoder, ImageEncoder, is_unit
+from matvit.preprocess import FloatArray
 from matvit.threads import batches_at_once, limited, threads_of_each, usable_cores
 from retrieval.encoders import check_shape, normalised
 from retrieval.known import Known
@@ -36,6 +36,7 @@ Pixels = npt.NDArray[Any]  # (N, 3, H, W): float32 of the encoder's, uint8 of de
 class Way:
     """How pictures go through one encoder."""
 
+    encode: Callable[[Pixels], FloatArray]
     batch: int  # pictures that are encoded together
     ahead: int  # pictures that are loaded and wait, at most
     at_once: int  # batches
@@ -45,19 +46,20 @@ class Way:
 
 def way_of(encoder: ImageEncoder) -> Way:
     """Decoded in threads beside an encoder on the same cores, in processes where it says that it takes none of them."""
-    said = hasattr(type(encoder), "decodes_apart")  # of itself: what wraps another encoder may preprocess otherwise
-    preprocessing: Preprocessing | None = getattr(encoder, "decodes_apart", None) if said else None
-    if preprocessing is None:
-        return Way(batch=BATCH, ahead=AHEAD, at_once=batches_at_once())
+    for_batches = getattr(type(encoder), "for_batches", None)  # of itself: what wraps another may preprocess otherwise
+    apart: BatchEncoder | None = for_batches and for_batches(encoder)
+    if apart is None:
+        return Way(encode=encoder.encode, batch=BATCH, ahead=AHEAD, at_once=batches_at_once())
     size = encoder.spec.image_size
     batch = max(BATCH, min(APART_BATCH, APART_BYTES // (3 * size * size)))
     ahead = 4 * batch
     return Way(
+        encode=apart.encode,
         batch=batch,
         ahead=ahead,
         at_once=APART_AT_ONCE,
         together=max(1, min(TOGETHER, ahead // (2 * usable_cores()))),
-        decoders=Decoders(Decoder(preprocessing=preprocessing, size=size)),
+        decoders=Decoders(Decoder(preprocessing=apart.preprocessing, size=size)),
     )
 
 
@@ -88,7 +90,7 @@ def embed_all(
     ):
         loader = Loader(encoder, held, way.decoders)
         for batch in _batched(_decoded(tasks, loader, decoders, way), way):
-            encoding.append(encoders.submit(_encode, batch, encoder))
+            encoding.append(encoders.submit(_encode, batch, way.encode, encoder.embedding_dim))
             if len(encoding) > way.at_once:  # one waits, so that no thread does
                 yield from encoding.popleft().result()
         while encoding:
@@ -134,12 +136,12 @@ def _pixels(loaded: Loaded | SkippedFile) -> Pixels | None:
     return loaded.pixels if isinstance(loaded, Loaded) else None
 
 
-def _encode(batch: Sequence[Loaded | SkippedFile], encoder: ImageEncoder) -> list[Embedded]:
+def _encode(batch: Sequence[Loaded | SkippedFile], encode: Callable[[Pixels], FloatArray], dim: int) -> list[Embedded]:
     pixels = [found for loaded in batch if (found := _pixels(loaded)) is not None]
     embeddings: Iterator[FloatArray | None] = iter(())
     if pixels:
-        rows = encoder.encode(np.concatenate(pixels))
-        check_shape(rows, rows=len(pixels), dim=encoder.embedding_dim)
+        rows = encode(np.concatenate(pixels))
+        check_shape(rows, rows=len(pixels), dim=dim)
         good = is_unit(rows)
         fine = iter(normalised(rows[good]))
         embeddings = (next(fine) if one else None for one in good)

@@ -168,18 +168,6 @@ def test_encoder_of_a_half_precision_model_gives_float32(tiny: MatViT) -> None:
     assert float((exact @ half.T).item()) > 0.99
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_pixels_of_decoders_embed_as_preprocessed_ones_bit_by_bit(tiny: MatViT, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    every_value = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 3, 32, 32)
-    encoder = tiny.to(device).encoder("S")
-    normalised = encoder.preprocessing.normalise(every_value)
-    np.testing.assert_array_equal(encoder.normalise(torch.from_numpy(every_value).to(device)).cpu().numpy(), normalised)
-    np.testing.assert_array_equal(encoder.encode(every_value), encoder.encode(normalised), strict=True)
-    assert encoder.decodes_apart == (None if device == "cpu" else encoder.preprocessing)
-
-
 def test_encoder_keeps_its_weights_when_the_model_trains_on(tiny: MatViT) -> None:
     encoder = tiny.encoder("S")
     pixels = np.ones((1, 3, 32, 32), np.float32)

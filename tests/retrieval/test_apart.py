@@ -46,7 +46,10 @@ retrieval.ingest.PUBLISH_ITEMS = 8
 retrieval.pipeline.BATCH = retrieval.pipeline.APART_BATCH = 4
 
 class Apart(helpers["FakeEncoder"]):
-    decodes_apart = helpers["PREPROCESSING"]
+    preprocessing = helpers["PREPROCESSING"]
+
+    def for_batches(self):
+        return self
 
     def encode(self, pixels):
         time.sleep(float(sys.argv[3]))
@@ -70,7 +73,10 @@ class Elastic(FAKE["FakeElastic"]):
 
 
 class Apart(FAKE["FakeEncoder"]):
-    decodes_apart = PREPROCESSING
+    preprocessing = PREPROCESSING
+
+    def for_batches(self):
+        return self
 
     def preprocess(self, images):
         raise AssertionError
@@ -332,7 +338,7 @@ def test_what_wraps_an_encoder_decodes_as_it_says_itself():
 
     encoder = Elastic().encoder()
     assert retrieval.pipeline.way_of(encoder).decoders is not None
-    assert Wrapped(encoder).decodes_apart is not None
+    assert Wrapped(encoder).for_batches() is not None
     assert retrieval.pipeline.way_of(Wrapped(encoder)).decoders is None
 
 
