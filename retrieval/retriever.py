@@ -60,6 +60,7 @@ class Retriever:
 
     def __init__(self, gallery: Gallery, *, encoder: ElasticEncoder | None) -> None:
         self._gallery = gallery
+        self._given = encoder
         self._encoder = None if encoder is None else _Loaded.of(encoder)
         self._lock = threading.Lock()  # held while an encoder is loaded, and while another generation is
 
@@ -106,28 +107,30 @@ class Retriever:
         return self._loaded(self._gallery).elastic
 
     def _loaded(self, gallery: Gallery) -> _Loaded:
-        if self._encoder is None:
+        if (loaded := self._encoder) is None:
             with self._lock:
-                if self._encoder is None:
-                    encoder = load_encoder(gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
-                    loaded = _Loaded.of(encoder)
-                    if gallery is not self._gallery:  # reloaded since the search began: not the encoder of later ones
-                        return loaded
-                    self._encoder = loaded
-        return self._encoder
+                if (loaded := self._encoder) is None:
+                    loaded = _Loaded.of(load_encoder(gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder))
+                    if gallery is self._gallery:  # else reloaded since the search began: not the encoder of later ones
+                        self._encoder = loaded
+        return loaded
 
     def reload(self) -> int:
         """Move on to the generation that counts now, at once if it is the same; returns its number.
 
-        Raises IndexFormatError, or EncoderMismatchError when the folder now holds another encoder's index;
-        the generation before is then kept.
+        Where the index was upgraded, an encoder that was loaded for it gives way to the new one. Raises
+        IndexFormatError, or EncoderMismatchError when `open` was given an encoder and the folder now holds another
+        one's index; the generation before is then kept.
         """
         with self._lock:
             if read_pointer(self.path) == self._gallery.snapshot.pointer:
                 return self.generation
             gallery = Gallery.open(self.path, device=self._gallery.device, reuse=self._gallery.snapshot)
-            if self._encoder is not None:
-                check_encoder(self._encoder.elastic, gallery.snapshot.manifest.encoder, index=self.path)
+            entry = gallery.snapshot.manifest.encoder
+            if self._given is not None:
+                check_encoder(self._given, entry, index=self.path)
+            elif self._encoder is not None and self._encoder.elastic.space_id != entry.space_id:
+                self._encoder = None
             self._gallery = gallery
         return gallery.snapshot.manifest.generation
 

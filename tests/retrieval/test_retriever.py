@@ -245,29 +245,30 @@ def test_an_index_that_was_replaced_by_another_encoders_is_noticed(index, retrie
 def test_an_index_replaced_while_its_encoder_is_loaded_never_answers_from_the_wrong_space(
     index, elastic, photos, picture, monkeypatch
 ):
+    other = elastic.in_another_space()
+
     class Loader:
         @staticmethod
         def from_pretrained(source, *, revision):
+            if threads:
+                return other
             shutil.rmtree(index.path)
-            Index.build(photos, encoder=elastic.in_another_space(), path=index.path)
-            reloading = threading.Thread(target=reload)
-            reloading.start()
-            reloading.join(0.2)  # must wait for this very search's encoder
-            threads.append(reloading)
+            Index.build(photos, encoder=other, path=index.path)
+            threads.append(threading.Thread(target=retriever.reload))
+            threads[0].start()
+            threads[0].join(0.2)  # must wait for this very search's encoder
+            assert threads[0].is_alive()
             return elastic
 
-    def reload():
-        with pytest.raises(EncoderMismatchError):
-            retriever.reload()
-        refused.append(True)
-
-    threads, refused = [], []
+    threads = []
     monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
     retriever = Retriever.open(index.path)
-    for _ in range(2):
-        assert retriever.search(picture(1), encoder="S").generation == 2
-        threads[0].join()
-    assert refused
+    before = retriever._gallery
+    assert retriever.search(picture(1), encoder="S")[0].path.name == "1.png"
+    threads[0].join()
+    assert retriever._gallery is not before
+    assert retriever.search(picture(1), encoder="S")[0].path.name == "1.png"
+    assert retriever.encoder is other
 
 
 def test_a_search_that_began_before_a_reload_is_refused_the_other_spaces_encoder(
@@ -315,6 +316,26 @@ def test_a_search_that_began_before_a_reload_leaves_no_encoder_to_later_ones(
     later = retriever.search(picture(1), encoder="S")
     assert [hits[0].path.name for hits in (begun, later)] == ["1.png", "1.png"]
     assert (begun.generation, later.generation) == (before, index.generation)
+
+
+def test_after_an_upgrade_a_reload_lets_go_of_the_encoder_that_the_retriever_had_loaded(
+    index, elastic, picture, monkeypatch
+):
+    other = elastic.in_another_space()
+    other.source = "other-source"
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(source, *, revision):
+            return {elastic.source: elastic, other.source: other}[source]
+
+    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
+    retriever = Retriever.open(index.path)
+    assert retriever.search(picture(1), encoder="S")[0].path.name == "1.png"
+    index.upgrade(other)
+    retriever.reload()
+    assert retriever.search(picture(1), encoder="S").generation == index.generation
+    assert retriever.encoder is other
 
 
 def test_threads_may_share_a_retriever(retriever, photos):
