@@ -152,9 +152,9 @@ class Retriever:
         bytes; or a PIL image), the id of an item (its stored embedding is taken,
         nothing is encoded), or several of those as a `Blend`.
         `encoder`: a granularity, a spec string, a spec, any encoder of the index's embedding space, or "auto".
-        "auto" chooses by the checkpoint's table: the cheapest submodel that keeps `min_recall` of XL's recall@1 (0.98);
-        with `max_latency_ms`, for preprocessing and encoding a picture on this machine, the one that finds most within
-        it. None: "auto" where there is such a limit, else XL.
+        "auto" chooses by the checkpoint's table, an estimate by its own pictures: the cheapest submodel that keeps
+        `min_recall` of XL's recall@1 (0.98); with `max_latency_ms`, for preprocessing and encoding a JPEG of 640 x 480
+        on this machine, the one that finds most within it. None: "auto" where there is such a limit, else XL.
         `k` None: all. `min_score`: only hits that score at least this, to a millionth: float32 rounds embeddings, and
         so a picture may score 0.9999999 with itself.
         `where`: only pictures whose metadata is so, such as {"label": ["cat", "dog"], "price": {">=": 3, "<": 5}}.

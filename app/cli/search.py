@@ -40,7 +40,7 @@ MaxLatency = Annotated[
     float | None,
     typer.Option(
         metavar="MS",
-        help="The best submodel that encodes a picture in this time, measured on this machine: once a "
+        help="The best submodel that encodes a 640 x 480 JPEG in this time, measured on this machine: once a "
         "day, that takes some seconds.",
         show_default=False,
     ),
@@ -48,7 +48,9 @@ MaxLatency = Annotated[
 MinRecall = Annotated[
     float | None,
     typer.Option(
-        metavar="SHARE", help="The cheapest submodel that keeps this share of XL's recall.", show_default=False
+        metavar="SHARE",
+        help="The cheapest submodel that keeps this share of XL's recall, by the checkpoint's table.",
+        show_default=False,
     ),
 ]
 Checkpoint = Annotated[
@@ -124,6 +126,8 @@ def search(
     retriever = services.open_retriever(path, checkpoint=checkpoint, pictures=[*like, *(unlike or ())])
     # Before the encoder is loaded, which takes seconds.
     retriever.search_many([], k=k, min_score=min_score, where=conditions)
+    for note in (*unknown_values(where or (), retriever.values), *left_out(where or (), retriever.values)):
+        say(note)
     if images or unlike:
         with progress_bar() as progress:
             ready = retriever.query_encoder(
@@ -140,8 +144,6 @@ def search(
         where=conditions,
         exclude_self=exclude_self,
     )
-    for note in (*unknown_values(where or (), retriever.values), *left_out(where or (), retriever.values)):
-        say(note)
     if json:
         limited = max_latency_ms is not None or min_recall is not None
         encoder = encoder or ("auto" if limited else "XL")

@@ -1,4 +1,7 @@
-"""Exact search's comparison on a GPU, through faiss-gpu."""
+"""Exact search's comparison on a GPU, through faiss-gpu.
+
+The tests of it run on faiss's CPU functions in their stead where there is no GPU; it has not run on one yet.
+"""
 
 from __future__ import annotations
 

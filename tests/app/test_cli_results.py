@@ -137,6 +137,18 @@ def test_search_refuses_a_folder_and_an_unknown_name_before_the_encoder_is_loade
     assert (unknown.code, unknown.err) == (2, "error: where: no picture has 'lable'; use one of: label\n")
 
 
+def test_search_says_that_no_picture_has_a_value_before_the_encoder_is_loaded(run, index, photos, monkeypatch):
+    def load(*_, **__):
+        raise CheckpointError(what="is away", where="encoder", fix="wait")
+
+    monkeypatch.setattr("retrieval.retriever.load_encoder", load)
+    done = run("search", photos / "cats" / "1.png", "--index", index, "--where", "label=cat")
+    assert done.code == 2
+    note, error = done.err.strip().split("\n")
+    assert "cats" in note
+    assert error == "error: encoder: is away; wait"
+
+
 def test_search_names_the_submodel_in_its_canonical_form(run, index, photos):
     done = run("search", photos / "cats" / "1.png", "--index", index, "--encoder", "2s", "--json")
     assert (done.json["queries"][0]["encoder"], done.json["queries"][0]["spec"]) == ("2s", "S")

@@ -35,6 +35,18 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 40])
 @pytest.mark.parametrize("k", [1, 30, 2999])
 def test_answers_are_those_of_the_cpu_ties_included(gpus, batch, k):
+    assert_as_on_the_cpu(batch, k)
+    assert gpus == [(FakeResources, 0)]
+
+
+@pytest.mark.skipif(not faiss.get_num_gpus(), reason="faiss sees no GPU")
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("k", [1, 30, 2999])
+def test_answers_of_a_real_gpu_are_those_of_the_cpu_ties_included(batch, k):
+    assert_as_on_the_cpu(batch, k)
+
+
+def assert_as_on_the_cpu(batch, k):
     random = np.random.default_rng(0)
     pool = random.standard_normal((60, DIM)).astype(np.float32)
     pool /= np.linalg.norm(pool, axis=1, keepdims=True)
@@ -44,7 +56,6 @@ def test_answers_are_those_of_the_cpu_ties_included(gpus, batch, k):
     for one, other in zip(here.search(pool[:batch], k=k), there.search(pool[:batch], k=k), strict=True):
         np.testing.assert_array_equal(one[0], other[0])
         np.testing.assert_array_equal(one[1], other[1])
-    assert gpus == [(FakeResources, 0)]
 
 
 def test_a_retriever_searches_on_the_gpu_that_it_was_opened_for_also_after_a_reload(
