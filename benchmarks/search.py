@@ -38,7 +38,7 @@ from matvit.preprocess import FloatArray
 from matvit.progress import silent
 from retrieval.backends import EXACT, INDEX_TYPES, KINDS
 from retrieval.backends.approximate import ApproximateSearch
-from retrieval.backends.build import Built, build, build_order
+from retrieval.backends.build import TURNED, Built, build, build_order, turned
 from retrieval.backends.kinds import Kind
 from retrieval.backends.rows import MappedRows
 from retrieval.duplicates import linked
@@ -185,6 +185,7 @@ def measure_kind(
         "recall_when_built": built.recall,
         "held_out": built.held_out,
         "recall": {peer: recall(search, queries, truth) for peer, search in searches.items()},
+        "recall_turned": recall(searches["ours"], away := turned(queries), exact(away)),
         **timed({**searches, "exact": exact}, queries, rounds),
     }
 
@@ -252,6 +253,11 @@ def show_approximate(results: list[dict[str, Any]]) -> None:
             head += f"| {mean:.4f} ± {error:.4f} | {kind['recall']['faiss'][0]:.4f} "
             for way, count in WAYS:
                 print(f"{head}| {count} | {kind[way]['ms']:.3f} | {_ratios(kind[way], ('faiss', 'exact'))} |")
+    print(f"\n| pictures | kind | recall@10 for others, turned to a cosine of {TURNED} |\n|---|---|---|")
+    for result in results:
+        for kind in result["approximate"]:
+            mean, error = kind["recall_turned"]
+            print(f"| {result['size']:,} | {kind['kind']} | {mean:.4f} ± {error:.4f} |")
 
 
 def show_duplicates(size: int, found: dict[str, Any]) -> None:

@@ -205,7 +205,7 @@ class _Worker:
         }
         self.started = False
         self._process = subprocess.Popen(  # noqa: S603 (our own arguments)
-            [sys.executable, "-c", _CODE, json.dumps(options)],
+            [sys.executable, "-P", "-c", _CODE, json.dumps(options)],  # -P: a json.py of the current folder is not ours
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what Pillow remarks on damaged files
@@ -320,8 +320,8 @@ def _file(name: str, largest: int) -> tuple[bytes, bytes]:
     try:
         with open(name, "rb", buffering=0) as file:  # noqa: PTH123 - a Path takes a third of the time
             status = os.fstat(file.fileno())
-            data = file.read(largest + 1) if 0 < status.st_size <= largest else b""
-        if 0 < len(data) <= largest:
+            data = file.read(status.st_size + 1) if 0 < status.st_size <= largest else b""
+        if data and len(data) == status.st_size:  # a disk of the network may give less at once
             head = _READ.pack(True, status.st_size, status.st_mtime_ns, hashlib.sha256(data).digest())
             return head, data
     except (OSError, ValueError, struct.error, MemoryError):  # the other process says why, or does it in another way

@@ -252,9 +252,10 @@ class Index:
         """Choose how the index is searched: "exact", "hnsw", "ivfpq", "sq", or "auto" by size and memory.
 
         `max_ram`: bytes that the searched vectors may take; only "auto" looks at it. An approximate index is measured
-        on held-out vectors; if its recall@10 stays under 0.99, or there are fewer than 1,000 vectors, the index stays
-        exact, which `index_reason` then says. The wish is kept: later ingests and compactions choose again, and build
-        again when a tenth has changed; until then, what is new is searched exactly beside it.
+        on held-out vectors; if there are fewer than 1,000 of them, or its recall@10 stays under 0.99, the index stays
+        exact, in the latter case until a type is asked for again, and `index_reason` says so. Else the wish is kept:
+        later ingests and compactions choose again, and build again when a tenth has changed; until then, what is new is
+        searched exactly beside it.
         Raises IngestError (an unknown type or limit, or the disk refuses), IndexFormatError or IndexLockedError.
         """
         from retrieval.backends import INDEX_TYPES

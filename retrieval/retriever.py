@@ -59,10 +59,8 @@ class Retriever:
     """
 
     def __init__(self, gallery: Gallery, *, encoder: ElasticEncoder | None) -> None:
-        self._gallery = gallery
-        self._given = encoder
-        self._encoder = None if encoder is None else _Loaded.of(encoder)
-        self._lock = threading.Lock()  # held while an encoder is loaded, and while another generation is
+        self._served = _Served(gallery=gallery, encoder=_Encoder(gallery, given=encoder))
+        self._reloading = threading.Lock()
 
     @classmethod
     def open(
@@ -84,6 +82,10 @@ class Retriever:
     def __repr__(self) -> str:
         return f"<Retriever {self.path}: {self._gallery.snapshot}>"
 
+    @property
+    def _gallery(self) -> Gallery:
+        return self._served.gallery
+
     def __len__(self) -> int:
         """Pictures that can be found."""
         return len(self._gallery.ids)
@@ -104,16 +106,7 @@ class Retriever:
 
         Raises CheckpointError, EncoderMismatchError or MissingExtraError when it cannot be had.
         """
-        return self._loaded(self._gallery).elastic
-
-    def _loaded(self, gallery: Gallery) -> _Loaded:
-        if (loaded := self._encoder) is None:
-            with self._lock:
-                if (loaded := self._encoder) is None:
-                    loaded = _Loaded.of(load_encoder(gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder))
-                    if gallery is self._gallery:  # else reloaded since the search began: not the encoder of later ones
-                        self._encoder = loaded
-        return loaded
+        return self._served.encoder.loaded().elastic
 
     def reload(self) -> int:
         """Move on to the generation that counts now, at once if it is the same; returns its number.
@@ -122,16 +115,12 @@ class Retriever:
         IndexFormatError, or EncoderMismatchError when `open` was given an encoder and the folder now holds another
         one's index; the generation before is then kept.
         """
-        with self._lock:
-            if read_pointer(self.path) == self._gallery.snapshot.pointer:
+        with self._reloading:
+            served = self._served
+            if read_pointer(self.path) == served.gallery.snapshot.pointer:
                 return self.generation
-            gallery = Gallery.open(self.path, device=self._gallery.device, reuse=self._gallery.snapshot)
-            entry = gallery.snapshot.manifest.encoder
-            if self._given is not None:
-                check_encoder(self._given, entry, index=self.path)
-            elif self._encoder is not None and self._encoder.elastic.space_id != entry.space_id:
-                self._encoder = None
-            self._gallery = gallery
+            gallery = Gallery.open(self.path, device=served.gallery.device, reuse=served.gallery.snapshot)
+            self._served = _Served(gallery=gallery, encoder=served.encoder.of(gallery))
         return gallery.snapshot.manifest.generation
 
     def search(
@@ -195,7 +184,8 @@ class Retriever:
             raise SearchError(
                 what=f"a {type(queries).__name__} is no list", where="search_many", fix="give a list, or call search"
             )
-        gallery = self._gallery  # a reload by another thread does not mix generations
+        served = self._served  # a reload by another thread mixes neither generations nor encoders
+        gallery = served.gallery
         encoder, limits = _asked(encoder, max_latency_ms, min_recall)
         search = _Search(
             gallery=gallery,
@@ -207,7 +197,7 @@ class Retriever:
         answers: list[Hits] = []
         remaining = iter(queries)
         while batch := [check(query, gallery) for query in islice(remaining, batch_size)]:
-            ready = self._query_encoder(encoder, limits, gallery) if any(asked.pictures for asked in batch) else None
+            ready = served.query_encoder(encoder, limits) if any(asked.pictures for asked in batch) else None
             answers += search.run(batch, encoder=ready)
         return answers
 
@@ -255,17 +245,7 @@ class Retriever:
         progress: Progress = silent,
     ) -> ImageEncoder:
         """What `search` encodes pictures with, given the same; its first call takes much longer than later ones."""
-        return self._query_encoder(*_asked(encoder, max_latency_ms, min_recall), self._gallery, progress)
-
-    def _query_encoder(
-        self, encoder: QueryEncoder, limits: Limits, gallery: Gallery, progress: Progress = silent
-    ) -> ImageEncoder:
-        if isinstance(encoder, str | SubmodelSpec):
-            loaded = self._loaded(gallery)
-            encoder = loaded.submodels.get(loaded.chooser.spec(limits, progress) if encoder == AUTO else encoder)
-        # Also one of ours: between two looks at it, the index may have been replaced by one of another space.
-        check_query_encoder(encoder, gallery.snapshot.manifest.encoder, index=gallery.snapshot.folder)
-        return encoder
+        return self._served.query_encoder(*_asked(encoder, max_latency_ms, min_recall), progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +260,46 @@ class _Loaded:
     def of(cls, elastic: ElasticEncoder) -> _Loaded:
         submodels = EncoderCache(elastic)
         return cls(elastic=elastic, submodels=submodels, chooser=Chooser(elastic, submodels))
+
+
+class _Encoder:
+    """The encoder of galleries of one embedding space, loaded when it is first needed. Safe from any thread."""
+
+    def __init__(self, gallery: Gallery, *, given: ElasticEncoder | None = None) -> None:
+        self._entry, self._index = gallery.snapshot.manifest.encoder, gallery.snapshot.folder
+        self._given = given
+        self._loaded = None if given is None else _Loaded.of(given)
+        self._loading = threading.Lock()
+
+    def loaded(self) -> _Loaded:
+        """Raises what `load_encoder` raises."""
+        with self._loading:
+            if self._loaded is None:
+                self._loaded = _Loaded.of(load_encoder(self._entry, index=self._index))
+            return self._loaded
+
+    def of(self, gallery: Gallery) -> _Encoder:
+        """That of another gallery: this one, if it can be. Raises EncoderMismatchError if it was given and cannot."""
+        entry = gallery.snapshot.manifest.encoder
+        if self._given is not None:
+            check_encoder(self._given, entry, index=self._index)
+        return self if entry.space_id == self._entry.space_id else _Encoder(gallery)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Served:
+    """One generation, and the encoder that goes with it."""
+
+    gallery: Gallery
+    encoder: _Encoder
+
+    def query_encoder(self, asked: QueryEncoder, limits: Limits, progress: Progress = silent) -> ImageEncoder:
+        if isinstance(asked, str | SubmodelSpec):
+            loaded = self.encoder.loaded()
+            asked = loaded.submodels.get(loaded.chooser.spec(limits, progress) if asked == AUTO else asked)
+        # Also one of ours: what was given may have been trained on since.
+        check_query_encoder(asked, self.gallery.snapshot.manifest.encoder, index=self.gallery.snapshot.folder)
+        return asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

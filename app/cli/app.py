@@ -131,7 +131,7 @@ def _command(host: str, port: int) -> list[str]:
         "browser.gatherUsageStats": "false",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return [sys.executable, "-m", "streamlit", "run", str(PAGE), *flags]
+    return [sys.executable, "-P", "-m", "streamlit", "run", str(PAGE), *flags]
 
 
 def _environment(index: Path | None, checkpoint: str | None) -> dict[str, str]:

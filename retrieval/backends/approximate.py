@@ -13,6 +13,7 @@ from retrieval.backends.kinds import Kind, Setting
 from retrieval.backends.rows import MappedRows
 from retrieval.flat import FlatSearch, ScoreArray, best_of, check_finite, float32_slack
 
+TEN = 10  # hits that `Setting` is chosen for; for more of them, a search looks as many times as wide
 _BLOCK = 65_536  # rows read together when everything has to be compared
 _MANY = 3  # times k candidates: telling them apart in float32 first is quicker
 
@@ -32,7 +33,7 @@ class ApproximateSearch:
         self._ids, self._raw = ids, raw
         self._index, self._kind, self._setting = index, kind, setting
         self._positions = positions
-        self._usual = self._parameters(setting.depth)  # making them takes as long as a small search
+        self._usual = kind.searching(setting)  # making them takes as long as a small search
         held = np.zeros(len(ids), dtype=bool)
         held[positions[positions >= 0]] = True
         self._held = int(held.sum())
@@ -67,7 +68,7 @@ class ApproximateSearch:
         """Those of `positions` that may be among the query's k best, as far as float32 can tell."""
         if len(positions) < _MANY * k:  # float64 can decide on them all
             return positions
-        scores = self._raw[positions] @ query
+        scores = np.concatenate([rows @ query for rows in self._raw.blocks(positions, _BLOCK)])
         kth = float(np.partition(scores, len(scores) - k)[len(scores) - k])
         near: IntArray = positions[scores >= kth - 2 * float32_slack(len(query))]  # twice: numpy rounds it to float32
         return near
@@ -77,26 +78,27 @@ class ApproximateSearch:
 
         A query looks wider when a quarter of what it found was deleted: recall was measured with `depth` that count.
         """
-        depth = self._setting.depth * -(-k // 10)
-        enough = min(max(k, depth * 3 // 4), self._held)
-        found = self._nearest(queries, depth=depth)
-        while depth < len(self._positions) and (short := [row for row, own in enumerate(found) if len(own) < enough]):
-            depth *= 8
-            for row, own in zip(short, self._nearest(queries[short], depth=depth), strict=True):
+        wider = -(-k // TEN)
+        enough = min(max(k, wider * self._setting.depth * 3 // 4), self._held)
+        found = self._nearest(queries, wider)
+        while self._looks_at_some(wider) and (short := [row for row, own in enumerate(found) if len(own) < enough]):
+            wider *= 8
+            for row, own in zip(short, self._nearest(queries[short], wider), strict=True):
                 found[row] = own
         return found
 
-    def _nearest(self, queries: FloatArray, *, depth: int) -> list[IntArray]:
-        """Per query, positions of those of about `depth` vectors near it that count; all when `depth` is as many."""
-        if depth >= len(self._positions):
+    def _looks_at_some(self, wider: int) -> bool:
+        return wider * self._setting.depth < len(self._positions)
+
+    def _nearest(self, queries: FloatArray, wider: int) -> list[IntArray]:
+        """Per query, positions that count of the vectors near it, `wider` times as far as for ten hits; or of all."""
+        if not self._looks_at_some(wider):
             every = self._positions[self._positions >= 0]
             return [every for _ in queries]
-        usual = depth == self._setting.depth
+        setting = Setting(effort=wider * self._setting.effort, depth=wider * self._setting.depth)
+        parameters = self._usual if wider == 1 else self._kind.searching(setting)
         with for_queries(len(queries)):
-            _, rows = self._index.search(queries, depth, params=self._usual if usual else self._parameters(depth))
+            _, rows = self._index.search(queries, setting.depth, params=parameters)
         # faiss pads with -1 what it did not find; the index's -1 are deleted vectors.
         found = np.where(rows >= 0, self._positions[rows], -1)
         return [own[own >= 0] for own in found]
-
-    def _parameters(self, depth: int) -> Any:
-        return self._kind.searching(Setting(effort=self._setting.effort, depth=depth))

@@ -17,10 +17,10 @@ _PER_LIST = 39  # IVF: fewer vectors a list give faiss's k-means too little to l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """How wide one search looks."""
+    """How wide one search looks for ten hits."""
 
     effort: int  # HNSW's efSearch, IVF's nprobe; 1 where there is nothing to choose
-    depth: int  # candidates that exact scores decide on, for ten hits
+    depth: int  # candidates that exact scores decide on
 
 
 class Kind(Protocol):

@@ -189,6 +189,23 @@ def test_a_worker_reads_named_files_and_decodes_those_that_are_wanted(tmp_path, 
     assert not found[6][1].is_picture
 
 
+def test_a_worker_runs_nothing_of_the_current_folder(tmp_path, monkeypatch, picture):
+    (tmp_path / "json.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    with Decoders(Decoder(preprocessing=PREPROCESSING, size=16)) as decoders:
+        [found] = decoders.decode([(picture(1), "1.png")], memory=ANY_MEMORY)
+        assert found.pixels is not None
+        assert decoders._has_started
+
+
+def test_a_file_that_gives_fewer_bytes_than_it_has_is_left_to_the_other_process():
+    place = Path("/sys/devices/system/cpu/online")  # its size is said to be 4096
+    if not place.exists():
+        pytest.skip("no such file here")
+    with Decoders(Decoder(preprocessing=PREPROCESSING, size=16)) as decoders:
+        assert decoders.read([str(place)], largest=10_000, memory=ANY_MEMORY, wanted=lambda *_: True) == [None]
+
+
 def test_a_file_whose_content_is_held_is_not_decoded_again(tmp_path, photos, monkeypatch):
     index = Index.create(tmp_path / "i", encoder=Elastic())
     index.ingest(photos, encoder=Elastic())

@@ -90,6 +90,31 @@ def test_recall_is_measured_and_holds_for_other_queries(built):
     assert recall(search.search(queries, k=10), exact.search(queries, k=10)) >= LEAST_RECALL
 
 
+def test_recall_holds_for_queries_that_come_from_where_no_vectors_of_the_index_lie(built):
+    search, exact, _ = searching(built)
+    away = np.random.default_rng(6).standard_normal((2000, DIM))
+    queries = clustered(2000, seed=2) + 1.0 * away / np.linalg.norm(away, axis=1, keepdims=True)  # cosines of about 0.7
+    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    assert recall(search.search(queries, k=10), exact.search(queries, k=10)) >= LEAST_RECALL
+
+
+@pytest.mark.parametrize("k", [50, 100])
+def test_a_search_for_more_hits_looks_wider(k):
+    rows, kind = 20_000, KINDS["ivfpq"]
+    gallery = clustered(rows, seed=1, clusters=1000)  # a query's own cluster holds its 20 nearest
+    found = build(kind, mapped(gallery), progress=silent)
+    search = ApproximateSearch(
+        np.arange(rows),
+        mapped(gallery),
+        index=found.index,
+        kind=kind,
+        setting=kind.settings()[3],
+        positions=np.concatenate(build_order(rows, found.held_out)),
+    )
+    exact, queries = FlatSearch(np.arange(rows), [gallery], dim=DIM), clustered(200, seed=2, clusters=1000)
+    assert recall(search.search(queries, k=k), exact.search(queries, k=k)) >= 0.95
+
+
 def test_a_setting_that_is_enough_for_the_held_out_queries_by_chance_is_not_taken(monkeypatch):
     measured = []
 
@@ -104,7 +129,7 @@ def test_a_setting_that_is_enough_for_the_held_out_queries_by_chance_is_not_take
     monkeypatch.setattr(backends.build, "exact_search", lambda _, queries, **__: [truth] * len(queries))
     monkeypatch.setattr(ApproximateSearch, "search", found)
     chosen = build(KINDS["hnsw"], mapped(clustered(ROWS, seed=1)), progress=silent)
-    assert measured == [400] * 3
+    assert measured == [800] * 3  # as they are, and turned away
     assert (chosen.recall, chosen.setting) == (1.0, KINDS["hnsw"].settings()[2])
 
 
@@ -313,7 +338,7 @@ def test_an_index_is_searched_as_it_was_set_and_says_so(index, elastic):
     info = index.set_search("hnsw")
     assert (info.index_type, info.index_reason) == ("hnsw", "as asked")
     assert info.recall_at_10 >= LEAST_RECALL
-    assert info.index_parameters == {"links": 32, "construction": 200, "effort": 32, "depth": 16, "held_out": 150}
+    assert info.index_parameters == {"links": 32, "construction": 200, "effort": 48, "depth": 16, "held_out": 150}
     retriever = Retriever.open(index.path, encoder=elastic)
     assert isinstance(retriever._gallery.vectors, ApproximateSearch)
     assert [found_by_item(retriever, number, k=1) for number in (3, 1200)] == [[3], [1200]]

@@ -242,6 +242,26 @@ def test_an_index_that_was_replaced_by_another_encoders_is_noticed(index, retrie
     assert retriever.search(picture(1))[0].path.name == "1.png"
 
 
+@pytest.fixture
+def loads(elastic, monkeypatch):
+    """The sources that encoders are loaded by, of two encoders: "fake-source" and "other-source"."""
+    encoders = {elastic.source: elastic, "other-source": replace(elastic.in_another_space(), source="other-source")}
+
+    class Loads(list):
+        other = encoders["other-source"]
+
+    found = Loads()
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(source, *, revision):
+            found.append(source)
+            return encoders[source]
+
+    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
+    return found
+
+
 def test_an_index_replaced_while_its_encoder_is_loaded_never_answers_from_the_wrong_space(
     index, elastic, photos, picture, monkeypatch
 ):
@@ -250,92 +270,54 @@ def test_an_index_replaced_while_its_encoder_is_loaded_never_answers_from_the_wr
     class Loader:
         @staticmethod
         def from_pretrained(source, *, revision):
-            if threads:
+            if replaced:
                 return other
             shutil.rmtree(index.path)
-            Index.build(photos, encoder=other, path=index.path)
-            threads.append(threading.Thread(target=retriever.reload))
-            threads[0].start()
-            threads[0].join(0.2)  # must wait for this very search's encoder
-            assert threads[0].is_alive()
+            replaced.append(Index.build(photos, encoder=other, path=index.path))
+            retriever.reload()
             return elastic
 
-    threads = []
+    replaced = []
     monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
     retriever = Retriever.open(index.path)
-    before = retriever._gallery
     assert retriever.search(picture(1), encoder="S")[0].path.name == "1.png"
-    threads[0].join()
-    assert retriever._gallery is not before
     assert retriever.search(picture(1), encoder="S")[0].path.name == "1.png"
     assert retriever.encoder is other
 
 
-def test_a_search_that_began_before_a_reload_is_refused_the_other_spaces_encoder(
-    index, elastic, photos, picture, monkeypatch
-):
-    other = elastic.in_another_space()
-
-    class Loader:
-        @staticmethod
-        def from_pretrained(source, *, revision):
-            return other
-
-    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
-    retriever = Retriever.open(index.path)
-    begun = retriever._gallery
-    shutil.rmtree(index.path)
-    Index.build(photos, encoder=other, path=index.path)
-    retriever.reload()
-    assert retriever.search(picture(1), encoder="S")[0].path.name == "1.png"
-    monkeypatch.setattr(retriever, "_gallery", begun)
-    with pytest.raises(EncoderMismatchError):
-        retriever.search(picture(1), encoder="S")
-
-
-def test_a_search_that_began_before_a_reload_leaves_no_encoder_to_later_ones(
-    index, elastic, photos, picture, monkeypatch
-):
-    other = elastic.in_another_space()
-    other.source = "other-source"
-
-    class Loader:
-        @staticmethod
-        def from_pretrained(source, *, revision):
-            return {elastic.source: elastic, other.source: other}[source]
-
+def test_a_search_that_began_before_a_reload_ends_with_its_own_generation_and_encoder(index, loads, picture):
     def pictures():
-        index.upgrade(other)
+        yield from [picture(1)] * 2
+        index.upgrade(loads.other)
         retriever.reload()
-        yield picture(1)
+        later.append(retriever.search(picture(1), encoder="S"))
+        yield from [picture(1)] * 2
 
-    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
-    retriever = Retriever.open(index.path)
+    retriever, later = Retriever.open(index.path), []
     before = retriever.generation
-    [begun] = retriever.search_many(pictures(), encoder="S")
-    later = retriever.search(picture(1), encoder="S")
-    assert [hits[0].path.name for hits in (begun, later)] == ["1.png", "1.png"]
-    assert (begun.generation, later.generation) == (before, index.generation)
+    begun = retriever.search_many(pictures(), encoder="S", batch_size=1)
+    assert [hits[0].path.name for hits in (*begun, *later)] == ["1.png"] * 5
+    assert [hits.generation for hits in (*begun, *later)] == [before] * 4 + [index.generation]
+    assert loads == ["fake-source", "other-source"]
 
 
-def test_after_an_upgrade_a_reload_lets_go_of_the_encoder_that_the_retriever_had_loaded(
-    index, elastic, picture, monkeypatch
-):
-    other = elastic.in_another_space()
-    other.source = "other-source"
-
-    class Loader:
-        @staticmethod
-        def from_pretrained(source, *, revision):
-            return {elastic.source: elastic, other.source: other}[source]
-
-    monkeypatch.setitem(matvit.__dict__, "MatViT", Loader)
+def test_after_an_upgrade_a_reload_lets_go_of_the_encoder_that_the_retriever_had_loaded(index, loads, picture):
     retriever = Retriever.open(index.path)
     assert retriever.search(picture(1), encoder="S")[0].path.name == "1.png"
-    index.upgrade(other)
+    index.upgrade(loads.other)
     retriever.reload()
     assert retriever.search(picture(1), encoder="S").generation == index.generation
-    assert retriever.encoder is other
+    assert retriever.encoder is loads.other
+
+
+def test_a_reload_in_the_same_space_keeps_the_encoder(index, elastic, loads, photos, picture):
+    retriever = Retriever.open(index.path)
+    retriever.search(picture(1), encoder="S")
+    (photos / "new.png").write_bytes(picture(77))
+    index.ingest(photos, encoder=elastic)
+    retriever.reload()
+    assert retriever.search(picture(77), encoder="S")[0].path.name == "new.png"
+    assert loads == ["fake-source"]
 
 
 def test_threads_may_share_a_retriever(retriever, photos):
