@@ -30,7 +30,7 @@ class CudaBatches:
     @torch.inference_mode()
     def encode(self, pixels: PixelArray) -> FloatArray:
         """(N, 3, H, W) uint8, as `Preprocessing.pixels` gives them -> (N, D) float32 of unit length."""
-        batch = torch.from_numpy(pixels).pin_memory()  # from other memory, the copy would wait for what is computed
+        batch = torch.from_numpy(pixels).pin_memory()  # from other memory, this thread would wait for what is computed
         with torch.cuda.device(self._device):
             with self._lock:  # this batch's embeddings are to leave the device before the next batch is computed
                 features = self._module(self.normalise(batch.to(self._device, non_blocking=True)).to(self._dtype))

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def extract(model: MatViT, spec: SubmodelSpec) -> TimmViT:
     """A stand-alone timm module with copied weights, on the same device and dtype, in eval mode.
 
-    Law: normalize(extract(model, spec)(images)) == model(images, spec).
+    Law: normalize(extract(model, spec)(images)) == model(images, spec). `timm.data.resolve_model_data_config` gives
+    how pictures are prepared for it.
     """
     # deepcopy takes a replacement for every object that it meets in the memo: the full-width
     # layers are never copied, only their slices.
@@ -36,7 +37,23 @@ def extract(model: MatViT, spec: SubmodelSpec) -> TimmViT:
     memo[id(model.vit.blocks)] = nn.Sequential(*copies) if in_sequence else nn.ModuleList(copies)
     vit: TimmViT = copy.deepcopy(model.vit, memo)
     _set_resolution(vit, model, spec.image_size)
+    _describe(vit, model, spec)
     return vit.eval()
+
+
+def _describe(vit: TimmViT, model: MatViT, spec: SubmodelSpec) -> None:
+    """What timm asks a model for: its stages, and how pictures are prepared for it (`timm.data`)."""
+    vit.feature_info = vit.feature_info[: spec.depth]
+    vit.pretrained_cfg = vit.default_cfg = {
+        "input_size": (3, spec.image_size, spec.image_size),
+        "fixed_input_size": True,
+        "mean": model.preprocessing.mean,
+        "std": model.preprocessing.std,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "num_classes": 0,
+    }
 
 
 def _set_resolution(vit: TimmViT, model: MatViT, image_size: int) -> None:

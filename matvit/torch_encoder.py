@@ -50,7 +50,7 @@ class TorchEncoder:
     @torch.inference_mode()
     def encode(self, pixels: FloatArray) -> FloatArray:
         """(N, 3, H, W) float32 -> (N, D) float32 of unit length."""
-        batch = torch.from_numpy(pixels).to(self.device, dtype=self.dtype, non_blocking=True)
+        batch = torch.from_numpy(pixels).to(self.device, dtype=self.dtype)
         embeddings: FloatArray = F.normalize(self.module(batch).float(), dim=-1).cpu().numpy()
         return embeddings
 

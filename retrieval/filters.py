@@ -6,6 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,9 @@ Condition = AnyOf | Bounds
 def as_number(value: Scalar) -> int | float | None:
     """What numbers compare with: a number, or one that is written as text, such as "007"; None for any other."""
     if isinstance(value, str):
-        return float(value) if _NUMBER.fullmatch(value) else None
+        with suppress(ValueError):  # no whole number, or one of thousands of digits
+            return int(value) if _NUMBER.fullmatch(value) else None  # a float would round those of 17 digits
+        return float(value)
     return None if isinstance(value, bool) else value
 
 

@@ -23,6 +23,7 @@ from retrieval.errors import IngestError
 NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
 _MEMBER = re.compile(r"(.+?\.(?:tar|parquet))#(.+)", re.IGNORECASE | re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_FILE = re.compile(r"file:(?://localhost)?/+", re.IGNORECASE)
 _FOLDED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/)(?!/)")  # two letters at least: one is a drive
 
 
@@ -46,8 +47,8 @@ def location(path: str | os.PathLike[str]) -> str:
     A URL of the scheme "file" is the path that it means: "file:///a%20b" is "/a b".
     """
     text = os.fspath(path)
-    if text.startswith("file:/"):
-        return unquote("/" + text.removeprefix("file:").lstrip("/"), errors="surrogateescape")  # as `os.fsdecode`
+    if match := _FILE.match(text):
+        return unquote("/" + text[match.end() :], errors="surrogateescape")  # as `os.fsdecode`
     return _FOLDED.sub(r"\1/", text, count=1) if _FOLDED.match(text) else text
 
 

@@ -16,7 +16,7 @@ from retrieval.errors import IngestError
 from retrieval.files import FREE, exhausted
 from retrieval.items import Item, Place
 from retrieval.loading import Task
-from retrieval.locations import Open, Status, open_picture, split_member
+from retrieval.locations import Open, Status, is_url, open_picture, split_member
 from retrieval.pipeline import NO_EMBEDDING, Embedded, embed_all
 from retrieval.shards import RowReader, is_table
 from retrieval.types import SkippedFile
@@ -45,12 +45,14 @@ def embed_again(
         for item in items:
             waiting.append(item)
             place = file_name(item.place)
+            is_file = not is_url(place) and split_member(place)[1] is None
             yield Task(
                 full_path=place,
                 root=item.root,
                 path=item.path,
                 known=None,
                 open=partial(_open, place, _source(place, rows)),
+                is_file=is_file,
             )
 
     with closing(RowReader()) as rows, closing(embed_all(tasks(), encoder=encoder, held=lambda _: None)) as results:

@@ -119,7 +119,7 @@ class Snapshot:
             else open_segment(folder, manifest, entry)
             for entry in manifest.segments
         )
-        heads = (folder / CURRENT, folder / GENERATIONS / pointer.name)
+        heads = (folder / CURRENT, *[folder / GENERATIONS / pointer.name] * 2)  # of which there is a copy
         with reading(folder / CURRENT):
             size = sum(path.stat().st_size for path in heads)
         size += sum(file.bytes for entry in manifest.segments for file in entry.files.values())

@@ -48,5 +48,7 @@ def test_an_encoder_takes_pixels_of_decoders_only_on_a_gpu_and_in_no_way_of_its_
 
     encoder = tiny.to(device).encoder("S")
     assert (encoder.for_batches() is None) == (device == "cpu")
+    encoder.device = torch.device("cuda")
+    assert encoder.for_batches() is not None
     encoder.__class__ = Own
     assert encoder.for_batches() is None

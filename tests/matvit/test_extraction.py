@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -99,6 +102,21 @@ def test_dropped_blocks_leave_and_the_others_keep_their_order(model: MatViT) -> 
     weights = [block.norm1.weight for block in small.blocks]
     assert len(weights) == 2
     torch.testing.assert_close(weights, [model.vit.blocks[index].norm1.weight for index in (0, 3)])
+
+
+def test_timm_knows_how_to_prepare_pictures_for_an_extracted_module_and_which_blocks_it_has(model: MatViT) -> None:
+    small = model.extract("S-d2-r48")
+    assert [stage["module"] for stage in small.feature_info] == ["blocks.0", "blocks.1"]
+    config = resolve_model_data_config(small)
+    assert (config["input_size"], config["mean"], config["std"]) == (
+        (3, 48, 48),
+        model.preprocessing.mean,
+        model.preprocessing.std,
+    )
+    picture = Image.effect_noise((90, 70), 60).convert("RGB")
+    ours = model.preprocessing(picture, size=48)
+    theirs = create_transform(**config)(picture)
+    np.testing.assert_allclose(theirs.numpy(), ours, atol=1.01 / 255 / min(config["std"]))
 
 
 def test_a_resolution_is_what_timm_makes_of_it(vit: VisionTransformer, model: MatViT) -> None:

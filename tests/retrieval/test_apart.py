@@ -345,6 +345,13 @@ def test_a_larger_input_makes_smaller_batches():
         assert retrieval.pipeline.way_of(encoder).batch == batch
 
 
+def test_an_upgrade_leaves_the_reading_of_files_to_the_workers_too(tmp_path, photos, monkeypatch):
+    index = Index.build(photos, encoder=Elastic(), path=tmp_path / "i")
+    monkeypatch.setattr(Decoders, "decode", None)  # any use would fail
+    other = replace(Elastic(), space_id="a" * 64)
+    assert (index.upgrade(other).embedded, index.verify(sample=0)) == (10, [])
+
+
 def test_what_wraps_an_encoder_decodes_as_it_says_itself():
     class Wrapped:
         def __init__(self, encoder):

@@ -103,6 +103,14 @@ def test_a_range_finds_what_one_list_gives_as_numbers_and_another_as_text(photos
     assert found(year={">=": "2020"}) == [1, 2, 3]  # by their letters
 
 
+def test_a_range_is_exact_for_long_whole_numbers_that_are_kept_as_text(photos, build, elastic):
+    rows = ["0.png,9007199254740992", "1.png,9007199254740993", "2.png,none", f"3.png,{'9' * 5000}", "4.png,1.5e300"]
+    (photos / "list.csv").write_text("\n".join(["path,code", *rows]))
+    retriever = Retriever.open(build(photos / "list.csv").path, encoder=elastic)
+    hits = retriever.search(photos / "0.png", k=None, where={"code": {">=": 9007199254740993}})
+    assert sorted(int(hit.path.stem) for hit in hits) == [1, 3, 4]
+
+
 def test_a_lists_new_metadata_are_kept_without_reading_the_pictures(photos, build, elastic, monkeypatch):
     (photos / "list.csv").write_text("path,label\n1.png,cat\n")
     index = build([photos, photos / "list.csv"])
@@ -533,6 +541,11 @@ def test_a_file_url_is_the_file(photos, build, elastic):
     hits = retriever.search(f"file://{photos}/1.png", k=1, exclude_self=True)
     assert hits.query == f"{photos}/1.png"
     assert hits[0].path != photos / "1.png"
+
+
+@pytest.mark.parametrize("head", ["file://", "FILE://", "file://localhost", "file:", "file:/"])
+def test_a_file_url_may_be_written_in_several_ways(head):
+    assert location(f"{head}/a%20b/1.png") == "/a b/1.png"
 
 
 def test_a_file_url_may_spell_letters_by_their_bytes_as_percent_signs(tmp_path, picture, build, elastic):
