@@ -1,6 +1,6 @@
 # People and .ci/run use the same commands. `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help check lint format types test slow browser clean-install demo bench soak ci
+.PHONY: help check lint format types test slow browser clean-install lower-bounds demo bench soak ci
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -30,6 +30,9 @@ browser:  ## the page in a real browser
 
 clean-install:  ## a wheel in an empty environment, without torch
 	pytest -m slow tests/docs/test_clean_install.py
+
+lower-bounds:  ## the tests with the oldest dependencies that pyproject.toml allows, in a fresh environment
+	.ci/lower-bounds
 
 demo:  ## the bundled photographs, one index, four query encoders, the page
 	matvit demo

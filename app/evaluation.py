@@ -127,7 +127,7 @@ def _mixed(model: MatViT, queries: Sequence[str]) -> MixedSpecs | None:
 
 def table_folder(source: str) -> Path:
     """The checkpoint folder whose table may be written. Raises CheckpointError for bundled names and hub ids."""
-    from matvit.checkpoint import refuse_to_replace
+    from matvit.checkpoint import refuse_unwritable
 
     if not Path(source).is_dir():
         raise CheckpointError(
@@ -135,7 +135,7 @@ def table_folder(source: str) -> Path:
             where=source,
             fix="copy the checkpoint into a folder and give that",
         )
-    refuse_to_replace(Path(source))
+    refuse_unwritable(Path(source) / "pareto.json")
     return Path(source)
 
 
@@ -157,15 +157,16 @@ def write_table(model: MatViT, found: Evaluation, *, folder: Path) -> int:
     """Makes what was found the checkpoint's table (`pareto.json`), and gives the number of its rows.
 
     It holds every spec that was named, and the mixed ones on the Pareto front. What an earlier row of the same
-    spec says besides cost and quality stays. Raises CheckpointError when the folder cannot be written.
+    spec says besides cost and quality stays, and so does the rest of the folder. Raises CheckpointError when that
+    cannot be written.
     """
-    from matvit.checkpoint import read_config
+    from matvit.checkpoint import save_table
 
     kept = [spec for spec in found.result.matrix if spec in {*found.named, *found.front}]
     earlier = {str(model.shape.spec(row["spec"])): row for row in model.pareto}
     rows = [_row(model, spec, found, earlier.get(spec, {})) for spec in sorted(kept, key=model.flops)]
     model.pareto = tuple(rows)
-    model.save_pretrained(folder, storage=read_config(folder).weights.storage)
+    save_table(model, folder)
     return len(rows)
 
 

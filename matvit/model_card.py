@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ pipeline_tag: image-feature-extraction
 tags: [image-retrieval, matformer, timm]
 ---
 """
+_TABLE = re.compile(rb"^## Submodels\s*$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_AFTER_TABLE = re.compile(rb"(?=^## Training\s*$)", re.MULTILINE)
 
 
 def model_card(model: MatViT) -> str:
@@ -37,6 +40,16 @@ def model_card(model: MatViT) -> str:
         *_provenance(model),
     ]
     return "\n".join(lines) + "\n"
+
+
+def with_table(card: bytes, model: MatViT) -> bytes:
+    """A card with `model`'s table in the place of its own; what else a person wrote into it stays, whatever it is.
+
+    One that has neither of the headings that `model_card` gives it, "Submodels" and "Training", stays as it is.
+    """
+    table = "\n".join([*_pareto_table(model), ""]).encode(errors="backslashreplace")
+    place = _TABLE if _TABLE.search(card) else _AFTER_TABLE
+    return place.sub(lambda _: table, card, count=1)
 
 
 def _license(model: MatViT) -> str:

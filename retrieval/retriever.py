@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from matvit.encoder import ElasticEncoder, ImageEncoder, lengths, near_one
+from matvit.errors import ImageError
 from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from matvit.progress import Progress, silent
@@ -26,7 +27,7 @@ from retrieval.duplicates import linked
 from retrieval.encoders import EncoderCache, check_encoder, check_query_encoder, check_shape, load_encoder, normalised
 from retrieval.errors import EmbeddingError, SearchError
 from retrieval.exact import Found
-from retrieval.files import index_folder
+from retrieval.files import index_folder, sha256_bytes
 from retrieval.filters import Scalar, Where
 from retrieval.flat import exact_scores
 from retrieval.gallery import Gallery
@@ -217,12 +218,18 @@ class Retriever:
         return sorted(groups, key=lambda group: group[0].id)
 
     def read_picture(self, number: int) -> bytes:
-        """The encoded bytes of the picture with this id, also of one in a shard or a store.
+        """The encoded bytes of the picture with this id, as it was indexed, also of one in a shard or a store.
 
-        Raises SearchError for an id that the index does not hold, ImageError when its file cannot be read.
+        Raises SearchError for an id that the index does not hold, ImageError when its file cannot be read, or has
+        changed: by its path alone, another picture would pass for the one that was found.
         """
         gallery = self._gallery
-        return read_picture(gallery.snapshot.file_name(gallery.places[gallery.position_of(number)]))
+        position = gallery.position_of(number)
+        place = gallery.snapshot.file_name(gallery.places[position])
+        data = read_picture(place)
+        if bytes.fromhex(sha256_bytes(data)) != gallery.digests[position]:
+            raise ImageError(what="has changed since it was indexed", where=place, fix="put it back, or index it again")
+        return data
 
     def paths(self) -> dict[int, Path]:
         """The file of every picture that can be found, by id."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ _DEMO = (
 class Example:
     """A picture of the index to search with."""
 
+    id: int
     path: Path
     name: str
 
@@ -40,15 +41,15 @@ class Example:
         return shortened(self.name, most=_LABEL)
 
 
-def examples(pictures: Iterable[Path]) -> list[Example]:
-    """The demo's own choice where all of it is among `pictures`, the index's files; else an even sample."""
-    paths = sorted(pictures)  # neighbours lie in one folder
-    offered = [Example(path=demo_folder() / "images" / file, name=name) for name, file in _DEMO]
-    if {example.path for example in offered} <= set(paths):
-        return offered
-    chosen = evenly(paths, COUNT)
-    names = zip(chosen, telling_names(chosen), strict=True)
-    return [Example(path=path, name=name.removesuffix(path.suffix)) for path, name in names]
+def examples(pictures: Mapping[int, Path]) -> list[Example]:
+    """The demo's own choice where all of it is among `pictures`, the index's files by id; else an even sample."""
+    ids = {path: number for number, path in pictures.items()}
+    offered = {demo_folder() / "images" / file: name for name, file in _DEMO}
+    if not offered.keys() <= ids.keys():
+        chosen = evenly(sorted(ids), COUNT)  # neighbours lie in one folder
+        names = zip(chosen, telling_names(chosen), strict=True)
+        offered = {path: name.removesuffix(path.suffix) for path, name in names}
+    return [Example(id=ids[path], path=path, name=name) for path, name in offered.items()]
 
 
 def evenly(paths: Sequence[Path], count: int) -> list[Path]:

@@ -80,7 +80,7 @@ def _open(path: Path, generation: str, checkpoint: str | None) -> tuple[Retrieve
 
 @st.cache_data(show_spinner=False, max_entries=2, hash_funcs=_PATHS)
 def _examples(path: Path, generation: str, _retriever: Retriever) -> list[Example]:  # noqa: ARG001 (the cache's key)
-    return examples(_retriever.paths().values())
+    return examples(_retriever.paths())
 
 
 @st.cache_data(show_spinner=False)
@@ -89,14 +89,15 @@ def _demo_by_file() -> dict[Path, DemoPhoto]:
 
 
 @st.cache_data(show_spinner=False, max_entries=2000, hash_funcs=_PATHS)
-def _thumbnail(path: Path, changed_ns: int) -> bytes:  # noqa: ARG001 (a changed file is read anew)
-    return thumbnail(read_picture(path))
+def _thumbnail(path: Path, changed_ns: int, number: int, _retriever: Retriever) -> bytes:  # noqa: ARG001 (a changed file is read anew)
+    return thumbnail(_retriever.read_picture(number))
 
 
-def _thumbnail_of(path: Path) -> bytes | None:
+def _thumbnail_of(found: Example | Hit, retriever: Retriever) -> bytes | None:
+    """None where the picture that was indexed is not there."""
     try:
-        file, _ = split_member(location(path))
-        return _thumbnail(path, status_of(file).mtime_ns)
+        file, _ = split_member(location(found.path))
+        return _thumbnail(found.path, status_of(file).mtime_ns, found.id, retriever)
     except (MatVitError, OSError):
         return None
 
@@ -104,10 +105,10 @@ def _thumbnail_of(path: Path) -> bytes | None:
 # --- what the person chooses ---------------------------------------------------------------------
 
 
-def _choose_picture(offered: list[Example]) -> Query | None:
+def _choose_picture(offered: list[Example], retriever: Retriever) -> Query | None:
     st.subheader("1 · Choose a picture")
-    # Files may have gone since they were indexed.
-    shown = [(example, image) for example in offered if (image := _thumbnail_of(example.path))]
+    # Files may have gone, or changed, since they were indexed.
+    shown = [(example, image) for example in offered if (image := _thumbnail_of(example, retriever))]
     uploader = f"upload-{st.session_state.get('put_aside', 0)}"  # another one is empty
     upload = st.session_state.get(uploader)
     chosen: Path | None = st.session_state.get("picture")
@@ -209,7 +210,7 @@ def _label(choice: EncoderChoice) -> str:
 # --- what was found ------------------------------------------------------------------------------
 
 
-def _show(comparison: Comparison, query: Query, *, share: float) -> None:
+def _show(comparison: Comparison, query: Query, retriever: Retriever, *, share: float) -> None:
     picture, found = st.columns([1, 3.6], gap="medium")
     with picture, st.container(key="query"):
         st.subheader("Query")
@@ -223,7 +224,8 @@ def _show(comparison: Comparison, query: Query, *, share: float) -> None:
         with st.container(key="hits"):
             ranks = range(1, len(names) + 1)  # a hit's own may count the query itself
             for rank, hit, name in zip(ranks, comparison.hits, names, strict=True):
-                _show_hit(hit, name, demo.get(hit.path), rank=rank, strange=hit.id in comparison.strange)
+                image = _thumbnail_of(hit, retriever)
+                _show_hit(hit, name, image, demo.get(hit.path), rank=rank, strange=hit.id in comparison.strange)
         _show_latency(comparison)
         _show_credits([demo[hit.path] for hit in comparison.hits if hit.path in demo])
 
@@ -240,13 +242,13 @@ def _show_numbers(comparison: Comparison, *, share: float) -> None:
     computing.metric("Computing, share of XL", f"{share:.0%}", border=True)
 
 
-def _show_hit(hit: Hit, name: str, photo: DemoPhoto | None, *, rank: int, strange: bool) -> None:
+def _show_hit(hit: Hit, name: str, image: bytes | None, photo: DemoPhoto | None, *, rank: int, strange: bool) -> None:
     tile = Tile(
         rank=rank,
         score=hit.score,
         name=name if photo is None else _class_name(photo),
         title=str(hit.path) if photo is None else photo.caption,
-        image=_thumbnail_of(hit.path),
+        image=image,
         strange=strange,
     )
     with st.container(key=f"hit-{rank}", gap=None):
@@ -291,7 +293,7 @@ def _page() -> None:
         retriever, encoder = _open(path, generation, os.environ.get("MATVIT_CHECKPOINT"))
         left, right = st.columns([1.75, 1], gap="large")
         with left:
-            query = _choose_picture(_examples(path, generation, retriever))
+            query = _choose_picture(_examples(path, generation, retriever), retriever)
         with right:
             spec, k = _choose_encoder(encoder)
             st.caption(f"Index: {plain(path.name)}, {len(retriever):,} pictures")
@@ -300,7 +302,7 @@ def _page() -> None:
         st.divider()
         with st.spinner("Searching ..."):
             comparison = compare(retriever, query.image, encoder=spec, k=k, leave_out=query.file)
-        _show(comparison, query, share=encoder.flops(spec) / encoder.flops())
+        _show(comparison, query, retriever, share=encoder.flops(spec) / encoder.flops())
     except MatVitError as error:
         st.error(readable(str(error)))
 

@@ -42,7 +42,7 @@ class Tile:
     score: float
     name: str  # shown, if need be shortened
     title: str  # shown when the pointer rests on it
-    image: bytes | None  # WebP; None when the file is gone or damaged
+    image: bytes | None  # WebP; None when the file is gone, or not the one that was indexed
     strange: bool  # XL does not have it
 
 

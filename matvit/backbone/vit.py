@@ -156,9 +156,7 @@ def _check_block(block: Any, index: int) -> None:
     if type(block) is not Block:
         raise refusal(f"{where} is a {type(block).__name__}, not a plain pre-norm Block")
     attn, mlp = block.attn, block.mlp
-    # Older timm has neither attn.norm nor attn.gate.
-    extras = (getattr(attn, "norm", None), getattr(attn, "gate", None))
-    if type(attn) is not Attention or not all(extra is None or type(extra) is nn.Identity for extra in extras):
+    if type(attn) is not Attention or type(attn.norm) is not nn.Identity or attn.gate is not None:
         raise refusal(f"{where} has attention of another kind ({type(attn).__name__})")
     if 3 * attn.num_heads * attn.head_dim != attn.qkv.out_features:
         raise refusal(f"{where} has {attn.num_heads} attention heads of another size than its projection")

@@ -10,7 +10,7 @@ README.md            model card
 from matvit.checkpoint.forms import Storage, pareto_row, read_config
 from matvit.checkpoint.places import NoSuchCheckpointError, locate, refuse_inside, refuse_to_replace, refuse_unwritable
 from matvit.checkpoint.reading import load
-from matvit.checkpoint.writing import save
+from matvit.checkpoint.writing import save, save_table
 
 __all__ = [
     "NoSuchCheckpointError",
@@ -23,4 +23,5 @@ __all__ = [
     "refuse_to_replace",
     "refuse_unwritable",
     "save",
+    "save_table",
 ]

@@ -24,16 +24,19 @@ from matvit.checkpoint.forms import (
     Storage,
     WeightsConfig,
     not_finite,
+    read_config,
     rows_to_json,
     to_json,
 )
 from matvit.checkpoint.places import refuse_to_replace
 from matvit.checkpoint.swap import remove_leftovers, replace_folder
+from matvit.durable import remove_unfinished, write_together
 from matvit.errors import CheckpointError
 from matvit.identity import space_id
 from matvit.model import MatViT
-from matvit.model_card import model_card
+from matvit.model_card import model_card, with_table
 from matvit.preprocess import FloatArray
+from matvit.regular import read_small
 
 
 def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> None:
@@ -60,12 +63,39 @@ def save(model: MatViT, folder: str | Path, *, storage: Storage = "float32") -> 
             refuse_to_replace(folder)  # another process's first save was faster
             replace_folder(target, files)
     except OSError as error:
-        raise CheckpointError(
-            what=f"cannot be written ({error.strerror})",
-            where=str(target),
-            fix="free some space or choose a new folder",
-        ) from error
+        raise _unwritable(target, error) from error
     remove_leftovers(target)
+
+
+def save_table(model: MatViT, folder: Path) -> None:
+    """Write `model.pareto` into the checkpoint that `model` came from: pareto.json, and its part of the model card.
+
+    All else in the folder stays, what is no part of a checkpoint too. Raises CheckpointError when the folder cannot be
+    written, or holds another encoder by now.
+    """
+    if read_config(folder).weights.sha256 != model.weights_sha256:
+        raise CheckpointError(
+            what="holds another encoder than the one that was measured",
+            where=str(folder),
+            fix="measure that one, or put the other one back",
+        )
+    files = {folder / PARETO: rows_to_json(model.pareto)}
+    try:
+        if (card := folder / CARD).exists():
+            files[card] = with_table(read_small(card), model)
+        for path in files:
+            remove_unfinished(path)
+        write_together(files)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        what=f"cannot be written ({error.strerror})",
+        where=str(folder),
+        fix="free some space or choose a new folder",
+    )
 
 
 def _files(model: MatViT, storage: Storage) -> dict[str, bytes]:

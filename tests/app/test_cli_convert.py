@@ -167,12 +167,7 @@ def test_what_cannot_be_converted_is_one_sentence(run, small_timm, pictures, tmp
         ],
         "submodel 'XL': gives embeddings that": ["vit_small_patch16_224", *huge],
         "not finite or not of unit length": ["vit_small_patch16_224", *zero],
-        "--image-size': Input should be less than or equal to 4096": [
-            "vit_small_patch16_224",
-            *good[:2],
-            "--image-size",
-            10**9,
-        ],
+        "'--image-size'": ["vit_small_patch16_224", *good[:2], "--image-size", 10**9],  # in typer's words
         "use a multiple of 16": ["vit_small_patch16_224", *good[:2], "--image-size", 30],
     }
     for sentence, arguments in cases.items():

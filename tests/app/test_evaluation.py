@@ -164,6 +164,14 @@ def test_a_table_is_measured_whole_and_keeps_what_else_its_rows_say(run, photos,
     assert "recall@1" in table["1S.1M"]["quality"]
 
 
+def test_a_table_is_written_into_a_git_clone(run, photos, mine):
+    (mine / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (mine / ".git").mkdir()
+    assert run("eval", photos, "--encoder", mine, "--queries", "S", "--write-table").code == 0
+    assert {row["spec"] for row in MatViT.from_pretrained(mine).pareto} >= {"S", "XL"}
+    assert (mine / ".git").is_dir()
+
+
 def test_a_table_always_holds_the_full_encoder_and_is_told_with_its_pictures(run, photos, mine):
     (mine / "pareto.json").write_text("[]")
     assert run("eval", photos, "--encoder", mine, "--queries", "S", "--write-table").code == 0

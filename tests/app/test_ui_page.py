@@ -255,6 +255,13 @@ def test_a_hit_whose_file_has_gone_keeps_its_place(open_page, own):
     assert [button.disabled for button in page.button if button.key.startswith("with-")].count(True) == 1
 
 
+def test_a_file_that_has_changed_is_not_shown_as_the_picture_that_was_indexed(open_page, own):
+    shutil.copy(own.photos / "dogs" / "3.png", own.photos / "cats" / "0.png")
+    page = open_page(own.index)
+    assert "cats/0" not in offered_by(page)
+    assert grid_of(page).count("not there") == 1
+
+
 def test_an_index_whose_pictures_were_moved_says_so(open_page, own):
     own.photos.rename(own.photos.with_name("elsewhere"))
     page = open_page(own.index)
@@ -323,7 +330,7 @@ def test_of_a_long_name_both_ends_are_shown():
     assert shortened("cats/1.jpg") == "cats/1.jpg"
     assert shortened(name) == "holidays-2…G_20190714_123456.jpg"
     assert len(shortened(name)) == 32
-    labels = [Example(path=Path(), name=name).label for name in ("Pineapple", "dress/photo-3", "pants/photo-3")]
+    labels = [Example(id=0, path=Path(), name=name).label for name in ("Pineapple", "dress/photo-3", "pants/photo-3")]
     assert labels == ["Pineapple", "dre…hoto-3", "pan…hoto-3"]
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_ci_installs_and_tests_with_the_readmes_commands() -> None:
 
 def test_the_last_thing_that_ci_runs_is_the_whole_suite() -> None:
     assert re.findall(r"^(?:step|must) (.*)$", CI, flags=re.MULTILINE)[-1] == "tests pytest -n auto"
+
+
+def test_every_dependency_at_run_time_has_one_lower_bound_that_can_be_installed() -> None:
+    """`.ci/lower-bounds` installs just these versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [wanted for name, wanted in project["optional-dependencies"].items() if name != "dev"]
+    for one in chain(project["dependencies"], *extras):
+        assert re.fullmatch(r"[\w-]+>=[\d.]+(; .+)?|matvit-retrieval\[[\w,]+\]", one), one
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

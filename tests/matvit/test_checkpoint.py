@@ -29,7 +29,7 @@ from matvit.bundled import bundled_folders
 from matvit.checkpoint import Storage, forms, reading
 from matvit.checkpoint import swap as swap_module
 from matvit.model import AxesConfig
-from matvit.model_card import model_card
+from matvit.model_card import model_card, with_table
 from matvit.preprocess import Preprocessing
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "checkpoint.md"
@@ -187,6 +187,62 @@ def test_the_card_says_what_its_percents_are_of_where_it_is_the_same_for_all(
     tiny.pareto = ({**rows[0], "measured": measured}, {**rows[1], "measured": measured | elsewhere})
     card = model_card(tiny)
     assert ("Percent; 7 queries of asked in searched, embedded once by XL." in card) is said
+
+
+@pytest.mark.parametrize("before", [(), ("M", "XL")])
+def test_a_cards_new_table_is_as_if_the_card_were_written_anew(tiny: MatViT, before: tuple[str, ...]) -> None:
+    tiny.pareto = tuple(checkpoint.pareto_row(tiny, size, {"recall@1": 0.5}) for size in before)
+    card = model_card(tiny)
+    tiny.pareto = (checkpoint.pareto_row(tiny, "S", {"map@r": 0.9}),)
+    assert with_table(card.encode(), tiny) == model_card(tiny).encode()
+    assert with_table(card.replace("\n", "\r\n").encode(), tiny).count(b"## Submodels") == 1
+
+
+def test_saving_a_table_leaves_all_else_of_the_folder_as_it_is(folder: Path) -> None:
+    """A git clone with a card of the user's own words, in no encoding of ours, is one, too."""
+    for name in (".gitattributes", ".git/config", "figure.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    words = b"My own words, caf\xe9.\n"
+    card = folder / "README.md"
+    card.write_bytes(words + card.read_bytes() + words)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    model = MatViT.from_pretrained(folder)
+    model.pareto = (checkpoint.pareto_row(model, "S", {"recall@1": 0.9}),)
+    checkpoint.save_table(model, folder)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path for path in after if before.get(path) != after[path]} == {folder / "pareto.json", card}
+    assert MatViT.from_pretrained(folder).pareto == model.pareto
+    assert after[card] == words + model_card(model).encode() + words
+
+
+def test_a_card_without_our_headings_or_none_at_all_stays_so(tiny: MatViT, tmp_path: Path) -> None:
+    tiny.save_pretrained(tmp_path / "tiny")
+    model = MatViT.from_pretrained(tmp_path / "tiny")
+    (tmp_path / "tiny" / "README.md").write_text("# Mine\n")
+    checkpoint.save_table(model, tmp_path / "tiny")
+    assert (tmp_path / "tiny" / "README.md").read_text() == "# Mine\n"
+    (tmp_path / "tiny" / "README.md").unlink()
+    checkpoint.save_table(model, tmp_path / "tiny")
+    assert not (tmp_path / "tiny" / "README.md").exists()
+
+
+def test_a_table_that_cannot_be_saved_leaves_the_one_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MatViT.from_pretrained(folder)
+    model.pareto = (checkpoint.pareto_row(model, "S", {"recall@1": 0.9}),)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _full_disk)
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            checkpoint.save_table(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_table_of_another_encoder_is_not_saved(tiny: MatViT, folder: Path) -> None:
+    model = MatViT.from_pretrained(folder)
+    tiny.save_pretrained(folder)  # meanwhile
+    with pytest.raises(CheckpointError, match="another encoder than the one that was measured"):
+        checkpoint.save_table(model, folder)
 
 
 def test_the_cards_example_runs_beside_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

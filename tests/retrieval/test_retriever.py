@@ -385,6 +385,15 @@ def test_what_is_no_id_has_no_picture(retriever, number):
         retriever.read_picture(number)
 
 
+def test_a_picture_that_has_changed_is_not_given_as_the_one_that_was_indexed(retriever, photos, picture):
+    [hit] = retriever.search(picture(1), k=1)
+    indexed = hit.path.read_bytes()
+    assert retriever.read_picture(hit.id) == indexed
+    hit.path.write_bytes(picture(2))
+    with pytest.raises(ImageError, match="has changed since it was indexed; put it back"):
+        retriever.read_picture(hit.id)
+
+
 @pytest.mark.parametrize("encoder", [5, b"S", ["S"]])
 def test_what_is_no_encoder_searches_nothing(retriever, picture, encoder):
     with pytest.raises(EncoderMismatchError, match="is no encoder"):
