@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from retrieval.items import COLUMNS, OK, Item, item_of
+from retrieval.shards import holds_members
 from retrieval.snapshot import OpenSegment, Snapshot
 
 
@@ -101,7 +102,8 @@ class KnownItems:
             yield from ((name, b"", _END) for name in self._roots[self._folders[number]])
         for length in (end for end, letter in enumerate(inside[:-1], start=1) if letter == os.sep):
             path = os.fsencode(inside[length:-1].replace(os.sep, "/"))
-            for first, end in ((b"", b"\0"), (b"#", b"$"), (b"/", b"0")):  # each of these, and what begins with it
+            inner = [(b"#", b"$")] if holds_members(place) else []
+            for first, end in ((b"", b"\0"), (b"/", b"0"), *inner):  # each of these, and what begins with it
                 yield from ((name, path + first, path + end) for name in self._roots.get(inside[:length], ()))
 
     def _between(self, root: str, first: bytes, end: bytes) -> Iterator[Known]:

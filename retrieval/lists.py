@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, BinaryIO
+from typing import IO, Any, AnyStr, BinaryIO
 
 from retrieval.errors import IngestError
 from retrieval.locations import is_url, location, one_line, open_regular, os_reason
@@ -20,6 +20,7 @@ from retrieval.shards import Table
 
 PATH_COLUMNS = ("path", "file_name", "filename")  # the first that a table has; Hugging Face's name is the second
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_LONGEST_LINE = 2**20
 _LONGEST_NUMBER = 300  # characters; Python refuses to read those of thousands
 _FIX = f"give it a column '{PATH_COLUMNS[0]}'"
 
@@ -79,9 +80,21 @@ def _open(place: str) -> BinaryIO:
     return file
 
 
+def _lines(file: IO[AnyStr], place: str) -> Iterator[AnyStr]:
+    """Raises IngestError for a line that would take all memory."""
+    number = 0
+    while line := file.readline(_LONGEST_LINE):
+        number += 1
+        if len(line) == _LONGEST_LINE:
+            raise IngestError(
+                what=f"line {number} is longer than {_LONGEST_LINE:,} characters", where=place, fix="it is no list"
+            )
+        yield line
+
+
 def _read_text(place: str) -> Iterator[Listed]:
     with _open(place) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, place), start=1):
             name = os.fsdecode(line.rstrip(b"\r\n"))
             if name:
                 yield _listed(place, name, {}, number)
@@ -122,7 +135,9 @@ def _csv_rows(place: str) -> Iterator[tuple[int, dict[str, str]]]:
         errors="surrogateescape",
         newline="",
     ) as text:
-        reader = csv.DictReader(text, restval="", strict=True)  # or an unclosed quote would take all lines after it
+        reader = csv.DictReader(
+            _lines(text, place), restval="", strict=True
+        )  # or an unclosed quote would take all lines after it
         read = 0  # lines of whole rows
         try:
             _refuse_repeated(reader.fieldnames or (), place)

@@ -23,7 +23,8 @@ from retrieval.errors import IngestError
 NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
 _MEMBER = re.compile(r"(.+?\.(?:tar|parquet))#(.+)", re.IGNORECASE | re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_FILE = re.compile(r"file:(?://localhost)?/+", re.IGNORECASE)
+_FILE = re.compile(r"file:(?://localhost)?/+(?!$|/)", re.IGNORECASE)
+_SCHEME_OF_FILES = re.compile(r"(?:file|local)://", re.IGNORECASE)
 _FOLDED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/)(?!/)")  # two letters at least: one is a drive
 
 
@@ -46,7 +47,7 @@ def location(path: str | os.PathLike[str]) -> str:
 
     A URL of the scheme "file" is the path that it means: "file:///a%20b" is "/a b".
     """
-    text = os.fspath(path)
+    text = os.fsdecode(path)
     if match := _FILE.match(text):
         return unquote("/" + text[match.end() :], errors="surrogateescape")  # as `os.fsdecode`
     return _FOLDED.sub(r"\1/", text, count=1) if _FOLDED.match(text) else text
@@ -72,14 +73,20 @@ def status_of(place: str) -> Status:
         system, path = filesystem(place)
         with remote_errors():
             return remote_status(system.info(path))
-    found = os.stat(place)  # noqa: PTH116 - a Path per file would double the time of a rerun
+    try:
+        found = os.stat(place)  # noqa: PTH116 - a Path per file would double the time of a rerun
+    except ValueError as error:  # a null byte
+        raise OSError(errno.EINVAL, "no file can have this name") from error
     return Status(size=found.st_size, mtime_ns=_held(found.st_mtime_ns), regular=stat.S_ISREG(found.st_mode))
 
 
 def open_file(place: str) -> BinaryIO:
     """A file or URL, for reading. Raises OSError."""
     if not is_url(place):
-        return open(place, "rb")  # noqa: PTH123 - a Path takes a third of the time
+        try:
+            return open(place, "rb")  # noqa: PTH123 - a Path takes a third of the time
+        except ValueError as error:
+            raise OSError(errno.EINVAL, "no file can have this name") from error
     system, path = filesystem(place)
     with remote_errors():
         return cast(BinaryIO, io.BufferedReader(_Remote(system.open(path, "rb"))))
@@ -145,13 +152,15 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     Raises MissingExtraError without fsspec, IngestError when the store's own package is missing or none is known.
     """
+    if _SCHEME_OF_FILES.match(url):  # of a path, `location` made that path: what is left would be the whole machine
+        raise IngestError(what="names no file", where=url, fix="name one, as in file:///photos")
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
         raise MissingExtraError.for_extra("fsspec", purpose=f"reading {url}") from error
     try:
         system, path = url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except Exception as error:
         raise IngestError(
             what=f"this store cannot be read ({one_line(str(error))})",
             where=url,

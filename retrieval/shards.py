@@ -59,6 +59,11 @@ def is_table(name: str) -> bool:
     return name.lower().endswith(".parquet")
 
 
+def holds_members(name: str) -> bool:
+    """Whether a file is named like either, so that "#" behind it begins a place inside."""
+    return is_tar(name) or is_table(name)
+
+
 def read_member(container: str, name: str) -> bytes:
     """The bytes of one picture inside a file. Raises OSError."""
     if is_table(container):

@@ -24,10 +24,11 @@ from retrieval.locations import (
     remote_errors,
     remote_status,
 )
-from retrieval.shards import ShardError, Table, is_table, is_tar
+from retrieval.shards import ShardError, Table, holds_members, is_table, is_tar
 
 PathLike = str | os.PathLike[str]
 Images = PathLike | Iterable[PathLike]
+_NO_FOLDER = "lies in no folder of its store; put it into one"
 
 
 def find_files(images: Images | FoundFiles, *, delete: bool = False) -> FoundFiles:
@@ -138,6 +139,9 @@ def _add_file(found: FoundFiles, path: str, *, status: Status | None = None) -> 
         for line in read_list(path):
             _add_listed(found, line, source=path)
         return
+    if _has_no_folder(path):
+        found.skip(path, _NO_FOLDER)
+        return
     found.note_base(os.path.dirname(path))
     if is_table(path):
         _add_table(found, path, status)
@@ -166,6 +170,9 @@ def _add_table(found: FoundFiles, path: str, status: Status | None) -> None:
 
 
 def _add_listed(found: FoundFiles, line: Listed, *, source: str) -> None:
+    if _has_no_folder(line.path):
+        found.skip(line.path, _NO_FOLDER)
+        return
     error = None if is_url(line.path) else lstat_error(line.path)
     if error is not None:
         reason = f"{os_reason(error)} (line {line.line} of {os.path.basename(source)})"
@@ -242,6 +249,14 @@ def _nothing(named: list[str], found: FoundFiles, *, delete: bool) -> IngestErro
     return IngestError(what="no such file or folder", where=first, fix=fix)
 
 
+def _has_no_folder(path: str) -> bool:
+    """Whether a URL names something at the top of its store, such as "memory://a.png": roots are folders."""
+    return is_url(path) and not is_url(os.path.dirname(path))
+
+
 def is_below(path: str, folders: Iterable[str]) -> bool:
     """Whether the absolute `path` lies below one of these absolute folders, or in one of these shards."""
-    return any(path.startswith((os.path.join(folder, ""), f"{folder}#")) for folder in folders)
+    return any(
+        path.startswith(os.path.join(folder, "")) or (holds_members(folder) and path.startswith(f"{folder}#"))
+        for folder in folders
+    )

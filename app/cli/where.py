@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -61,7 +61,7 @@ def left_out(texts: Sequence[str], values_of: Callable[[str], Sequence[Scalar]])
     from retrieval.filters import as_number
 
     ranges = [(name, _readings(value)[-1]) for name, sign, value in map(_parts, texts) if sign != "="]
-    for name in dict.fromkeys(name for name, limit in ranges if isinstance(limit, float)):
+    for name in dict.fromkeys(name for name, limit in ranges if isinstance(limit, int | float)):
         others = [value for value in values_of(name) if isinstance(value, str) and as_number(value) is None]
         if others:
             named = _named(map(typed, others[:_NAMED]), of=len(others))
@@ -87,10 +87,11 @@ def typed(value: object) -> str:
     return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
 
 
-def _readings(text: str) -> list[str | float | bool]:
+def _readings(text: str) -> list[str | int | float | bool]:
     """What a typed value may stand for in the metadata: the text, and the number or truth value that it spells."""
     if text in ("true", "false"):
         return [text, text == "true"]
-    with suppress(ValueError):
-        return [text, float(text)]
-    return [text]
+    from retrieval.filters import as_number
+
+    number = as_number(text)
+    return [text] if number is None or not isfinite(number) else [text, number]

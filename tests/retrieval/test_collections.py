@@ -18,7 +18,7 @@ import pytest
 
 from matvit.errors import ImageError, MissingExtraError
 from retrieval import Index, IngestError, Retriever, SearchError
-from retrieval.locations import location, read_picture, split_member, status_of
+from retrieval.locations import location, open_picture, open_regular, read_picture, split_member, status_of
 from retrieval.metadata import from_json
 from retrieval.sources import find_files
 
@@ -541,6 +541,54 @@ def test_a_file_url_is_the_file(photos, build, elastic):
     hits = retriever.search(f"file://{photos}/1.png", k=1, exclude_self=True)
     assert hits.query == f"{photos}/1.png"
     assert hits[0].path != photos / "1.png"
+
+
+def test_what_is_named_like_a_neighbour_with_a_hash_behind_is_no_part_of_it(tmp_path, picture, elastic):
+    names = ["cat.png", "cat.png#copy.png", "holiday/0.png", "holiday#2/0.png"]
+    for number, name in enumerate(names):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).write_bytes(picture(number))
+    index = Index.build(tmp_path / "p", encoder=elastic, path=tmp_path / "i")
+    (tmp_path / "p" / "holiday#2").rename(tmp_path / "away")
+    assert index.ingest(tmp_path / "p" / "holiday", delete=True).deleted == 0
+    assert index.delete([tmp_path / "p" / "cat.png", tmp_path / "p" / "holiday"]) == 2
+    left = {str(path.relative_to(tmp_path / "p")) for path in Retriever.open(index.path).paths().values()}
+    assert left == {"cat.png#copy.png", "holiday#2/0.png"}
+
+
+def test_a_list_may_name_what_lies_beside_a_folder_named_like_it(tmp_path, picture, build):
+    (tmp_path / "list#2").mkdir()
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list#2" / "1.png").write_bytes(picture(1))
+    (tmp_path / "list" / "list.txt").write_text("../list#2/1.png\n")
+    assert len(Retriever.open(build(tmp_path / "list" / "list.txt").path)) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["memory://a.png", "foo://x", "foo://x/a.png", "github://a", "http://[::1/a.png", "file://"]
+)
+def test_a_line_that_no_store_can_give_is_skipped_and_no_other(photos, build, line):
+    (photos / "list.txt").write_text(f"0.png\n{line}\n1.png\n")
+    assert len(Retriever.open(build(photos / "list.txt").path)) == 2
+
+
+def test_a_list_of_one_endless_line_is_refused_before_it_takes_all_memory(tmp_path, build):
+    for name, head in (("list.txt", ""), ("list.csv", "path\n")):
+        (tmp_path / name).write_text(head + "x" * 2**20 + "\n")
+        with pytest.raises(IngestError, match=r"line [12] is longer than 1,048,576 characters"):
+            build(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["file://", "file:/", "file:///", "local://"])
+def test_a_file_url_that_names_no_file_is_not_the_whole_machine(name):
+    with pytest.raises(IngestError, match="names no file"):
+        find_files(name)
+
+
+@pytest.mark.parametrize("ask", [open_picture, status_of, open_regular])
+def test_a_name_that_no_file_can_have_is_said_to_be_none(ask):
+    with pytest.raises(OSError, match="no file can have this name"):
+        ask("/a\0b.png")
 
 
 @pytest.mark.parametrize("head", ["file://", "FILE://", "file://localhost", "file:", "file:/"])
