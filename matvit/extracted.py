@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,11 +81,12 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
     return sidecar, config
 
 
-def read_extracted(path: Path) -> backbone.TimmViT:
+def read_extracted(path: str | os.PathLike[str]) -> backbone.TimmViT:
     """The timm module that `write_extracted` wrote to `path`, in eval mode.
 
     Raises CheckpointError when one of the two files is missing, damaged, or not the other's.
     """
+    path = Path(path)
     try:
         config = ExtractedConfig.model_validate_json(read_small(path.with_suffix(".json")))
         check_regular(path)

@@ -245,14 +245,14 @@ def _check_sizes(shape: EncoderShape, widths: Sequence[int], *, heads: int, dept
         if not 1 <= width <= full:
             raise _spec_error(f"block {block} has {full} hidden units, not {width}", shape)
     if heads != shape.num_heads and not (shape.head_axis and 1 <= heads < shape.num_heads):
-        possible = f", but from 1 to {shape.num_heads}" if shape.head_axis else ""
+        possible = f", but from 1 to {shape.num_heads}" if shape.head_axis else ": this encoder has no such axis"
         raise _spec_error(f"{heads} of {shape.num_heads} attention heads cannot be kept{possible}", shape)
     if depth != shape.num_blocks and not 1 <= depth <= len(shape.keep_order):
-        possible = f", but from 1 to {len(shape.keep_order)}" if shape.keep_order else ""
+        possible = f", but from 1 to {len(shape.keep_order)}" if shape.keep_order else ": this encoder has no such axis"
         raise _spec_error(f"{depth} of {shape.num_blocks} blocks cannot be kept{possible}", shape)
     step, largest = shape.image_size_step, MAX_ENLARGEMENT * shape.image_size
     if image_size != shape.image_size and not (step and step <= image_size <= largest and image_size % step == 0):
-        multiple = f", but multiples of {step} up to {largest} can" if step else ""
+        multiple = f", but multiples of {step} up to {largest} can" if step else ": this encoder has no such axis"
         raise _spec_error(f"pictures of {image_size} px cannot be encoded{multiple}", shape)
 
 
