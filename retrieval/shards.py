@@ -184,6 +184,8 @@ class Table:
         try:
             for batch in self.file.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=columns):
                 yield from _plain(batch)
+        except MemoryError as error:  # pyarrow's is one
+            raise ShardError("its rows take more memory than there is") from error
         except Exception as error:
             raise ShardError(f"damaged parquet file ({one_line(str(error))})") from error
 

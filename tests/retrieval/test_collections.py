@@ -653,3 +653,15 @@ def test_a_disk_without_room_for_the_list_of_files_is_one_sentence(photos, monke
     monkeypatch.setattr(sqlite3, "connect", refuse)
     with pytest.raises(IngestError, match=r"the list of files cannot be kept \(database or disk is full\); make room"):
         find_files(photos)
+
+
+def test_a_table_whose_rows_find_no_memory_is_not_called_damaged(tmp_path, picture, build, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    write_table(tmp_path / "rows.parquet", {"image": [picture(0)]})
+
+    def refuse(_):
+        raise pa.lib.ArrowMemoryError
+
+    monkeypatch.setattr("retrieval.shards._plain", refuse)
+    with pytest.raises(IngestError, match="its rows take more memory than there is"):
+        build(tmp_path / "rows.parquet")
