@@ -253,6 +253,7 @@ class MatViT(nn.Module):
     def space_id(self) -> str:
         """sha256 over the full encoder's tensors (as float32), the embedding layer and the preprocessing.
 
+        Rounded weights (`.half()`, `.bfloat16()`, int8 storage) are others: an index made before is of another space.
         Computed at each call (a ViT-S takes 0.1 s): nothing tells when weights have changed, as fused
         optimisers write them without raising autograd's version counters.
         """
