@@ -20,9 +20,12 @@ from safetensors.torch import load, save
 
 from matvit import backbone
 from matvit.checkpoint import refuse_inside, refuse_unwritable
+from matvit.checkpoint.forms import PreprocessingConfig
 from matvit.durable import remove_unfinished, write_together
 from matvit.errors import BackboneError, CheckpointError, first_line
+from matvit.extraction import say_how_to_prepare
 from matvit.model import MatViT
+from matvit.preprocess import Preprocessing
 from matvit.regular import check_regular, read_small
 
 FORMAT: Literal["matvit-extracted"] = "matvit-extracted"
@@ -44,7 +47,7 @@ class ExtractedConfig(BaseModel):
     spec: str
     space_id: str  # L2-normalised outputs compare with every index of this space
     sha256: str  # of the safetensors file
-    preprocessing: dict[str, Any]
+    preprocessing: PreprocessingConfig
     architecture: backbone.ViTConfig
     timm_class: _TimmClass = _TIMM_CLASSES["vit"]
     timm_arguments: dict[str, Any] | None  # None: timm cannot build it from plain arguments, as with mixed widths
@@ -68,7 +71,7 @@ def write_extracted(model: MatViT, spec: str, *, out: Path) -> tuple[Path, Extra
         spec=str(chosen),
         space_id=model.space_id,
         sha256=hashlib.sha256(weights).hexdigest(),
-        preprocessing=model.preprocessing.to_json(),
+        preprocessing=PreprocessingConfig(**model.preprocessing.to_json()),
         architecture=architecture,
         timm_class=_TIMM_CLASSES[architecture.family],
         timm_arguments=backbone.plain_arguments(architecture),
@@ -93,7 +96,10 @@ def read_extracted(path: str | os.PathLike[str]) -> backbone.TimmViT:
         weights = path.read_bytes()
         if hashlib.sha256(weights).hexdigest() != config.sha256:
             raise _damaged(path, "its sha256 is not the one in the JSON file beside it")
-        return backbone.build(config.architecture, load(weights))
+        vit = backbone.build(config.architecture, load(weights))
+        preprocessing = Preprocessing(**config.preprocessing.model_dump())
+        say_how_to_prepare(vit, preprocessing, image_size=config.architecture.image_size)
+        return vit
     except BackboneError as error:
         raise _damaged(path, error.what) from error
     except (OSError, ValidationError, SafetensorError) as error:

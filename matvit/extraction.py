@@ -11,6 +11,7 @@ from torch import nn
 from matvit import feed_forward, positions
 from matvit.backbone import TimmViT
 from matvit.heads import cut_heads
+from matvit.preprocess import Preprocessing
 from matvit.spec import SubmodelSpec
 
 if TYPE_CHECKING:
@@ -37,18 +38,18 @@ def extract(model: MatViT, spec: SubmodelSpec) -> TimmViT:
     memo[id(model.vit.blocks)] = nn.Sequential(*copies) if in_sequence else nn.ModuleList(copies)
     vit: TimmViT = copy.deepcopy(model.vit, memo)
     _set_resolution(vit, model, spec.image_size)
-    _describe(vit, model, spec)
+    vit.feature_info = vit.feature_info[: spec.depth]
+    say_how_to_prepare(vit, model.preprocessing, image_size=spec.image_size)
     return vit.eval()
 
 
-def _describe(vit: TimmViT, model: MatViT, spec: SubmodelSpec) -> None:
-    """What timm asks a model for: its stages, and how pictures are prepared for it (`timm.data`)."""
-    vit.feature_info = vit.feature_info[: spec.depth]
+def say_how_to_prepare(vit: TimmViT, preprocessing: Preprocessing, *, image_size: int) -> None:
+    """Pictures, where `timm.data` asks a model for it."""
     vit.pretrained_cfg = vit.default_cfg = {
-        "input_size": (3, spec.image_size, spec.image_size),
+        "input_size": (3, image_size, image_size),
         "fixed_input_size": True,
-        "mean": model.preprocessing.mean,
-        "std": model.preprocessing.std,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "crop_mode": "center",

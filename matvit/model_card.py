@@ -14,7 +14,7 @@ pipeline_tag: image-feature-extraction
 tags: [image-retrieval, matformer, timm]
 ---
 """
-_TABLE = re.compile(rb"^## Submodels\s*$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_TABLE = re.compile(rb"^## Submodels\s*$.*?(?=^##? |\Z)", re.MULTILINE | re.DOTALL)
 _AFTER_TABLE = re.compile(rb"(?=^## Training\s*$)", re.MULTILINE)
 
 
@@ -43,7 +43,7 @@ def model_card(model: MatViT) -> str:
 
 
 def with_table(card: bytes, model: MatViT) -> bytes:
-    """A card with `model`'s table in the place of its own; what else a person wrote into it stays, whatever it is.
+    """A card with `model`'s table as its section "Submodels"; what a person wrote into other sections stays.
 
     One that has neither of the headings that `model_card` gives it, "Submodels" and "Training", stays as it is.
     """

@@ -24,7 +24,6 @@ NO_TIME = -1  # of a store that does not tell when a file changed: such files ar
 _MEMBER = re.compile(r"(.+?\.(?:tar|parquet))#(.+)", re.IGNORECASE | re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FILE = re.compile(r"file:(?://localhost)?/+(?!$|/)", re.IGNORECASE)
-_SCHEME_OF_FILES = re.compile(r"(?:file|local)://", re.IGNORECASE)
 _FOLDED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/)(?!/)")  # two letters at least: one is a drive
 
 
@@ -152,7 +151,9 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     Raises MissingExtraError without fsspec, IngestError when the store's own package is missing or none is known.
     """
-    if _SCHEME_OF_FILES.match(url):  # of a path, `location` made that path: what is left would be the whole machine
+    if url.lower().startswith("file:") or not url.partition(":")[2].strip(
+        "/"
+    ):  # `location` made paths of those with one: it would be the whole machine
         raise IngestError(what="names no file", where=url, fix="name one, as in file:///photos")
     try:
         from fsspec.core import url_to_fs

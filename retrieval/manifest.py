@@ -48,6 +48,8 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]  # far from where SQLite's and num
 
 
 def _absolute(folder: str) -> str:
+    if folder.startswith("file:///"):  # as lists' URLs were kept once
+        folder = folder.removeprefix("file://")
     # Either system's: an index may be looked at on another one than it was made on.
     absolute = PurePosixPath(folder).is_absolute() or PureWindowsPath(folder).is_absolute() or is_url(folder)
     if "\0" in folder or not absolute:

@@ -290,7 +290,8 @@ class _Encoder:
         entry = gallery.snapshot.manifest.encoder
         if self._given is not None:
             check_encoder(self._given, entry, index=self._index)
-        return self if entry.space_id == self._entry.space_id else _Encoder(gallery)
+        has_it = self._loaded is not None and entry.space_id == self._entry.space_id
+        return self if has_it or entry == self._entry else _Encoder(gallery)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

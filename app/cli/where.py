@@ -94,4 +94,5 @@ def _readings(text: str) -> list[str | int | float | bool]:
     from retrieval.filters import as_number
 
     number = as_number(text)
-    return [text] if number is None or not isfinite(number) else [text, number]
+    too_large = isinstance(number, float) and not isfinite(number)
+    return [text] if number is None or too_large else [text, number]

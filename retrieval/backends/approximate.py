@@ -95,7 +95,7 @@ class ApproximateSearch:
         if not self._looks_at_some(wider):
             every = self._positions[self._positions >= 0]
             return [every for _ in queries]
-        setting = Setting(effort=wider * self._setting.effort, depth=wider * self._setting.depth)
+        setting = self._kind.wider(self._setting, wider)
         parameters = self._usual if wider == 1 else self._kind.searching(setting)
         with for_queries(len(queries)):
             _, rows = self._index.search(queries, setting.depth, params=parameters)

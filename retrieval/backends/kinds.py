@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import faiss
@@ -35,6 +35,9 @@ class Kind(Protocol):
     def settings(self) -> tuple[Setting, ...]:
         """From the quickest to the most thorough."""
 
+    def wider(self, setting: Setting, times: int) -> Setting:
+        """For so many times ten hits."""
+
     def bytes(self, rows: int, dim: int) -> int:
         """About what it takes in memory."""
 
@@ -60,6 +63,10 @@ class HNSW:
     def settings(self) -> tuple[Setting, ...]:
         """See `Kind`."""
         return tuple(Setting(effort=effort, depth=16) for effort in _EFFORTS)
+
+    def wider(self, setting: Setting, times: int) -> Setting:
+        """See `Kind`. It looks at as many as it is to find, at least."""
+        return replace(setting, depth=times * setting.depth)
 
     def bytes(self, rows: int, dim: int) -> int:
         """See `Kind`."""
@@ -98,6 +105,10 @@ class IvfPq:
         pairs = ((8, 50), (16, 100), (32, 100), (32, 200), (64, 400), (128, 400), (128, 1000), (256, 2000), (512, 4000))
         return tuple(Setting(effort=lists, depth=depth) for lists, depth in pairs)
 
+    def wider(self, setting: Setting, times: int) -> Setting:
+        """See `Kind`. More hits lie in more lists."""
+        return Setting(effort=times * setting.effort, depth=times * setting.depth)
+
     def bytes(self, rows: int, dim: int) -> int:
         """See `Kind`."""
         return rows * (_codes(dim) // 2 + 8) + 4 * dim * (_lists(rows) + dim)
@@ -124,6 +135,10 @@ class ScalarQuantised:
     def settings(self) -> tuple[Setting, ...]:
         """See `Kind`."""
         return tuple(Setting(effort=1, depth=depth) for depth in (20, 50, 200))
+
+    def wider(self, setting: Setting, times: int) -> Setting:
+        """See `Kind`."""
+        return replace(setting, depth=times * setting.depth)
 
     def bytes(self, rows: int, dim: int) -> int:
         """See `Kind`."""

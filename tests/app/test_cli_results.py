@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
 from torch.nn.functional import normalize
 
 from matvit import CheckpointError, MatViT
@@ -209,6 +210,8 @@ def test_a_range_of_numbers_names_the_texts_that_it_leaves_out(run, tmp_path, ph
     done = run("search", cats / "0.png", "--index", index, "--where", "year>=2020", "--where", "year<2030", "--json")
     assert {hit["metadata"]["year"] for hit in done.json["queries"][0]["hits"]} == {2021, "2020"}
     assert done.err == "pictures whose 'year' is no number are left out: unknown\n"
+    done = run("search", cats / "0.png", "--index", index, "--where", f"year<{'9' * 400}", "--json")
+    assert len(done.json["queries"][0]["hits"]) == 3
 
 
 def test_a_value_that_no_picture_has_finds_nothing_and_a_note_names_the_nearest(run, index, photos):
@@ -378,6 +381,8 @@ def test_mixed_widths_load_with_our_own_reader(run, checkpoint, tmp_path):
     model, images = MatViT.from_pretrained(checkpoint), torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         torch.testing.assert_close(normalize(read_extracted(out)(images), dim=-1), model(images, "1S.1XL"))
+    again = resolve_model_data_config(read_extracted(str(out)))
+    assert again == resolve_model_data_config(model.extract("1S.1XL"))
 
 
 def test_an_earlier_extraction_is_replaced(run, checkpoint, tmp_path):

@@ -352,6 +352,14 @@ def test_an_upgrade_leaves_the_reading_of_files_to_the_workers_too(tmp_path, pho
     assert (index.upgrade(other).embedded, index.verify(sample=0)) == (10, [])
 
 
+def test_a_picture_that_became_a_pipe_does_not_stop_an_upgrade(tmp_path, photos):
+    index = Index.build(photos, encoder=Elastic(), path=tmp_path / "i")
+    (photos / "1.png").unlink()
+    os.mkfifo(photos / "1.png")
+    report = index.upgrade(replace(Elastic(), space_id="a" * 64))
+    assert (report.embedded, [file.path.name for file in report.missing]) == (9, ["1.png"])
+
+
 def test_what_wraps_an_encoder_decodes_as_it_says_itself():
     class Wrapped:
         def __init__(self, encoder):

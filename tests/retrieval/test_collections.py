@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 from matvit.errors import ImageError, MissingExtraError
 from retrieval import Index, IngestError, Retriever, SearchError
 from retrieval.locations import location, open_picture, open_regular, read_picture, split_member, status_of
+from retrieval.manifest import read_pointer
 from retrieval.metadata import from_json
 from retrieval.sources import find_files
 
@@ -653,6 +655,20 @@ def test_a_disk_without_room_for_the_list_of_files_is_one_sentence(photos, monke
     monkeypatch.setattr(sqlite3, "connect", refuse)
     with pytest.raises(IngestError, match=r"the list of files cannot be kept \(database or disk is full\); make room"):
         find_files(photos)
+
+
+def test_an_index_that_kept_file_urls_knows_its_pictures_again(photos, build, elastic, tmp_path):
+    (photos / "list.txt").write_text("".join(f"{photos}/{number}.png\n" for number in range(3)))
+    index = build(photos / "list.txt")
+    pointer = read_pointer(index.path)
+    manifest = json.loads((index.path / "generations" / pointer.name).read_text())
+    manifest["roots"] = {name: f"file://{folder}" for name, folder in manifest["roots"].items()}
+    data = json.dumps(manifest).encode()
+    for name in (pointer.name, pointer.name.replace(".json", ".copy.json")):
+        (index.path / "generations" / name).write_bytes(data)
+    (index.path / "CURRENT").write_text(f"{pointer.name} {hashlib.sha256(data).hexdigest()}\n")
+    report = Index.open(index.path).ingest(photos / "list.txt", encoder=elastic, delete=True)
+    assert (report.indexed, report.unchanged, report.deleted) == (0, 3, 0)
 
 
 def test_a_table_whose_rows_find_no_memory_is_not_called_damaged(tmp_path, picture, build, monkeypatch):

@@ -248,9 +248,10 @@ def loads(elastic, monkeypatch):
     encoders = {elastic.source: elastic, "other-source": replace(elastic.in_another_space(), source="other-source")}
 
     class Loads(list):
-        other = encoders["other-source"]
+        pass
 
     found = Loads()
+    found.encoders, found.other = encoders, encoders["other-source"]
 
     class Loader:
         @staticmethod
@@ -308,6 +309,17 @@ def test_after_an_upgrade_a_reload_lets_go_of_the_encoder_that_the_retriever_had
     retriever.reload()
     assert retriever.search(picture(1), encoder="S").generation == index.generation
     assert retriever.encoder is loads.other
+
+
+def test_a_reload_takes_an_encoder_that_is_not_loaded_yet_from_where_it_is_now(index, elastic, loads, photos, picture):
+    retriever = Retriever.open(index.path)
+    index.set_search("exact")
+    shutil.rmtree(index.path)
+    Index.build(photos, encoder=replace(elastic, source="moved"), path=index.path)
+    loads.encoders["moved"] = elastic
+    retriever.reload()
+    retriever.search(picture(1), encoder="S")
+    assert loads == ["moved"]
 
 
 def test_a_reload_in_the_same_space_keeps_the_encoder(index, elastic, loads, photos, picture):
