@@ -151,9 +151,8 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     Raises MissingExtraError without fsspec, IngestError when the store's own package is missing or none is known.
     """
-    if url.lower().startswith("file:") or not url.partition(":")[2].strip(
-        "/"
-    ):  # `location` made paths of those with one: it would be the whole machine
+    # Of a "file:" that names one, `location` made a path: what is left would be the whole machine.
+    if url.lower().startswith("file:") or not url.partition(":")[2].strip("/"):
         raise IngestError(what="names no file", where=url, fix="name one, as in file:///photos")
     try:
         from fsspec.core import url_to_fs
