@@ -199,7 +199,8 @@ class _Worker:
 
     def __init__(self, decoder: Decoder) -> None:
         options = {
-            "path": [*filter(None, sys.path), str(Path(__file__).parents[1])],  # "" is the current folder
+            # "" is the current folder, not to be looked into first; this package may have been found by it.
+            "path": [*filter(None, sys.path), str(Path(__file__).parents[1])],
             "preprocessing": asdict(decoder.preprocessing),
             "size": decoder.size,
             "truncated": ImageFile.LOAD_TRUNCATED_IMAGES,

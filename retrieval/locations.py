@@ -75,8 +75,13 @@ def status_of(place: str) -> Status:
     try:
         found = os.stat(place)  # noqa: PTH116 - a Path per file would double the time of a rerun
     except ValueError as error:  # a null byte
-        raise OSError(errno.EINVAL, "no file can have this name") from error
+        raise no_such_name() from error
     return Status(size=found.st_size, mtime_ns=_held(found.st_mtime_ns), regular=stat.S_ISREG(found.st_mode))
+
+
+def no_such_name() -> OSError:
+    """Where the system refuses a name itself, such as one with a null byte, with a ValueError."""
+    return OSError(errno.EINVAL, "no file can have this name")
 
 
 def open_file(place: str) -> BinaryIO:
@@ -85,7 +90,7 @@ def open_file(place: str) -> BinaryIO:
         try:
             return open(place, "rb")  # noqa: PTH123 - a Path takes a third of the time
         except ValueError as error:
-            raise OSError(errno.EINVAL, "no file can have this name") from error
+            raise no_such_name() from error
     system, path = filesystem(place)
     with remote_errors():
         return cast(BinaryIO, io.BufferedReader(_Remote(system.open(path, "rb"))))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 import re
@@ -20,6 +19,7 @@ from retrieval.locations import (
     filesystem,
     is_url,
     location,
+    no_such_name,
     os_reason,
     remote_errors,
     remote_status,
@@ -214,7 +214,7 @@ def lstat_error(path: str) -> OSError | None:
     except OSError as error:
         return error
     except ValueError:  # NUL, or half of a surrogate pair
-        return OSError(errno.EINVAL, "no file can have this name")
+        return no_such_name()
     return None
 
 
