@@ -26,7 +26,8 @@ BATCH = 16  # pictures encoded together; Ctrl-C waits for them
 AHEAD = 4 * BATCH  # pictures decoded and waiting, at most: bounds the memory
 APART_BATCH = 128  # for an encoder on another device, which small batches leave waiting for Python ...
 APART_BYTES = 24 * 2**20  # ... while their pixels take no more than this
-APART_AT_ONCE = 2  # one is prepared while the device computes the other
+APART_AT_ONCE = 2  # one is prepared while the device computes the other ...
+APART_WAITING = 4  # ... and these are encoded while a publication, for which all else waits, is written
 TOGETHER = 16  # pictures that go to a decoder in one message
 NO_EMBEDDING = "the encoder gave no finite unit-length embedding"
 Pixels = npt.NDArray[Any]  # (N, 3, H, W): float32 of the encoder's, uint8 of decoders
@@ -40,6 +41,7 @@ class Way:
     batch: int  # pictures that are encoded together
     ahead: int  # pictures that are loaded and wait, at most
     at_once: int  # batches
+    waiting: int = 1  # batches, at most, that wait for a thread, so that no thread waits for one
     together: int = 1  # pictures that one thread loads
     decoders: Decoders | None = None  # None: the encoder decodes, in our threads
 
@@ -58,6 +60,7 @@ def way_of(encoder: ImageEncoder) -> Way:
         batch=batch,
         ahead=ahead,
         at_once=APART_AT_ONCE,
+        waiting=APART_WAITING,
         together=max(1, min(TOGETHER, ahead // (2 * usable_cores()))),
         decoders=Decoders(Decoder(preprocessing=apart.preprocessing, size=size)),
     )
@@ -91,7 +94,7 @@ def embed_all(
         loader = Loader(encoder, held, way.decoders)
         for batch in _batched(_decoded(tasks, loader, decoders, way), way):
             encoding.append(encoders.submit(_encode, batch, way.encode, encoder.embedding_dim))
-            if len(encoding) > way.at_once:  # one waits, so that no thread does
+            if len(encoding) == way.at_once + way.waiting:
                 yield from encoding.popleft().result()
         while encoding:
             yield from encoding.popleft().result()

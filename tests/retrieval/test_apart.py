@@ -335,7 +335,27 @@ def test_no_more_is_taken_than_may_wait_while_nothing_is_consumed(photos, monkey
 
     with closing(retrieval.pipeline.embed_all(counted(), encoder=Elastic().encoder(), held={}.get)) as results:
         next(results)
-        assert len(taken) <= 16 + (retrieval.pipeline.APART_AT_ONCE + 1) * 4
+        assert len(taken) <= 16 + (retrieval.pipeline.APART_AT_ONCE + retrieval.pipeline.APART_WAITING) * 4
+
+
+def test_batches_are_encoded_while_nothing_is_consumed(photos, monkeypatch):
+    monkeypatch.setattr(retrieval.pipeline, "BATCH", 2)
+    monkeypatch.setattr(retrieval.pipeline, "APART_BATCH", 4)
+    encoded = []
+
+    class Counting(Apart):
+        def encode(self, pixels):
+            encoded.append(len(pixels))
+            return super().encode(pixels)
+
+    encoder = Counting(Elastic().shape.spec(), "5" * 64)
+    found = (
+        Task(full_path=path, root="", path=b"", known=None, open=partial(open_with_status, path))
+        for path in [str(photos / "1.png")] * 200
+    )
+    with closing(retrieval.pipeline.embed_all(found, encoder=encoder, held={}.get)) as results:
+        next(results)
+        wait_until(lambda: len(encoded) == retrieval.pipeline.APART_AT_ONCE + retrieval.pipeline.APART_WAITING)
 
 
 def test_a_larger_input_makes_smaller_batches():
