@@ -57,6 +57,7 @@ from retrieval.pipeline import Way, way_of
 LARGE = (4032, 3024)  # pixels, 12 million
 UNIQUE = 32  # large pictures that are made
 SHARD = 10_000  # pictures in a tar
+WARM_UP = 4096  # pictures at most that go through all of it before the first round
 ON_ONE_THREAD = 1024  # pictures at most that are decoded on one thread, which takes longest
 RUNS = ("first", "again", "one more", "verify", "upgrade", "repair")
 
@@ -211,8 +212,12 @@ def measure(elastic: Any, spec: str, files: Sequence[Path], rounds: int) -> dict
         pixels = pixels.astype(np.uint8)  # of any values
     starts = range(0, len(files), batch)  # the same few batches again and again: all would take gigabytes
     batches = [pixels[start % len(pixels) :][: min(batch, len(files) - start)] for start in starts]
-    every = [one_round(elastic, encoder, files, batches, way_of(encoder)) for _ in range(1 + rounds)]
-    every = every[1:]  # the first warms up
+    with tempfile.TemporaryDirectory(dir=files[0].parents[1]) as few:
+        some = [Path(few) / file.name for file in files[:WARM_UP]]
+        for link, file in zip(some, files, strict=False):
+            link.hardlink_to(file)
+        one_round(elastic, encoder, some, batches[: -(-len(some) // batch)], way_of(encoder))
+    every = [one_round(elastic, encoder, files, batches, way_of(encoder)) for _ in range(rounds)]
 
     def median(value: Callable[[dict[str, Spent]], float]) -> float:
         return statistics.median(map(value, every))
@@ -277,7 +282,9 @@ def measure_all(arguments: argparse.Namespace, one: Measure) -> Iterator[tuple[s
         elastic = WithEncoders(awake, lambda spec=None: Asleep(awake.encoder(spec), arguments.asleep))
     for source in arguments.sources.split(","):
         with tempfile.TemporaryDirectory() as temporary:
-            files = SOURCES[source](Path(temporary), arguments.pictures)
+            folder = Path(temporary) / source
+            folder.mkdir()
+            files = SOURCES[source](folder, arguments.pictures)
             for spec in arguments.encoders.split(","):
                 yield source, spec, one(elastic, spec, files, arguments.rounds)
 

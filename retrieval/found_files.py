@@ -1,7 +1,7 @@
 """The files that were found for an ingest, each once, kept outside the memory when they are many."""
 
 # Strings, because a Path per file would double the time of walking a large collection.
-# ruff: noqa: PTH100, PTH118, PTH120, PTH122
+# ruff: noqa: PTH100, PTH118, PTH120
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from matvit.datasets import PICTURE_SUFFIXES
@@ -60,9 +61,8 @@ class FoundFiles:
     def files(self) -> Iterator[FoundFile]:
         """Every file, in the order in which it was found."""
         last = 0
-        query = "SELECT * FROM files WHERE number > ? ORDER BY number LIMIT 1000"
-        while rows := self._files.execute(query, (last,)).fetchall():
-            for number, _, path, kind, metadata, problem, size, mtime_ns in rows:
+        while rows := self._files.execute(_SELECT, (last,)).fetchall():
+            for number, path, kind, metadata, problem, size, mtime_ns in rows:
                 status = None if size is None else Status(size=size, mtime_ns=mtime_ns)
                 last = number
                 yield FoundFile(path=os.fsdecode(path), kind=kind, metadata=metadata, problem=problem, status=status)
@@ -89,9 +89,9 @@ class FoundFiles:
     def any_at_or_below(self, place: str) -> bool:
         """Whether any file was found at a place, or below it, by the name that it was found by or by its own."""
         self._files.execute("CREATE INDEX IF NOT EXISTS by_path ON files (path)")
-        real = place if is_url(place) else os.path.realpath(place)
+        named, real = os.fsencode(place), os.fsencode(place if is_url(place) else os.path.realpath(place))
         query = "SELECT 1 FROM files WHERE {0} = ? OR ({0} >= ? AND {0} < ?) LIMIT 1"
-        for column, name in (("path", os.fsencode(place)), ("real", os.fsencode(real))):
+        for column, name in (("path", named), ("real", named), ("real", real)):
             inside = name.rstrip(b"/")
             if self._files.execute(query.format(column), (name, inside + b"/", inside + b"0")).fetchone():
                 return True
@@ -110,18 +110,19 @@ class FoundFiles:
         if kind != PICTURE:
             self.scopes.append(path)
         real = path if is_url(path) else self._real_path(path)
-        values = os.fsencode(real), os.fsencode(path), kind, metadata, problem
+        values = os.fsencode(real), None if path == real else os.fsencode(path), kind, metadata, problem
         times = (None, None) if status is None else (status.size, status.mtime_ns)
         self._files.execute(_INSERT, (*values, *times))
 
     def _add_pictures(self, paths: list[str]) -> None:
-        """`add_file` of each, all of one folder: in one call of SQLite's, which halves the time."""
+        """`add_file` of each, all of one folder: in one call of SQLite's, and of each function where that can be."""
         if paths:
             start = len(os.path.dirname(paths[0]).rstrip(os.sep)) + 1
-            real = os.path.join(os.path.dirname(self._real_path(paths[0])), "")
-            names = ((real + path[start:], path) for path in paths)
-            rows = ((os.fsencode(one), os.fsencode(path), PICTURE, *[None] * 4) for one, path in names)
-            self._files.executemany(_INSERT, rows)
+            folder = os.path.join(os.path.dirname(self._real_path(paths[0])), "")
+            same = folder == paths[0][:start]
+            real = _encoded(paths if same else [folder + path[start:] for path in paths])
+            named = repeat(None) if same else _encoded(paths)
+            self._files.executemany(_INSERT_NAMED, zip(real, named, repeat(PICTURE), strict=False))
 
     def _real_path(self, path: str) -> str:
         folder, name = os.path.split(path)
@@ -181,13 +182,23 @@ CREATE TABLE files (
     number INTEGER PRIMARY KEY, real BLOB UNIQUE, path BLOB, kind TEXT, metadata TEXT, problem TEXT,
     size INTEGER, mtime_ns INTEGER
 )
-"""
+"""  # no path: it is the real one
 _INSERT = """
 INSERT INTO files (real, path, kind, metadata, problem, size, mtime_ns) VALUES (?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (real) DO UPDATE SET metadata = excluded.metadata WHERE excluded.metadata IS NOT NULL
+"""
+_INSERT_NAMED = "INSERT OR IGNORE INTO files (real, path, kind) VALUES (?, ?, ?)"
+_SELECT = """
+SELECT number, coalesce(path, real), kind, metadata, problem, size, mtime_ns FROM files
+WHERE number > ? ORDER BY number LIMIT 1000
 """
 
 
 def is_picture(path: str) -> bool:
     """Whether a file is named like a picture (`matvit.datasets.PICTURE_SUFFIXES`)."""
-    return os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES
+    return path[path.rfind(".") :].lower() in PICTURE_SUFFIXES  # os.path.splitext takes a quarter of finding a file
+
+
+def _encoded(paths: list[str]) -> list[bytes]:
+    """`os.fsencode` of each, which would take a third of the time of finding them."""
+    return os.fsencode("\0".join(paths)).split(b"\0")

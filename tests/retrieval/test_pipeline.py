@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import threading
 from contextlib import closing
@@ -95,6 +96,20 @@ def test_no_more_is_taken_than_may_wait_while_nothing_is_consumed(photos, elasti
         next(results)
         batches = threads.batches_at_once() + 1
         assert len(taken) <= retrieval.pipeline.AHEAD + batches * retrieval.pipeline.BATCH
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_what_is_there_before_is_kept_from_pythons_collector_meanwhile(photos, elastic, others):
+    if others:
+        gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with closing(embed_all(tasks([photos / "1.png"]), encoder=elastic.encoder(), held={}.get)) as results:
+            next(results)
+            assert gc.get_freeze_count() == before if others else gc.get_freeze_count() > before == 0
+        assert gc.get_freeze_count() == before
+    finally:
+        gc.unfreeze()
 
 
 def test_closing_it_begins_nothing_more_and_leaves_no_thread(photos, elastic, small_batches):
