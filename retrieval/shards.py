@@ -19,7 +19,8 @@ from matvit.errors import MissingExtraError
 from retrieval.locations import NO_TIME, Status, one_line, open_file, open_regular, status_of, window
 from retrieval.metadata import MAX_METADATA, to_json
 
-_ROWS = 64  # of a table, read together
+_ROWS = 64  # of a table, read together ...
+_BYTES = 2**24  # ... while they take no more than about this
 _LONGEST_ROW = 19  # digits; Python refuses to read thousands
 
 
@@ -148,7 +149,7 @@ class Table:
             raise MissingExtraError.for_extra("parquet", purpose=f"reading {self.container}") from error
         source = open_regular(self.container)
         try:
-            self.file = pq.ParquetFile(source, buffer_size=2**20)
+            self.file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
         except Exception as error:  # pyarrow raises nearly anything on damaged bytes
             source.close()
             raise ShardError(f"is no readable parquet file ({one_line(str(error))})") from error
@@ -182,12 +183,18 @@ class Table:
     def rows(self, groups: Sequence[int], *, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """The rows of these row groups, of all columns or of these."""
         try:
-            for batch in self.file.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=columns):
+            together = min(map(self._rows_together, groups), default=_ROWS)
+            for batch in self.file.iter_batches(batch_size=together, row_groups=list(groups), columns=columns):
                 yield from _plain(batch)
         except MemoryError as error:  # pyarrow's is one
             raise ShardError("its rows take more memory than there is") from error
         except Exception as error:
             raise ShardError(f"damaged parquet file ({one_line(str(error))})") from error
+
+    def _rows_together(self, group: int) -> int:
+        found = self.file.metadata.row_group(group)
+        row = found.total_byte_size / max(1, found.num_rows)
+        return int(min(_ROWS, max(1, _BYTES // max(1, row))))
 
     def members(self, group: int, first: int) -> Iterator[Member]:
         """The pictures of one row group, whose first row is `first`."""

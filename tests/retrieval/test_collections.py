@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sqlite3
+import subprocess
 import sys
 import tarfile
 import threading
@@ -419,6 +420,33 @@ def test_a_table_whose_metadata_are_nested_too_deep_is_one_without_class_names(t
 
     pq.write_table(table.replace_schema_metadata({b"huggingface": b"[" * 100_000}), tmp_path / "train.parquet")
     assert metadata(build(tmp_path / "train.parquet"))["train.parquet#0"] == {"label": 1}
+
+
+READ_TABLE = """
+import re, sys
+import pyarrow.parquet
+from retrieval.shards import Table
+
+def most():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
+
+table = Table(sys.argv[1])
+before = most()
+print(sum(len(member.data) for group, rows in enumerate(table.groups()) for member in table.members(group, rows.start)))
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize(("rows", "of_each", "size"), [(80, 10, 3_000_000), (30, 30, 8_000_000)])
+def test_a_large_table_is_read_in_little_memory(tmp_path, rows, of_each, size):
+    options = {"row_group_size": of_each, "use_dictionary": False, "write_batch_size": 1, "compression": "none"}
+    table = write_table(tmp_path / "t.parquet", {"image": [os.urandom(size) for _ in range(rows)]}, **options)
+    command = [sys.executable, "-c", READ_TABLE, str(table)]
+    found = subprocess.run(command, capture_output=True, check=True, text=True)
+    read, mebibytes = map(int, found.stdout.split())
+    assert read == rows * size
+    assert mebibytes < 130
 
 
 def test_embedding_a_table_again_decodes_each_of_its_batches_once(tmp_path, picture, build, elastic, monkeypatch):
