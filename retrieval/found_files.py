@@ -115,7 +115,7 @@ class FoundFiles:
         self._files.execute(_INSERT, (*values, *times))
 
     def _add_pictures(self, paths: list[str]) -> None:
-        """`add_file` of each, all of one folder: in one call of SQLite's, and of each function where that can be."""
+        """`add_file` of each, all of one folder: in one call of SQLite's."""
         if paths:
             start = len(os.path.dirname(paths[0]).rstrip(os.sep)) + 1
             folder = os.path.join(os.path.dirname(self._real_path(paths[0])), "")

@@ -86,6 +86,10 @@ class Apart(FAKE["FakeEncoder"]):
         return super().encode(PREPROCESSING.normalise(pixels))
 
 
+def task(path):
+    return Task(full_path=path, root="", path=b"", known=None, open=partial(open_with_status, path))
+
+
 def start(tmp_path, photos, *, seconds=0.0, **options):
     script = tmp_path / "script.py"  # without `if __name__ == "__main__"`
     script.write_text(SCRIPT)
@@ -331,7 +335,7 @@ def test_no_more_is_taken_than_may_wait_while_nothing_is_consumed(photos, monkey
         for number in range(200):
             path = str(photos / f"{number % 7}.png")
             taken.append(path)
-            yield Task(full_path=path, root="", path=b"", known=None, open=partial(open_with_status, path))
+            yield task(path)
 
     with closing(retrieval.pipeline.embed_all(counted(), encoder=Elastic().encoder(), held={}.get)) as results:
         next(results)
@@ -349,10 +353,7 @@ def test_batches_are_encoded_while_nothing_is_consumed(photos, monkeypatch):
             return super().encode(pixels)
 
     encoder = Counting(Elastic().shape.spec(), "5" * 64)
-    found = (
-        Task(full_path=path, root="", path=b"", known=None, open=partial(open_with_status, path))
-        for path in [str(photos / "1.png")] * 200
-    )
+    found = [task(str(photos / "1.png"))] * 200
     with closing(retrieval.pipeline.embed_all(found, encoder=encoder, held={}.get)) as results:
         next(results)
         wait_until(lambda: len(encoded) == retrieval.pipeline.APART_AT_ONCE + retrieval.pipeline.APART_WAITING)
