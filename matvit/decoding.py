@@ -208,7 +208,8 @@ class _Worker:
         }
         self.started = False
         self._process = subprocess.Popen(  # noqa: S603 (our own arguments)
-            [sys.executable, "-P", "-c", _CODE, json.dumps(options)],  # -P: a json.py of the current folder is not ours
+            # -P: a json.py of the current folder is not ours. -S: the path is given, and `site` takes long to find it.
+            [sys.executable, "-P", "-S", "-c", _CODE, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what Pillow remarks on damaged files
