@@ -16,6 +16,7 @@ from retrieval.types import MetadataField
 
 LABEL = "label"
 MAX_METADATA = 64 * 1024  # bytes of one picture's metadata
+_MAX_NESTING = 100  # levels; how many JSON may have differs with Python's version and SQLite's
 _COMMON = 10  # values of a name that are listed
 _KINDS = {str: "text", bool: "truth value", int: "number", float: "number"}  # to Python, True equals 1
 
@@ -25,7 +26,10 @@ def to_json(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
     Missing values (null, NaN) and bytes are left out; times become ISO text.
     """
-    kept = {str(name): _plain(value) for name, value in values.items()}
+    try:
+        kept = {str(name): _plain(value) for name, value in values.items()}
+    except _NestingError:
+        return None, f"its metadata is nested more than {_MAX_NESTING} levels deep"
     text = json.dumps({name: value for name, value in kept.items() if value is not None}, sort_keys=True)
     if len(text) > MAX_METADATA:
         return None, f"its metadata has more than {MAX_METADATA // 1024} KiB"
@@ -64,11 +68,17 @@ def _field(counts: Mapping[tuple[str, Scalar], int]) -> MetadataField:
     )
 
 
-def _plain(value: Any) -> Any:
+class _NestingError(Exception):
+    pass
+
+
+def _plain(value: Any, level: int = 1) -> Any:
+    if level > _MAX_NESTING:
+        raise _NestingError
     if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
+        return {str(name): _plain(inner, level + 1) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner, level + 1) for inner in value]
     if isinstance(value, datetime | date):
         return value.isoformat()
     if isinstance(value, Decimal):

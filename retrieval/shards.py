@@ -119,17 +119,15 @@ def tar_members(container: str) -> Iterator[Member]:
 def _group_metadata(entries: Sequence[tarfile.TarInfo], file: BinaryIO) -> tuple[str | None, str | None]:
     """The group's metadata, and what is wrong with it."""
     found: dict[str, Any] = {}
-    described = to_json(found)
     for entry in filter(tars.describes, entries):
         if entry.size > MAX_METADATA:
             return None, f"its metadata in {tars.name_of(entry)} has more than {MAX_METADATA // 1024} KiB"
         file.seek(entry.offset_data)
         try:
             found |= tars.description(entry, file.read(entry.size))
-            described = to_json(found)  # goes as deep as the JSON does
         except (ValueError, RecursionError):
             return None, f"its metadata in {one_line(tars.name_of(entry))} cannot be read"
-    return described
+    return to_json(found)
 
 
 # --- Parquet tables --------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_a_member_of_a_negative_size_is_damage(tmp_path: Path) -> None:
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(content[:512])
     shard.write_bytes(content)
-    with pytest.raises(DatasetError, match=r"birds\.tar: damaged tar shard \(negative size\)"):
+    with pytest.raises(DatasetError, match=r"birds\.tar: damaged tar shard \((negative size|invalid offset)\)"):
         read_dataset(shard)
 
 

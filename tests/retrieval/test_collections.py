@@ -324,7 +324,8 @@ def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(shard, build):
 
 def test_members_that_lead_out_come_twice_or_have_bad_metadata_are_skipped_with_their_reason(tmp_path, picture, build):
     bad = {"ok.png": picture(1), "x/../../up.png": picture(2), "j.json": b"{", "j.png": picture(3)}
-    bad |= {"deep.json": b'{"x": ' + b"[" * 700 + b"]" * 700 + b"}", "deep.png": picture(4)}
+    for levels in (100, 700, 30_000):
+        bad |= {f"{levels}.json": b'{"x": %s1%s}' % (b"[" * levels, b"]" * levels), f"{levels}.png": picture(levels)}
     path = write_tar(tmp_path / "s.tar", bad)
     with tarfile.open(path, "a") as tar:
         entry = tarfile.TarInfo("ok.png")
@@ -334,7 +335,9 @@ def test_members_that_lead_out_come_twice_or_have_bad_metadata_are_skipped_with_
         "x/../../up.png": "its name leads out of the shard",
         "ok.png": "the shard has two members of this name",
         "j.png": "its metadata in j.json cannot be read",
-        "deep.png": "its metadata in deep.json cannot be read",
+        "100.png": "its metadata is nested more than 100 levels deep",
+        "700.png": "its metadata is nested more than 100 levels deep",
+        "30000.png": "its metadata in 30000.json cannot be read",
     }
     assert metadata(index) == {"s.tar#ok.png": {}}
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning_fabric.accelerators import CUDAAccelerator
 from PIL import Image
 
 from matvit.training.recipe import Recipe
@@ -75,4 +76,5 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cuda in (torch.cuda, CUDAAccelerator):
+        monkeypatch.setattr(cuda, "is_available", lambda: False)
