@@ -15,19 +15,27 @@ from pathlib import Path
 from matvit.durable import TEMPORARY
 from matvit.regular import NotOursError, check_regular
 from retrieval.errors import DamagedFileError, DiskRefusalError, IndexFormatError, IngestError
+from retrieval.locations import is_url
 
 RESTORE = "try matvit repair, which never makes it worse, or restore the index from a copy"
 FREE = "close what else is running, or allow more open files (ulimit -n), and run the same again"
 
 
 def index_folder(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of an index. Raises IndexFormatError for what can be no folder's name."""
+    """The absolute path of an index. Raises IndexFormatError for what can be no folder's name, and for a URL."""
     try:
-        if b"\0" not in os.fsencode(folder := Path(path)):
-            return folder.absolute()
-    except (TypeError, UnicodeError):
-        pass
-    raise IndexFormatError(what=f"{path!r} is no folder's name", where="index", fix="give a text or a Path")
+        folder = Path(path)
+        if b"\0" in (name := os.fsencode(folder)):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        what = f"{path!r} is no folder's name"
+        raise IndexFormatError(what=what, where="index", fix="give a text or a Path") from error
+    url = os.fsdecode(name).replace(":/", "://", 1)  # Path folds the slashes
+    if is_url(url):  # it would become a folder named "s3:"
+        raise IndexFormatError(
+            what="is a URL, but an index lies in a folder of this computer", where=url, fix="give a folder's path"
+        )
+    return folder.absolute()
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -162,6 +162,8 @@ class Gallery:
 
     def values(self, name: str) -> list[Scalar]:
         """What pictures have under a metadata name, the most frequent first. Raises SearchError if none has it."""
+        if not isinstance(name, str):
+            raise SearchError(what=f"{name!r} is no metadata name", where="values", fix="give a text, such as 'label'")
         positions = self._column(name).positions if len(self.ids) else {}
         return [value for _, value in sorted(positions, key=lambda key: -len(positions[key]))]
 

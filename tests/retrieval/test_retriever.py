@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +158,21 @@ def test_what_is_no_folders_name_is_no_index(elastic, path):
     for attempt in (Index.open, Index.repair, Retriever.open, lambda path: Index.create(path, encoder=elastic)):
         with pytest.raises(IndexFormatError, match="is no folder's name; give a text or a Path"):
             attempt(path)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/index", "file:///tmp/index", Path("https://host/index")])
+def test_a_url_is_no_index_and_no_folder_is_made_of_its_name(elastic, tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    for attempt in (Index.open, Index.repair, Retriever.open, lambda path: Index.create(path, encoder=elastic)):
+        with pytest.raises(IndexFormatError, match="is a URL, but an index lies in a folder of this computer"):
+            attempt(url)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [["label"], {"label"}, 5, None])
+def test_what_is_no_metadata_name_has_no_values(retriever, name):
+    with pytest.raises(SearchError, match="is no metadata name; give a text, such as 'label'"):
+        retriever.values(name)
 
 
 def test_submodels_are_extracted_once(retriever, elastic, picture):
