@@ -21,6 +21,7 @@ from matvit.preprocess import MAX_FILE_BYTES
 _MOST_SAID = 2**20  # bytes of a .json, .cls or .txt: far more than any has
 _LINK = "a link in the shard is not followed; write it with: tar --dereference --hard-dereference"
 _NOT_PLAIN = "is no plain file in the shard; write it with tar, without --sparse"
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
 _DESCRIBES = {".json": "json", ".cls": "label", ".txt": "caption"}  # members beside a picture, as metadata
 
 
@@ -39,7 +40,11 @@ def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
             if file.read(512) != bytes(512):
                 damage.append(f"damaged tar shard (at byte {tar.offset})")
     except tarfile.TarError as error:
-        damage.append(f"damaged tar shard ({error})")
+        file.seek(0)
+        is_compressed = file.read(6).startswith(_COMPRESSED)
+        damage.append(
+            "a compressed tar; unpack it to a plain .tar" if is_compressed else f"damaged tar shard ({error})"
+        )
     except (ValueError, EOFError, OverflowError):
         damage.append("damaged tar shard")
 

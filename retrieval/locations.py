@@ -23,7 +23,7 @@ from retrieval.errors import IngestError
 NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
 _MEMBER = re.compile(r"(.+?\.(?:tar|parquet))#(.+)", re.IGNORECASE | re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_FILE = re.compile(r"file:(?://localhost)?/+(?!$|/)", re.IGNORECASE)
+_FILE = re.compile(r"(?:file|local):(?://localhost)?/+(?!$|/)", re.IGNORECASE)
 _FOLDED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/)(?!/)")  # two letters at least: one is a drive
 
 
@@ -154,10 +154,13 @@ def absolute(place: str) -> str:
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it.
 
-    Raises MissingExtraError without fsspec, IngestError when the store's own package is missing or none is known.
+    Raises MissingExtraError without fsspec, IngestError for stores inside others ("zip://a::b"), or when the store's
+    own package is missing or none is known.
     """
+    if "::" in url:
+        raise IngestError(what="names a store inside another by '::', which is not read", where=url, fix="unpack it")
     # Of a "file:" that names one, `location` made a path: what is left would be the whole machine.
-    if url.lower().startswith("file:") or not url.partition(":")[2].strip("/"):
+    if url.lower().startswith(("file:", "local:")) or not url.partition(":")[2].strip("/"):
         raise IngestError(what="names no file", where=url, fix="name one, as in file:///photos")
     try:
         from fsspec.core import url_to_fs

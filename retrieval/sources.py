@@ -29,6 +29,8 @@ from retrieval.shards import ShardError, Table, holds_members, is_table, is_tar
 PathLike = str | os.PathLike[str]
 Images = PathLike | Iterable[PathLike]
 _NO_FOLDER = "lies in no folder of its store; put it into one"
+_ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_ARCHIVE = "a compressed archive; unpack it, for example to a plain .tar"
 
 
 def find_files(images: Images | FoundFiles, *, delete: bool = False) -> FoundFiles:
@@ -139,8 +141,8 @@ def _add_file(found: FoundFiles, path: str, *, status: Status | None = None) -> 
         for line in read_list(path):
             _add_listed(found, line, source=path)
         return
-    if _has_no_folder(path):
-        found.skip(path, _NO_FOLDER)
+    if _has_no_folder(path) or path.lower().endswith(_ARCHIVES):
+        found.skip(path, _NO_FOLDER if _has_no_folder(path) else _ARCHIVE)
         return
     found.note_base(os.path.dirname(path))
     if is_table(path):

@@ -322,6 +322,20 @@ def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(shard, build):
     assert index.info().items == 1
 
 
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_compressed_shard_is_told_from_a_damaged_one(tmp_path, picture, photos, build, kind):
+    for name in ("s.tar", f"s.tar.{kind}"):
+        with tarfile.open(tmp_path / name, f"w:{kind}") as tar:
+            entry = tarfile.TarInfo("a.png")
+            entry.size = len(picture(1))
+            tar.addfile(entry, io.BytesIO(picture(1)))
+    report = build(photos).ingest([tmp_path / "s.tar", tmp_path / f"s.tar.{kind}"])
+    assert [file.reason for file in report.skipped] == [
+        "a compressed tar; unpack it to a plain .tar",
+        "a compressed archive; unpack it, for example to a plain .tar",
+    ]
+
+
 def test_members_that_lead_out_come_twice_or_have_bad_metadata_are_skipped_with_their_reason(tmp_path, picture, build):
     bad = {"ok.png": picture(1), "x/../../up.png": picture(2), "j.json": b"{", "j.png": picture(3)}
     for levels in (100, 700, 30_000):
@@ -557,6 +571,19 @@ def test_a_store_that_is_not_there_is_one_sentence(url):
     assert url in str(caught.value)
 
 
+def test_a_store_inside_another_is_refused_and_a_file_that_is_named_so_is_skipped(store, build, picture):
+    with pytest.raises(
+        IngestError, match=r"^zip://p::/a\.zip: names a store inside another by '::', which is not read"
+    ):
+        find_files("zip://p::/a.zip")
+    store.pipe("/shop/sub/a::b.png", picture(5))
+    index = build("memory://shop")
+    assert len(Retriever.open(index.path)) == 3
+    [skipped] = index.ingest("memory://shop").skipped
+    assert location(skipped.path) == "memory://shop/sub/a::b.png"
+    assert "names a store inside another" in skipped.reason
+
+
 def test_a_store_that_is_not_reached_is_not_called_a_missing_file():
     pytest.importorskip("aiohttp")
     with socket.socket() as free:
@@ -624,7 +651,7 @@ def test_a_name_that_no_file_can_have_is_said_to_be_none(ask):
         ask("/a\0b.png")
 
 
-@pytest.mark.parametrize("head", ["file://", "FILE://", "file://localhost", "file:", "file:/"])
+@pytest.mark.parametrize("head", ["file://", "FILE://", "file://localhost", "file:", "file:/", "local://"])
 def test_a_file_url_may_be_written_in_several_ways(head):
     assert location(f"{head}/a%20b/1.png") == "/a b/1.png"
 
