@@ -99,6 +99,8 @@ def open_retriever(path: Path, *, checkpoint: str | None = None, pictures: Itera
     for image in pictures:
         if isinstance(image, Path):
             place = location(image)
+            if is_index(image):
+                raise ImageError(what="is an index", where=place, fix=f"give it as --index {image}, and pictures")
             if image.is_dir():
                 raise ImageError(what="is a folder, not a picture", where=place, fix="name pictures")
             try:
@@ -106,6 +108,13 @@ def open_retriever(path: Path, *, checkpoint: str | None = None, pictures: Itera
             except OSError as error:
                 raise ImageError(what=os_reason(error), where=place, fix="name pictures that are there") from error
     return Retriever.open(path, encoder=None if checkpoint is None else load_encoder(checkpoint))
+
+
+def gone(paths: Iterable[Path]) -> set[Path]:
+    """Those of the hits' paths at which there is no file of this computer now; stores and shards are not asked."""
+    from retrieval.locations import is_virtual, location
+
+    return {path for path in paths if not is_virtual(location(path)) and not path.exists()}
 
 
 def duplicates(path: Path, *, min_score: float | None, progress: Progress = silent) -> list[DuplicateGroup]:
@@ -120,7 +129,7 @@ def group_json(group: DuplicateGroup) -> list[dict[str, Any]]:
     return [{**asdict(picture), "path": location(picture.path)} for picture in group]
 
 
-def delete(paths: Iterable[Path], *, path: Path) -> tuple[int, int]:
+def delete(paths: Iterable[Path | int], *, path: Path) -> tuple[int, int]:
     """See `retrieval.Index.delete`; gives how many were deleted, and how many pictures are left. Raises MatVitError."""
     from retrieval import Index
 
@@ -242,7 +251,8 @@ def info_of(target: str) -> dict[str, Any]:
             fix="save it and index the pictures again",
         )
     encoder = _encoder_info(load_encoder(index.encoder_source, revision=index.encoder_revision))
-    return encoder | _contents_json(target, index, fields)
+    contents = _contents_json(target, index, fields)
+    return contents | {name: value for name, value in encoder.items() if name not in contents}
 
 
 def contents_of(target: str) -> dict[str, Any]:
@@ -353,10 +363,12 @@ class Verification:
     unsampled: str | None = None  # why none was, where no number was asked for
 
 
-def verify(target: str, *, sample: int | None = 0, progress: Progress = silent) -> Verification:
+def verify(
+    target: str, *, sample: int | None = 0, checkpoint: str | None = None, progress: Progress = silent
+) -> Verification:
     """Checks every file of an index or a checkpoint against its hash, and `sample` pictures of an index again.
 
-    None: a few, where the encoder that built it can be had.
+    `sample` None: a few, where the encoder that built it can be had. `checkpoint`: what embeds them instead of that.
 
     Raises CheckpointError when `target` is neither, IndexFormatError where an index cannot be read for another reason
     than damage.
@@ -364,7 +376,8 @@ def verify(target: str, *, sample: int | None = 0, progress: Progress = silent) 
     if is_index(Path(target)):
         from retrieval.verify import verify_index
 
-        report = verify_index(Path(target).absolute(), sample=sample, progress=progress)
+        encoder = None if checkpoint is None else load_encoder(checkpoint)
+        report = verify_index(Path(target).absolute(), sample=sample, encoder=encoder, progress=progress)
         return Verification(
             kind="index",
             problems=report.problems,

@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return [*__all__]
+
+
 def __getattr__(name: str) -> object:
     """`MatViT` is imported on first use, so that `import matvit` works and stays fast without torch."""
     if name == "MatViT":

@@ -41,10 +41,10 @@ def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
                 damage.append(f"damaged tar shard (at byte {tar.offset})")
     except tarfile.TarError as error:
         file.seek(0)
-        is_compressed = file.read(6).startswith(_COMPRESSED)
-        damage.append(
-            "a compressed tar; unpack it to a plain .tar" if is_compressed else f"damaged tar shard ({error})"
-        )
+        if file.read(6).startswith(_COMPRESSED):
+            damage.append("a compressed tar; unpack it to a plain .tar")
+        else:
+            damage.append(f"damaged tar shard ({error})")
     except (ValueError, EOFError, OverflowError):
         damage.append("damaged tar shard")
 

@@ -66,6 +66,10 @@ __all__ = [
 _ON_FIRST_USE = {"Blend": "retrieval.queries", "Index": "retrieval.index", "Retriever": "retrieval.retriever"}
 
 
+def __dir__() -> list[str]:
+    return [*__all__]
+
+
 def __getattr__(name: str) -> object:
     """These are imported on first use: faiss takes as long as all else, and only what searches needs it."""
     if name in _ON_FIRST_USE:

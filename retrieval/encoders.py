@@ -37,6 +37,17 @@ def describe(encoder: ElasticEncoder) -> EncoderEntry:
     )
 
 
+def moved_encoder(encoder: ElasticEncoder, entry: EncoderEntry) -> EncoderEntry | None:
+    """`entry` with the place of `encoder`, if that is the same and lies elsewhere; else None.
+
+    Raises EncoderMismatchError unless it is a whole encoder.
+    """
+    found = describe(encoder)
+    places = {name: getattr(found, name) for name in ("name", "source", "revision", "weights_sha256")}
+    moved = entry.model_copy(update=places)
+    return moved if found.space_id == entry.space_id and found.source is not None and moved != entry else None
+
+
 def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
     """The encoder that built the index. Raises CheckpointError, EncoderMismatchError or MissingExtraError."""
     if entry.source is None:
@@ -100,7 +111,7 @@ def _check_space(encoder: ElasticEncoder | ImageEncoder, entry: EncoderEntry, in
             what=f"the encoder's embedding space {space_id:.12} is not this index's {entry.space_id:.12}",
             where=str(index),
             fix=f"use the encoder that built the index ({entry.source or entry.name}), "
-            "or index the pictures again with this one",
+            "or change the index over to this one: Index.upgrade, or matvit upgrade at the command line",
         )
 
 

@@ -15,13 +15,13 @@ from matvit.encoder import ElasticEncoder, ImageEncoder
 from matvit.errors import MatVitError
 from matvit.progress import Progress, ProgressEvent, silent
 from retrieval.arguments import is_number, is_whole
-from retrieval.encoders import check_encoder, describe, load_encoder
+from retrieval.encoders import check_encoder, describe, load_encoder, moved_encoder
 from retrieval.errors import DamagedFileError, DiskRefusalError, IndexExistsError, IndexFormatError, IngestError
 from retrieval.files import index_folder, keeping_lists, remove, remove_temporaries, writing
 from retrieval.found_files import FoundFiles
 from retrieval.ingest import Ingest
 from retrieval.known import KnownItems
-from retrieval.locations import absolute, location
+from retrieval.locations import absolute, is_url, location
 from retrieval.lock import writer_lock
 from retrieval.manifest import (
     CURRENT,
@@ -219,9 +219,14 @@ class Index:
         Until then the index serves as it is. An interrupted run continues where it stopped when it is repeated.
         A picture whose file cannot be read cannot stay: as long as there is one, nothing is adopted, and the report
         lists it. With `drop_missing` it is kept as a skipped file, and indexed again under its id when it is back.
-        Raises IngestError (the index is in this space already, or the disk refuses), IndexLockedError.
+        Where it is the index's own encoder at another place, only that place is noted, and nothing is embedded.
+        Raises IngestError (it is the index's own at the same place, or the disk refuses), IndexLockedError.
         """
         with self._writing() as writer:
+            if (moved := moved_encoder(encoder, writer.manifest.encoder)) is not None:
+                writer.publish_encoder(moved)
+                self._encoder = encoder
+                return UpgradeReport(embedded=0, resumed=0, missing=(), published=True, seconds=0.0)
             run = Upgrade(self._snapshot, writer=writer, encoder=encoder, progress=progress)
             report = run.run(drop_missing=drop_missing)
             if report.published:
@@ -360,9 +365,10 @@ def items_of(snapshot: Snapshot, wanted: Selected | Iterable[Selected]) -> dict[
     found = {segment.entry.name: ids.intersection(segment.live_ids().tolist()) for segment in snapshot.segments}
     missing: set[int | str] = {*ids.difference(*found.values())}
     places = {item for item in asked if isinstance(item, str)}
-    known = KnownItems(snapshot, places)
-    for place in places:
-        at_place = list(known.at_or_below(place))
+    by_links = {place: place if is_url(place) else _through_links(place) for place in places}
+    known = KnownItems(snapshot, {*by_links, *by_links.values()})
+    for place, real in by_links.items():
+        at_place = list(known.at_or_below(place)) or list(known.at_or_below(real))
         for one in at_place:
             found[one.segment.entry.name].add(one.item.id)
         if not at_place:
@@ -372,8 +378,16 @@ def items_of(snapshot: Snapshot, wanted: Selected | Iterable[Selected]) -> dict[
     return found
 
 
+def _through_links(place: str) -> str:
+    """The same place by the real names of the folders around it."""
+    folder, name = os.path.split(place)
+    return os.path.join(os.path.realpath(folder), name)  # noqa: PTH118 - as text, like all places
+
+
 def _not_held(missing: Sequence[int | str], folder: Path) -> IngestError:
-    named = [f"item with id {one}" if isinstance(one, int) else f"file {one!r}" for one in missing[:_NAMED]]
+    named = [
+        f"item with id {one}" if isinstance(one, int) else f"picture or folder {one!r}" for one in missing[:_NAMED]
+    ]
     more = f", nor {len(missing) - _NAMED} more of these" if len(missing) > _NAMED else ""
     return IngestError(
         what=f"holds no {', no '.join(named)}{more}",

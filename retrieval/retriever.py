@@ -423,6 +423,7 @@ def _group(gallery: Gallery, positions: IntArray) -> DuplicateGroup:
                 path=gallery.path(position),
                 score=min(1.0, max(-1.0, score)),
                 same_content=gallery.digests[position] == gallery.digests[int(ordered[0])],
+                is_link=Path(gallery.path(position)).is_symlink(),
             )
             for position, score in zip(ordered.tolist(), scores.tolist(), strict=True)
         )

@@ -158,6 +158,7 @@ class Duplicate:
     path: Path  # absolute
     score: float  # cosine similarity to the group's first picture, in [-1, 1]
     same_content: bool  # its file's bytes are those of the group's first
+    is_link: bool  # its path is a link to another file: it goes with that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from retrieval.manifest import (
     ApproximateEntry,
     AskedEntry,
     DeletionsEntry,
+    EncoderEntry,
     FileEntry,
     FileName,
     IndexType,
@@ -184,6 +185,14 @@ class GenerationWriter:
                 index_asked=self.manifest.asked.model_copy(update={"chosen": "exact"}),
                 approximate=None,
             )
+
+    def publish_encoder(self, encoder: EncoderEntry) -> None:
+        """Make one more generation that names another place for the same encoder.
+
+        Raises IngestError when the disk refuses.
+        """
+        with writing(self.folder):
+            self._publish(encoder=encoder)
 
     def write_segment(self, entries: Sequence[Entry]) -> SegmentEntry:
         """Write a segment that nothing names yet. Raises IngestError when the disk refuses."""

@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from retrieval import Duplicate
 
 
+_MIN_SCORE = 0.95
+
+
 def duplicates(
     path: Annotated[Path, typer.Argument(metavar="INDEX", help="The index.")],
     *,
     min_score: Annotated[
-        float, typer.Option(min=-1, max=1, help="Cosine similarity from which on two pictures are linked.")
-    ] = 0.95,
+        float | None,
+        typer.Option(
+            min=-1, max=1, help="Cosine similarity from which on two pictures are linked.", show_default="0.95"
+        ),
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Only files with the same content: quick.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -35,8 +41,11 @@ def duplicates(
       matvit duplicates photos.index --min-score 0.98 --json
       matvit duplicates photos.index --exact
     """
+    if exact and min_score is not None:
+        raise typer.BadParameter("--exact and --min-score are both given; leave out one")
+    score = None if exact else _MIN_SCORE if min_score is None else min_score
     with progress_bar() as progress:
-        groups = services.duplicates(path, min_score=None if exact else min_score, progress=progress)
+        groups = services.duplicates(path, min_score=score, progress=progress)
     if json:
         write_json({"groups": [services.group_json(group) for group in groups]})
         return
@@ -51,6 +60,5 @@ def duplicates(
 
 
 def _content(picture: Duplicate, first: Duplicate) -> str:
-    if picture is first:
-        return "first"
-    return "same file" if picture.same_content else ""
+    said = "first" if picture is first else "same content" if picture.same_content else ""
+    return ", ".join(filter(None, [said, "a link" * picture.is_link]))

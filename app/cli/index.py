@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,4 +142,8 @@ def _show(report: IngestReport, path: Path, *, delete: bool) -> None:
             say(f"{files} gone, and stay there; if no disk is away, matvit delete PATH --index {path} forgets {them}")
         else:
             say(f"{files} gone; --delete forgets {them}")
-    say_first("skipped", [f"{location(skipped.path)}: {skipped.reason}" for skipped in report.skipped])
+    say_first(
+        "skipped",
+        [f"{location(skipped.path)}: {skipped.reason}" for skipped in report.skipped],
+        rest=f"matvit info {shlex.quote(str(path))} --skipped lists what the index keeps of them",
+    )

@@ -11,7 +11,7 @@ import typer
 
 from matvit_app import services
 from matvit_app.cli.index import described
-from matvit_app.cli.output import JsonFlag, write_json, write_line, write_lines, write_table
+from matvit_app.cli.output import JsonFlag, counted, write_json, write_line, write_lines, write_table
 from matvit_app.cli.where import typed
 
 _SHOWN = 20  # metadata names that are listed for people; --json lists all
@@ -49,7 +49,9 @@ def info(
 
 
 def _show_index(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
-    write_line(f"{found['path']}: {found['items']} pictures, {found['bytes'] / 1e6:.1f} MB, {described(found)}")
+    size = found["bytes"]
+    space = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    write_line(f"{found['path']}: {counted(found['items'], 'picture')}, {space}, {described(found)}")
     fields = [f"{name}: {field['pictures']} pictures, {_values(field)}" for name, field in found["metadata"].items()]
     write_lines(fields, of="metadata names", most=_SHOWN)
     for reason, count in found["skipped_reasons"].items():

@@ -22,6 +22,11 @@ _WIDE = 160  # columns of a table that goes into a file or a pipe
 _SHOWN = 10  # files that are listed for people; --json lists all
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 picture", "1,200 pictures"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def write_json(document: Mapping[str, Any]) -> None:
     """The one JSON document of a command, on stdout.
 
@@ -91,16 +96,19 @@ def say(message: str) -> None:
         typer.echo(printable(message.replace("\n", " ")), err=True)
 
 
-def say_first(fate: str, lines: Sequence[str]) -> None:
-    """Some of `lines`, each after the word that says what became of it, and how many more there are."""
-    for line in _first(lines, _SHOWN):
+def say_first(fate: str, lines: Sequence[str], *, rest: str = "--json lists them") -> None:
+    """Some of `lines`, each after the word that says what became of it, and how many more there are.
+
+    `rest`: how to see those.
+    """
+    for line in _first(lines, _SHOWN, rest=rest):
         say(f"{fate} {line}")
 
 
-def _first(lines: Sequence[str], most: int, *, of: str = "") -> Iterator[str]:
+def _first(lines: Sequence[str], most: int, *, of: str = "", rest: str = "--json lists them") -> Iterator[str]:
     yield from lines[:most]
     if len(lines) > most:
-        yield f"{len(lines) - most} more{of}: --json lists them"
+        yield f"{len(lines) - most} more{of}: {rest}"
 
 
 def say_left_out(skipped: Iterable[SkippedPicture], *, near_copies: int) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, checkpoint_option, say, say_first, write_json, write_line
+from matvit_app.cli.output import JsonFlag, checkpoint_option, counted, say, say_first, write_json, write_line
 from matvit_app.cli.progress import progress_bar
 
 
@@ -52,14 +52,16 @@ def repair(
         fate = "dropped" if drop_lost else "lost"
         say_first(fate, [f"{file.path}: {file.reason}" for file in report.lost])
         if report.lost_unnamed:
-            say(f"{fate} {report.lost_unnamed} items whose names cannot be read: index the pictures' folders again")
+            then = "index the pictures' folders again" + ("" if drop_lost else " after that: --drop-lost")
+            say(f"{fate} {report.lost_unnamed} items, skipped files too, whose names cannot be read: {then}")
         say_first("removed", report.removed)
         lost = (report.lost or report.lost_unnamed) and not drop_lost
         failing = "not changed: go on without what is lost by --drop-lost" if lost else "is not whole: index anew"
         state = "is whole" if report.whole else failing
         write_line(
-            f"{path}: {state}; {len(report.damage)} problems, {report.embedded} pictures embedded again, "
-            f"{len(report.lost) + report.lost_unnamed} {fate}, {len(report.removed)} left-over files removed"
+            f"{path}: {state}; {counted(len(report.damage), 'problem')}, "
+            f"{counted(report.embedded, 'picture')} embedded again, "
+            f"{len(report.lost) + report.lost_unnamed} {fate}, {counted(len(report.removed), 'file')} removed"
         )
     if not report.whole:
         raise typer.Exit(code=1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, short_path, short_paths, write_json, write_table
+from matvit_app.cli.output import JsonFlag, counted, say, short_path, short_paths, write_json, write_table
 from matvit_app.cli.progress import progress_bar
 from matvit_app.cli.where import left_out, parse_conditions, unknown_values
 
@@ -151,6 +151,8 @@ def search(
         return
     for hits in answers:
         _show(hits)
+    if gone := services.gone(hit.path for hits in answers for hit in hits):
+        say(f"not there now: {counted(len(gone), 'file')} of these; index the folders again, or matvit delete them")
 
 
 def _refuse_checkpoint(encoder: str | None) -> None:

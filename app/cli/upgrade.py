@@ -32,6 +32,8 @@ def upgrade(
     as long as there is one, nothing changes (exit code 1), unless --drop-missing is given. Then it is listed as
     skipped, and indexed again under its id once it is back.
 
+    The index's own encoder at another place: only that place is noted.
+
     \b
     Example:
       matvit upgrade photos.index --checkpoint my-encoder/
@@ -51,6 +53,8 @@ def upgrade(
         )
     else:
         state = "upgraded" if report.published else "not changed, since pictures are missing"
+        if report.published and not (report.embedded or report.resumed or missing):
+            state = "uses that encoder now, and nothing was to be embedded"
         write_line(
             f"{path}: {state}; {report.embedded} embedded, {report.resumed} by an earlier run, "
             f"{len(missing)} missing; {report.seconds:.1f} s"

@@ -22,6 +22,10 @@ def verify(
             show_default="8, where the encoder that built it can be had",
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="What embeds an index's pictures once more.", show_default="the index's own"),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Check an index or a checkpoint against its recorded hashes.
@@ -41,7 +45,7 @@ def verify(
       matvit verify matvit-small
     """
     with progress_bar() as progress:
-        result = services.verify(target, sample=sample, progress=progress)
+        result = services.verify(target, sample=sample, checkpoint=checkpoint, progress=progress)
     if json:
         write_json(
             {
@@ -59,7 +63,8 @@ def verify(
         if result.unsampled and not result.problems:
             say(f"no picture was embedded once more: {result.unsampled}")
         elif sample != 0 and result.kind == "index" and not result.problems:
-            say(f"{result.sampled} pictures embedded once more, {result.unusable} gone or changed")
+            index_again = "; index their folders again" if result.unusable else ""
+            say(f"{result.sampled} pictures embedded once more, {result.unusable} gone or changed{index_again}")
         bad = "cannot be compared with its pictures" if result.unsampled else "is damaged"
         write_line(f"{target}: {result.kind} {bad if result.problems else 'is whole'}")
     if result.problems:

@@ -77,7 +77,10 @@ def _parts(text: str) -> tuple[str, str, str]:
     """Name, sign and value of one condition."""
     match = _CONDITION.fullmatch(text)
     if match is None:
-        raise typer.BadParameter(f"--where {text!r} is no condition; give one such as label=dog or price>=3")
+        raise typer.BadParameter(
+            f"--where {text!r} is no condition; give one such as label=dog or 'price>=3', in quotes: "
+            "the shell takes > for itself"
+        )
     return match[1].strip(), match[2], match[3].strip()
 
 

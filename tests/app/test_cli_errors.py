@@ -57,7 +57,7 @@ def test_search_with_a_missing_file_says_so_before_the_encoder_is_loaded(run, in
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--where", "label"], ["'label' is no condition", "label=dog"]),
+        (["--where", "label"], ["'label' is no condition", "label=dog", "in quotes"]),
         (["--where", "label==a"], ["'label==a' compares by an unknown sign", "<="]),
         (["--where", "label=>a"], ["'label=>a' compares by an unknown sign"]),
         (["--where", "label!=a"], ["'label!=a' compares by an unknown sign"]),
@@ -101,6 +101,12 @@ def test_search_without_an_index(run, picture, tmp_path):
 
 def test_search_in_a_folder_that_is_no_index(run, picture, photos):
     refused(run("search", picture, "--index", photos), photos, "no index")
+
+
+def test_what_is_given_twice_or_not_at_all_is_told(run, index, picture):
+    refused(run("delete", "--index", index), "there is nothing to delete", "--item")
+    refused(run("duplicates", index, "--exact", "--min-score", 0.9), "--exact and --min-score are both given")
+    refused(run("search", picture, index), f"{index}: is an index; give it as --index {index}")
 
 
 def test_delete_names_what_the_index_does_not_hold_and_takes_nothing_out(run, index, picture, photos):

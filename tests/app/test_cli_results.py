@@ -80,6 +80,23 @@ def test_delete_takes_pictures_and_folders_out_and_leaves_their_files(run, own_i
     assert run("index", "photos", "--index", own_index, "--json").json["indexed"] == 6
 
 
+def test_delete_takes_ids_and_names_that_lead_through_links(run, own_index):
+    [shown] = run("search", "--item", 1, "-k", 1, "--index", own_index, "--json").json["queries"]
+    assert shown["hits"][0]["id"] == 1
+    assert run("delete", "--item", 1, "--item", 2, "--index", own_index, "--json").json == {"deleted": 2, "items": 6}
+    (own_index.parent / "link").symlink_to(own_index.parent / "photos")
+    assert run("delete", own_index.parent / "link" / "dogs", "--index", own_index).code == 0
+    assert run("info", own_index, "--json").json["metadata"]["label"]["common"] == [{"value": "cats", "pictures": 2}]
+
+
+def test_a_hit_whose_file_is_gone_is_told(run, own_index):
+    picture = own_index.parent / "photos" / "dogs" / "0.png"
+    assert "not there now" not in run("search", picture, "--index", own_index).err
+    (own_index.parent / "photos" / "cats" / "0.png").unlink()
+    shown = run("search", picture, "--index", own_index)
+    assert "not there now: 1 file of these; index the folders again" in shown.err
+
+
 @pytest.mark.parametrize(("flags", "code"), [([], 0), (["--strict"], 1)])
 def test_skipped_files_are_listed_and_fail_only_when_strict(run, own_index, flags, code):
     pictures = own_index.parent / "photos"
@@ -230,13 +247,22 @@ def test_duplicates_are_listed_in_groups(run, own_index):
     assert run("index", pictures, "--index", own_index).code == 0
     for arguments in (["--exact"], ["--min-score", "1"]):
         [group] = run("duplicates", own_index, *arguments, "--json").json["groups"]
-        assert [list(picture) for picture in group] == [["id", "path", "score", "same_content"]] * 2
+        assert [list(picture) for picture in group] == [["id", "path", "score", "same_content", "is_link"]] * 2
         assert [Path(picture["path"]).name for picture in group] == ["0.png", "copy.png"]
     shown = run("duplicates", own_index, "--exact")
     assert shown.out.startswith("1 group, 2 pictures")
     first, second = (line for line in shown.out.splitlines() if ".png" in line)
-    assert ("first" in first, "same file" in first) == (True, False)
-    assert ("copy.png" in second, "same file" in second) == (True, True)
+    assert ("first" in first, "same content" in first) == (True, False)
+    assert ("copy.png" in second, "same content" in second) == (True, True)
+
+
+def test_a_link_among_duplicates_is_told_from_a_copy(run, own_index):
+    pictures = own_index.parent / "photos"
+    (pictures / "dogs" / "link.png").symlink_to(pictures / "cats" / "0.png")
+    assert run("index", pictures, "--index", own_index).code == 0
+    [group] = run("duplicates", own_index, "--exact", "--json").json["groups"]
+    assert [picture["is_link"] for picture in group] == [False, True]
+    assert "same content, a link" in run("duplicates", own_index, "--exact").out
 
 
 # --- info and verify -----------------------------------------------------------------------------
@@ -319,7 +345,7 @@ def test_verify_without_the_encoder_is_told_but_no_damage(run, photos, checkpoin
     shutil.copytree(checkpoint, tmp_path / "encoder")
     index = tmp_path / "own.index"
     assert run("index", photos, "--index", index, "--encoder", tmp_path / "encoder").code == 0
-    shutil.rmtree(tmp_path / "encoder")
+    (tmp_path / "encoder").rename(tmp_path / "moved")
     found = run("verify", index)
     assert (found.code, found.out) == (0, f"{index}: index is whole\n")
     assert "no picture was embedded once more" in found.err
@@ -327,6 +353,10 @@ def test_verify_without_the_encoder_is_told_but_no_damage(run, photos, checkpoin
     asked = run("verify", index, "--sample", 1)
     assert asked.code == 1  # a proof was asked for
     assert asked.out.endswith(f"{index}: index cannot be compared with its pictures\n")
+    assert run("verify", index, "--checkpoint", tmp_path / "moved", "--json").json["sampled"] == 8
+    noted = run("upgrade", index, "--checkpoint", tmp_path / "moved")
+    assert f"{index}: uses that encoder now, and nothing was to be embedded" in noted.out
+    assert run("verify", index, "--json").json["sampled"] == 8
 
 
 @pytest.mark.parametrize("kind", ["index", "checkpoint"])
@@ -562,7 +592,7 @@ def test_info_tells_skipped_files_by_reason_and_lists_them_on_demand(run, photos
     assert [file["path"] for file in listed] == [str(folder / "b.png"), str(folder / "c.png")]
     assert "skipped 2: damaged picture" in run("info", index).out
     shown = run("info", index, "--skipped").out.splitlines()
-    heads = [f"{index}: 1 pictures", "skipped 2: damaged picture", *(f"skipped {file['path']}" for file in listed)]
+    heads = [f"{index}: 1 picture, ", "skipped 2: damaged picture", *(f"skipped {file['path']}" for file in listed)]
     assert [line.startswith(head) for line, head in zip(shown, [*heads, "encoder "], strict=False)] == [True] * 5
 
 

@@ -210,6 +210,19 @@ def test_the_same_space_is_refused(index, elastic):
         index.upgrade(elastic)
 
 
+def test_an_encoder_that_moved_is_noted_and_nothing_embedded(index, elastic, picture, tmp_path):
+    before, generation = ids(index, elastic, picture), index.generation
+    moved = OtherElastic(elastic)
+    moved.source = str(tmp_path / "moved")  # instead of its own
+    report = index.upgrade(moved)
+    assert (report.embedded, report.published, index.generation) == (0, True, generation + 1)
+    opened = Index.open(index.path)
+    assert opened.info().encoder_source == str(tmp_path / "moved")
+    assert (ids(opened, elastic, picture), opened.verify()) == (before, [])
+    with pytest.raises(IngestError, match="is in this encoder's embedding space already"):
+        index.upgrade(moved)
+
+
 def test_a_staged_upgrade_of_another_encoder_is_begun_anew(index, other, elastic, picture, photos):
     (photos / "2.png").unlink()
     assert not index.upgrade(other).published
