@@ -13,12 +13,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from matvit.errors import DatasetError
 from matvit.preprocess import MAX_FILE_BYTES
 
 _MOST_SAID = 2**20  # bytes of a .json, .cls or .txt: far more than any has
+_MOST_PADDING = 2**20  # bytes behind the end that are looked at: tar itself writes up to 10 KiB of zeros
 _LINK = "a link in the shard is not followed; write it with: tar --dereference --hard-dereference"
 _NOT_PLAIN = "is no plain file in the shard; write it with tar, without --sparse"
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, Zstandard
@@ -28,7 +29,7 @@ _DESCRIBES = {".json": "json", ".cls": "label", ".txt": "caption"}  # members be
 def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
     """The members of a tar that are no folders. What is wrong with it is added to `damage`, and ends it."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
             while (entry := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or else it keeps every header
                 if entry.size < 0:
@@ -39,14 +40,30 @@ def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
             file.seek(tar.offset)
             if file.read(512) != bytes(512):
                 damage.append(f"damaged tar shard (at byte {tar.offset})")
+            elif file.read(_MOST_PADDING).strip(b"\0"):
+                damage.append("holds more behind its end, as tars joined by cat do; unpack it and write it again")
     except tarfile.TarError as error:
         file.seek(0)
         if file.read(6).startswith(_COMPRESSED):
             damage.append("a compressed tar; unpack it to a plain .tar")
         else:
             damage.append(f"damaged tar shard ({error})")
-    except (ValueError, EOFError, OverflowError):
+    except (ValueError, EOFError, OverflowError, RecursionError):  # thousands of long names without a member
         damage.append("damaged tar shard")
+
+
+class _Headers:
+    """What tarfile reads of a file: headers, of which a long name or its like may claim any size."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Raises tarfile.HeaderError for more than any header has."""
+        if size > _MOST_SAID:
+            raise tarfile.HeaderError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 def name_of(entry: tarfile.TarInfo) -> str:

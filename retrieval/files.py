@@ -35,7 +35,11 @@ def index_folder(path: str | os.PathLike[str]) -> Path:
         raise IndexFormatError(
             what="is a URL, but an index lies in a folder of this computer", where=url, fix="give a folder's path"
         )
-    return folder.absolute()
+    try:
+        return folder.absolute()
+    except FileNotFoundError as error:
+        what = "the working directory is not there any more"
+        raise IndexFormatError(what=what, where=str(folder), fix="give an absolute path, or change to one") from error
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -15,8 +15,9 @@ from matvit.metrics import IntArray
 from matvit.preprocess import FloatArray
 from retrieval.arguments import is_whole
 from retrieval.backends.cache import open_search
-from retrieval.errors import SearchError
+from retrieval.errors import DamagedFileError, SearchError
 from retrieval.exact import Found, Vectors, exact_search
+from retrieval.files import RESTORE
 from retrieval.filters import Column, Scalar, Where, parse_where
 from retrieval.items import Place
 from retrieval.manifest import read_current
@@ -61,7 +62,7 @@ class Gallery:
                 picture = every[row]
                 places.append(picture.place)
                 metadata.append(once.setdefault(picture.metadata, picture.metadata))
-                digests.append(bytes.fromhex(picture.content_sha256))
+                digests.append(_digest(picture.content_sha256, segment.items.path))
         return cls(
             snapshot=snapshot,
             device=device,
@@ -181,6 +182,13 @@ class Gallery:
                 )
             self._columns[name] = column
         return self._columns[name]
+
+
+def _digest(text: str, path: Path) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError as error:
+        raise DamagedFileError(what="an item's content has no sha256", where=str(path), fix=RESTORE) from error
 
 
 def _trimmed(found: Found, *, k: int | None, min_score: float | None, without: set[int]) -> Found:

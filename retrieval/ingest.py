@@ -121,7 +121,13 @@ class Ingest:
                         continue
                     if away is None:
                         away = self._is_away(place, path, missing=place in missing)
-                    home = place if away else emptied(os.path.dirname(split_member(path)[0]), place)  # noqa: PTH120
+                    container, member = split_member(path)
+                    if away:
+                        home: str | None = place
+                    elif member is not None and is_there.holds_nothing(container):
+                        home = container
+                    else:
+                        home = emptied(os.path.dirname(container), place)  # noqa: PTH120
                     if home is not None:
                         self._away.setdefault(known.item.id, home)
         by_content: dict[str, list[Known]] = {}

@@ -21,6 +21,7 @@ from retrieval.files import RESTORE, reading
 
 Place = tuple[str, bytes]  # a root's name, and the path below it
 
+_VERSION = 1  # of the table
 _AT_ONCE = 1024  # items in memory while all are read
 
 OK = "ok"
@@ -103,7 +104,7 @@ def write_items(path: Path, items: Iterable[Item]) -> None:
     marks = ", ".join("?" * len(_NAMES))
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA user_version = 1")
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
         connection.execute(_SCHEMA)
         connection.executemany(f"INSERT INTO items ({COLUMNS}) VALUES ({marks})", map(_values, items))  # noqa: S608
     sync_file(path)
@@ -116,15 +117,30 @@ class ItemStore:
     path: Path
 
     def check_places(self, roots: Container[str]) -> None:
-        """Raises IndexFormatError unless every item lies in one of `roots`, by a path that does not lead out of it."""
+        """Raises IndexFormatError unless every item lies in one of `roots`, by a path that does not lead out of it.
+
+        Nothing but the table is in the file: reading a view may never end.
+        """
+        others = self._fetch("SELECT 1 FROM sqlite_master WHERE type <> 'table' OR name <> 'items'")
+        if others or self._fetch("PRAGMA user_version") != [(_VERSION,)]:
+            raise DamagedFileError(what="is no table of items", where=str(self.path), fix=RESTORE)
         known = all(root in roots for (root,) in self._fetch("SELECT DISTINCT root FROM items"))
-        if not known or self._fetch(f"SELECT 1 FROM items WHERE {_LEADS_OUT} LIMIT 1"):  # noqa: S608
+        if not known or self._any(_LEADS_OUT):
             raise DamagedFileError(what="items lie outside the index's roots", where=str(self.path), fix=RESTORE)
 
-    def count_bad_metadata(self) -> int:
-        """Items whose metadata is no JSON object."""
-        query = "SELECT count(*) FROM items WHERE NOT json_valid(metadata) OR json_type(metadata) <> 'object'"
-        return int(self._fetch(query)[0][0])
+    def problems(self) -> list[str]:
+        """What the table's own rules leave open: one clause for each kind of thing that is wrong with some items."""
+        no_sha256 = f"status = '{OK}' AND (length(content_sha256) <> 64 OR content_sha256 GLOB '*[^0-9a-f]*')"
+        conditions = {"names that are empty": "length(path) = 0", "contents without a sha256": no_sha256}
+        found = [what for what, condition in conditions.items() if self._any(condition)]
+        with self._reading() as connection:
+            texts = connection.execute("SELECT CAST(metadata AS BLOB) FROM items WHERE metadata <> '{}'")
+            if not all(is_object(text) for (text,) in texts):
+                found.append("metadata that is no JSON object")
+        return found
+
+    def _any(self, condition: str) -> bool:
+        return bool(self._fetch(f"SELECT 1 FROM items WHERE {condition} LIMIT 1"))  # noqa: S608
 
     def row_ids(self) -> IntArray:
         """(R,) int64: the item's id of every row of the embeddings. Raises IndexFormatError unless rows are 0..R-1."""
@@ -200,6 +216,14 @@ class ItemStore:
             if getattr(error, "sqlite_errorcode", None) in _DAMAGE:
                 raise DamagedFileError(what=_unread(error), where=str(self.path), fix=RESTORE) from error
             raise
+
+
+def is_object(text: bytes) -> bool:
+    """Whether it is a JSON object that Python reads."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):  # a number of thousands of digits is one, too
+        return False
 
 
 def _unread(error: sqlite3.Error) -> str:

@@ -16,9 +16,8 @@ from typing import IO, Any, AnyStr, BinaryIO
 from retrieval.errors import IngestError
 from retrieval.locations import is_url, location, one_line, open_regular, os_reason
 from retrieval.metadata import to_json
-from retrieval.shards import Table
+from retrieval.shards import PATH_COLUMNS, Table
 
-PATH_COLUMNS = ("path", "file_name", "filename")  # the first that a table has; Hugging Face's name is the second
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _LONGEST_LINE = 2**20
 _LONGEST_NUMBER = 300  # characters; Python refuses to read those of thousands
@@ -110,7 +109,7 @@ def _read_csv(place: str) -> Iterator[Listed]:
 
 
 def _value(cell: str, *, numeric: bool) -> str | int | float:
-    if not numeric:
+    if not (numeric and _is_number(cell)):  # asked again: the list may have grown since
         return cell
     return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
 from matvit.errors import ImageError, MatVitError, MissingExtraError
+from matvit.preprocess import MAX_FILE_BYTES
 from retrieval.errors import IngestError
 
 NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
@@ -84,6 +85,11 @@ def no_such_name() -> OSError:
     return OSError(errno.EINVAL, "no file can have this name")
 
 
+def too_large() -> OSError:
+    """For what no picture is as large as."""
+    return OSError(errno.EFBIG, f"has more than {MAX_FILE_BYTES // 2**20} MiB")
+
+
 def open_file(place: str) -> BinaryIO:
     """A file or URL, for reading. Raises OSError."""
     if not is_url(place):
@@ -126,6 +132,8 @@ def open_picture(place: str) -> tuple[BinaryIO, Status]:
 
     container, member = split_member(place)
     status = _regular_status(container)
+    if member is None and status.size > MAX_FILE_BYTES:
+        raise too_large()
     return open_file(container) if member is None else io.BytesIO(read_member(container, member)), status
 
 
@@ -198,8 +206,7 @@ def remote_status(info: dict[str, Any]) -> Status:
     """What fsspec's `info` says of one file."""
     times = (info.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
     time = next((time for time in times if time is not None), None)
-    size, mtime_ns = int(info.get("size") or 0), _held(_nanoseconds(time))
-    return Status(size=size, mtime_ns=mtime_ns, regular=info.get("type") == "file")
+    return Status(size=_size(info.get("size")), mtime_ns=_held(_nanoseconds(time)), regular=info.get("type") == "file")
 
 
 def _held(mtime_ns: int) -> int:
@@ -210,11 +217,17 @@ def _held(mtime_ns: int) -> int:
 def _nanoseconds(time: object) -> int:
     try:
         moment = datetime.fromisoformat(time) if isinstance(time, str) else time
-    except ValueError:
+        if isinstance(moment, datetime):
+            return int(moment.timestamp() * 1e6) * 1000  # whole microseconds: float seconds hold no more
+        return int(moment * 1e9) if isinstance(moment, int | float) else NO_TIME
+    except (ValueError, OverflowError):  # no date, none that a number stands for, NaN
         return NO_TIME
-    if isinstance(moment, datetime):
-        return int(moment.timestamp() * 1e6) * 1000  # whole microseconds: float seconds hold no more
-    return int(moment * 1e9) if isinstance(moment, int | float) else NO_TIME
+
+
+def _size(value: object) -> int:
+    """Bytes; 0 where a store does not tell."""
+    is_size = isinstance(value, int | float) and 0 <= value < 2**63
+    return int(value) if is_size else 0  # type: ignore[call-overload]
 
 
 class _Remote(io.RawIOBase):

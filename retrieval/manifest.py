@@ -102,6 +102,9 @@ class EncoderEntry(_Model):
     embedding_dim: Annotated[int, Field(gt=0)]
 
 
+_MOST_EFFORT = 10**6  # hundreds of times what building chooses: faiss ends the process for far more
+
+
 class ApproximateEntry(_Model):
     """The approximate index over some of the segments: a cache, which can be built anew from their embeddings."""
 
@@ -110,8 +113,8 @@ class ApproximateEntry(_Model):
     sha256: Sha256
     segments: dict[SegmentName, Count]  # their rows are in it in this order, deleted ones too
     parameters: dict[str, int]  # it was made with; by kind
-    effort: Annotated[int, Field(gt=0)]  # HNSW's efSearch, IVF's nprobe
-    depth: Annotated[int, Field(gt=0)]  # candidates that exact scores decide on, for ten hits
+    effort: Annotated[int, Field(gt=0, le=_MOST_EFFORT)]  # HNSW's efSearch, IVF's nprobe
+    depth: Annotated[int, Field(gt=0, le=_MOST_EFFORT)]  # candidates that exact scores decide on, for ten hits
     recall_at_10: Annotated[float, Field(ge=0, le=1)]  # against exact search, on held-out vectors
     held_out: Annotated[int, Field(gt=0)]  # so many of the rows, evenly spread; the last in it
 

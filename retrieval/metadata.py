@@ -10,6 +10,8 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
+from retrieval.errors import DamagedFileError
+from retrieval.files import RESTORE
 from retrieval.filters import Scalar
 from retrieval.locations import folder_of
 from retrieval.types import MetadataField
@@ -38,10 +40,21 @@ def to_json(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 def from_json(text: str, path: bytes) -> dict[str, Any]:
     """What is stored of the picture at `path`; without a label of its own, it has its folder for it: `folder_of`."""
-    stored: dict[str, Any] = {} if text == "{}" else json.loads(text)  # most have none, and parsing takes a while
+    stored = {} if text == "{}" else _object(text, path)  # most have none, and parsing takes a while
     if LABEL not in stored and (folder := folder_of(path.decode(errors="replace"))):
         stored[LABEL] = folder
     return stored
+
+
+def _object(text: str, path: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        where = path.decode(errors="replace")
+        raise DamagedFileError(what="its metadata in the index is no JSON object", where=where, fix=RESTORE)
+    return found
 
 
 def fields(pictures: Iterable[Mapping[str, Any]]) -> dict[str, MetadataField]:

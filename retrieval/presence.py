@@ -26,16 +26,26 @@ class Presence:
             return not is_gone(error)
         return self._holds(container, member, item)
 
+    def holds_nothing(self, container: str) -> bool:
+        """Whether a shard or table that is there has no pictures at all: what was in it may have been cut off."""
+        try:
+            return not self._names(container)
+        except OSError:
+            return False
+
     def _holds(self, container: str, member: str, item: Item) -> bool:
         try:
             if is_unchanged(item, status_of(container)):
                 return True
-            if self._members[0] != container:
-                self._members = container, _names(container)
+            names = self._names(container)
         except OSError:  # says nothing about what was in it
             return True
-        names = self._members[1]
         return int(member) < names if isinstance(names, int) else member in names
+
+    def _names(self, container: str) -> frozenset[str] | int:
+        if self._members[0] != container:
+            self._members = container, _names(container)
+        return self._members[1]
 
 
 def is_unchanged(item: Item, status: Status) -> bool:

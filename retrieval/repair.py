@@ -419,4 +419,4 @@ def _joined(ids: Iterable[IntArray]) -> IntArray:
 def _names(folder: Path) -> set[str]:
     """Paths in the index of all that a writer removes once no generation names it."""
     homes = (folder, *(folder / name for name in (GENERATIONS, SEGMENTS, DELETIONS, CACHE)))
-    return {path.relative_to(folder).as_posix() for home in homes if home.is_dir() for path in home.iterdir()}
+    return {path.relative_to(folder).as_posix() for home in homes if home.is_dir() for path in _entries(home)}

@@ -24,6 +24,7 @@ class Roots:
         self.named = dict(known)
         self._by_folder = {folder: name for name, folder in known.items()}
         self._found: dict[str, tuple[str, str]] = {}  # folder -> root's name, its path below that root
+        self._next: dict[str, int] = {}  # by a folder's own name: thousands may share one
         folders = {_printable(base) for base, is_named in bases.items() if is_named}
         for base in sorted((base for base in folders if self._search(base) is None), key=_outermost_first):
             self._add(base)
@@ -59,9 +60,10 @@ class Roots:
 
     def _new_name(self, folder: str) -> str:
         stem = os.path.basename(folder) or "root"
-        name, number = stem, 2
+        name, number = stem, self._next.get(stem, 2)
         while name in self.named:
             name, number = f"{stem}-{number}", number + 1
+        self._next[stem] = number
         return name
 
 

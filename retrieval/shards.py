@@ -16,9 +16,11 @@ from typing import Any, BinaryIO
 from matvit import tars
 from matvit.datasets import PICTURE_SUFFIXES, schema_names
 from matvit.errors import MissingExtraError
-from retrieval.locations import NO_TIME, Status, one_line, open_file, open_regular, status_of, window
+from matvit.preprocess import MAX_FILE_BYTES
+from retrieval.locations import NO_TIME, Status, one_line, open_file, open_regular, status_of, too_large, window
 from retrieval.metadata import MAX_METADATA, to_json
 
+PATH_COLUMNS = ("path", "file_name", "filename")  # the first that a table has; Hugging Face's name is the second
 _ROWS = 64  # of a table, read together ...
 _BYTES = 2**24  # ... while they take no more than about this
 _LONGEST_ROW = 19  # digits; Python refuses to read thousands
@@ -74,6 +76,8 @@ def read_member(container: str, name: str) -> bytes:
     place = _offsets(container, status.size, status.mtime_ns).get(name)
     if place is None:
         raise FileNotFoundError(2, "no such member", f"{container}#{name}")
+    if place[1] > MAX_FILE_BYTES:
+        raise too_large()
     with Member(name=name, offset=place[0], size=place[1]).open(container) as file:
         return file.read()
 
@@ -154,16 +158,25 @@ class Table:
 
     @property
     def image_column(self) -> str | None:
-        """The column with pictures: a structure with bytes, as Hugging Face has it, or bytes themselves."""
+        """The column with pictures: a structure with bytes, as Hugging Face has it, or bytes themselves.
+
+        Of several the one named "image", else the first structure. Bytes beside a column of paths are none: hashes.
+        """
         import pyarrow as pa
 
-        for column in self.file.schema_arrow:
-            kind = column.type
-            if pa.types.is_struct(kind) and "bytes" in [inner.name for inner in kind]:
-                return str(column.name)
-            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-                return str(column.name)
-        return None
+        def holds_bytes(kind: Any) -> bool:
+            return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+        columns = {str(column.name): column.type for column in self.file.schema_arrow}
+        structures = [
+            name
+            for name, kind in columns.items()
+            if pa.types.is_struct(kind) and any(inner.name == "bytes" and holds_bytes(inner.type) for inner in kind)
+        ]
+        has_paths = not columns.keys().isdisjoint(PATH_COLUMNS)
+        plain = [name for name, kind in columns.items() if holds_bytes(kind) and (name == "image" or not has_paths)]
+        found = sorted([*structures, *plain], key=lambda name: name != "image")
+        return found[0] if found else None
 
     @property
     def columns(self) -> list[str]:

@@ -82,10 +82,12 @@ def _find(named: list[str]) -> FoundFiles:
     found = FoundFiles()
     for name in named:
         name = location(name)  # noqa: PLW2901 - a URL that went through Path
-        if is_url(name):
-            _add_url(found, name)
-        else:
-            _add(found, name)
+        try:
+            (_add_url if is_url(name) else _add)(found, name)
+        except IngestError as error:
+            if len(named) == 1 or not is_url(name):  # a list that is none is a mistake
+                raise
+            found.skip(name, os_reason(error))  # as a line of a list
     return found
 
 
@@ -109,7 +111,7 @@ def _add_url(found: FoundFiles, url: str) -> None:
     try:
         with remote_errors():
             by_name = True
-            if glob.has_magic(path):
+            if glob.has_magic(path) and not system.exists(path):
                 infos = system.glob(path, detail=True)
                 found.note_folder(system.unstrip_protocol(re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]))
             elif system.isdir(path):

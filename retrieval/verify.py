@@ -13,7 +13,7 @@ from matvit.errors import CheckpointError, MissingExtraError
 from matvit.progress import Progress, ProgressEvent, silent
 from matvit.regular import read_small
 from retrieval.encoders import check_encoder, load_encoder
-from retrieval.errors import DamagedFileError, EncoderMismatchError
+from retrieval.errors import DamagedFileError, EncoderMismatchError, IndexFormatError
 from retrieval.files import check_kind, damaged, reading, sha256_bytes
 from retrieval.items import Item
 from retrieval.manifest import (
@@ -54,13 +54,16 @@ def verify_index(
             pointer = read_pointer(folder)
             manifest = read_current(folder, lambda now: read_manifest(folder, now))
             problems = _problems_of(folder, manifest, progress) + list(_copy_problems(folder, pointer))
+            try:
+                if not problems and sample != 0:
+                    return _check_sample(Snapshot.open(folder), size=sample, encoder=encoder, progress=progress)
+            except IndexFormatError:
+                if read_pointer(folder) == pointer:
+                    raise
+                continue
             if not problems or read_pointer(folder) == pointer:  # or else a writer removed what it replaced
-                break
-        else:
-            raise restless(folder)
-        if problems or sample == 0:
-            return VerifyReport(problems=tuple(problems))
-        return _check_sample(Snapshot.open(folder), size=sample, encoder=encoder, progress=progress)
+                return VerifyReport(problems=tuple(problems))
+        raise restless(folder)
     except DamagedFileError as error:
         return VerifyReport(problems=(str(error),))
 
@@ -170,8 +173,7 @@ def segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]:
         yield f"{name}: {found.items} items instead of {segment.entry.items}"
     if found.pictures != segment.entry.rows:
         yield f"{name}: items and embeddings do not agree"
-    if segment.items.count_bad_metadata():
-        yield f"{name}: items have metadata that is no JSON object"
+    yield from (f"{name}: items have {what}" for what in segment.items.problems())
     if found.items and not 0 <= found.lowest <= found.highest < manifest.next_id:
         yield f"{name}: items have ids that were never given away"
     if (np.diff(segment.deleted) <= 0).any():

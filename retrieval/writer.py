@@ -14,6 +14,7 @@ import numpy as np
 
 from matvit.durable import sync_folder, temporary_name, write_atomic, write_synced
 from matvit.preprocess import FloatArray
+from retrieval.errors import DiskRefusalError
 from retrieval.files import remove, remove_temporaries, sha256_bytes, sha256_file, writing
 from retrieval.items import Item, write_items
 from retrieval.manifest import (
@@ -31,8 +32,10 @@ from retrieval.manifest import (
     FileName,
     IndexType,
     Manifest,
+    Pointer,
     SegmentEntry,
     copy_of,
+    generation_of,
     make_folders,
     manifest_name,
     publish_manifest,
@@ -63,6 +66,7 @@ class GenerationWriter:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest  # the newest published generation
+        self._published: Pointer | None = None  # what CURRENT was made by this writer
 
     def clean(self) -> None:
         """Remove whatever the newest generation does not name: unfinished files, and what it replaced.
@@ -91,7 +95,10 @@ class GenerationWriter:
 
         What it left unpublished is removed, so that the same number can be given again.
         """
-        self.manifest = read_manifest(self.folder, read_pointer(self.folder))
+        pointer = read_pointer(self.folder)
+        if generation_of(Path(pointer.name)) not in (self.manifest.generation, self.manifest.generation + 1):
+            raise self._replaced(pointer)
+        self.manifest, self._published = read_manifest(self.folder, pointer), pointer
         with writing(self.folder):
             remove_unpublished(self.folder, newest=self.manifest.generation)
 
@@ -230,8 +237,28 @@ class GenerationWriter:
         manifest = self.manifest
         following = {"generation": manifest.generation + 1, "parent": manifest.generation, "created": datetime.now(UTC)}
         manifest = Manifest(**{**dict(manifest), **following, **changed})
-        publish_manifest(self.folder, manifest)
+        if "generation" not in changed:  # a repair may have no CURRENT
+            self._check_current()
+        self._published = publish_manifest(self.folder, manifest)
         self.manifest = manifest
+
+    def _check_current(self) -> None:
+        """Raises DiskRefusalError unless CURRENT is as this writer knows it: its lock guards the folder, not the name.
+
+        A folder that was moved away, and another one put in its place, may have a writer of its own.
+        """
+        pointer = read_pointer(self.folder)
+        known = pointer.name == manifest_name(self.manifest.generation)
+        if not known or self._published not in (None, pointer):
+            raise self._replaced(pointer)
+
+    def _replaced(self, pointer: Pointer) -> DiskRefusalError:
+        return DiskRefusalError(
+            what=f"the index was moved or replaced while it was written (it is at {pointer.name} now, not at "
+            f"{manifest_name(self.manifest.generation)})",
+            where=str(self.folder),
+            fix="run the same again",
+        )
 
     def write_deletions(self, segment: str, ids: set[int]) -> DeletionsEntry:
         """Write what `segment` has lost by now, with `ids`; nothing names it yet."""

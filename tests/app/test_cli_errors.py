@@ -11,6 +11,7 @@ import pytest
 import retrieval.retriever
 from matvit import MatViT
 from matvit.errors import CheckpointError
+from matvit_app.cli import entry
 
 
 def refused(outcome, *words):
@@ -101,6 +102,16 @@ def test_search_without_an_index(run, picture, tmp_path):
 
 def test_search_in_a_folder_that_is_no_index(run, picture, photos):
     refused(run("search", picture, "--index", photos), photos, "no index")
+
+
+def test_a_working_directory_that_is_gone_is_told(run, index, tmp_path, monkeypatch, capfd):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert entry.main() == 2
+    assert capfd.readouterr().err == "error: the working directory is not there any more; cd to one that is\n"
+    with pytest.raises(retrieval.IndexFormatError, match="working directory is not there any more; give an absolute"):
+        retrieval.Index.open("i")
 
 
 def test_what_is_given_twice_or_not_at_all_is_told(run, index, picture):

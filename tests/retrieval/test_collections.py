@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from datetime import datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +21,16 @@ import pytest
 
 from matvit.errors import ImageError, MissingExtraError
 from retrieval import Index, IngestError, Retriever, SearchError
-from retrieval.locations import location, open_picture, open_regular, read_picture, split_member, status_of
+from retrieval.lists import _value
+from retrieval.locations import (
+    location,
+    open_picture,
+    open_regular,
+    read_picture,
+    remote_status,
+    split_member,
+    status_of,
+)
 from retrieval.manifest import read_pointer
 from retrieval.metadata import from_json
 from retrieval.sources import find_files
@@ -85,6 +95,10 @@ def test_a_csv_list_gives_metadata_and_numbers_are_numbers(photos, build):
     assert found["1.png"] == {"label": "cat", "price": 2.5, "code": "007"}
     assert found["2.png"] == {"label": "dog", "price": 3, "code": "12"}
     assert (found["3.png"], found["4.png"], len(found)) == ({}, {}, 10)
+
+
+def test_a_list_that_grows_while_it_is_read_may_have_texts_among_its_numbers():
+    assert [_value(cell, numeric=True) for cell in ("1", "1.5", "n/a")] == [1, 1.5, "n/a"]
 
 
 def test_a_number_that_is_too_large_for_one_is_text(photos, build):
@@ -322,6 +336,47 @@ def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(shard, build):
     assert index.info().items == 1
 
 
+@pytest.mark.parametrize("left", ["zeros", "nothing"])
+def test_a_shard_or_table_that_lost_all_its_pictures_is_not_forgotten(shard, tmp_path, picture, build, left):
+    pa = pytest.importorskip("pyarrow")
+    table = write_table(tmp_path / "rows.parquet", {"image": [picture(7), picture(8)]})
+    index = build([shard, table])
+    before = len(Retriever.open(index.path))
+    if left == "zeros":
+        shard.write_bytes(bytes(shard.stat().st_size))
+    else:
+        write_tar(shard, {})
+    write_table(table, {"image": pa.array([], pa.binary())})
+    report = index.ingest([shard, table], delete=True)
+    assert (report.deleted, report.gone) == (0, before)
+    assert len(Retriever.open(index.path)) == before
+    assert index.delete([shard, table]) == before
+
+
+def test_what_lies_behind_the_end_of_a_shard_is_told(tmp_path, picture, build):
+    one, two = (write_tar(tmp_path / f"{name}.tar", {f"{name}.png": picture(name)}) for name in (1, 2))
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(one.read_bytes() + two.read_bytes())
+    [skipped] = build(joined).ingest(joined).skipped
+    assert skipped.path == joined
+    assert skipped.reason.startswith("holds more behind its end")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_headers_that_never_come_to_a_member_or_claim_any_size_are_damage(tmp_path, picture, photos, build, kind):
+    def header(size):
+        entry = tarfile.TarInfo("x")
+        entry.type, entry.size = kind, size
+        return entry.tobuf(tarfile.GNU_FORMAT)
+
+    whole = write_tar(tmp_path / "whole.tar", {"a.png": picture(50)}).read_bytes()
+    index = build(photos)
+    for name, content in (("many", (header(4) + b"x\0\0\0".ljust(512, b"\0")) * 3000), ("large", header(2**40))):
+        (tmp_path / f"{name}.tar").write_bytes(content + whole)
+        [skipped] = index.ingest(tmp_path / f"{name}.tar").skipped
+        assert skipped.reason.startswith("damaged tar shard")
+
+
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
 def test_a_compressed_shard_is_told_from_a_damaged_one(tmp_path, picture, photos, build, kind):
     for name in ("s.tar", f"s.tar.{kind}"):
@@ -378,6 +433,37 @@ def test_a_parquet_table_of_pictures_gives_rows_and_class_names(tmp_path, pictur
     [hit] = retriever.search(picture(3), k=1)
     assert str(hit.path) == f"{path}#3"
     assert retriever.read_picture(hit.id) == picture(3)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"mask": "other", "image": "plain"},
+        {"hash": "other", "image": "plain", "path": "text"},
+        {"thumb": "other", "image": "structure"},
+        {"thumb": "other", "photo": "structure"},
+        {"words": "words", "photo": "plain"},
+    ],
+)
+def test_the_pictures_of_a_table_are_told_from_other_bytes(tmp_path, picture, build, elastic, columns):
+    pytest.importorskip("pyarrow")
+    pictures = [picture(0), picture(1)]
+    kinds = {
+        "plain": pictures,
+        "structure": [{"bytes": one, "path": "a.png"} for one in pictures],
+        "other": [picture(5), picture(6)],
+        "words": [{"bytes": "YQ==", "path": "a"}] * 2,
+        "text": ["x", "y"],
+    }
+    table = write_table(tmp_path / "rows.parquet", {name: kinds[kind] for name, kind in columns.items()})
+    retriever = Retriever.open(build(table).path, encoder=elastic)
+    assert [retriever.read_picture(hit.id) for hit in retriever.search(pictures[0])] == pictures
+
+
+def test_a_table_with_paths_and_hashes_is_a_list(photos, build):
+    pytest.importorskip("pyarrow")
+    write_table(photos / "list.parquet", {"hash": [b"a", b"b"], "path": ["1.png", "2.png"]})
+    assert len(Retriever.open(build(photos / "list.parquet").path)) == 2
 
 
 def test_a_time_that_python_does_not_have_is_left_out_and_its_picture_taken(tmp_path, picture, build):
@@ -571,6 +657,13 @@ def test_a_store_that_is_not_there_is_one_sentence(url):
     assert url in str(caught.value)
 
 
+def test_a_store_that_is_not_known_ends_no_ingest_of_what_is_named_beside_it(photos, build):
+    index = build([photos, "foo://bucket/a.png"])
+    assert len(Retriever.open(index.path)) == 10
+    [skipped] = index.ingest(["foo://bucket/a.png", photos]).skipped
+    assert location(skipped.path) == "foo://bucket/a.png"
+
+
 def test_a_store_inside_another_is_refused_and_a_file_that_is_named_so_is_skipped(store, build, picture):
     with pytest.raises(
         IngestError, match=r"^zip://p::/a\.zip: names a store inside another by '::', which is not read"
@@ -582,6 +675,35 @@ def test_a_store_inside_another_is_refused_and_a_file_that_is_named_so_is_skippe
     [skipped] = index.ingest("memory://shop").skipped
     assert location(skipped.path) == "memory://shop/sub/a::b.png"
     assert "names a store inside another" in skipped.reason
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"size": "x", "mtime": float("nan")},
+        {"size": float("nan"), "mtime": float("inf")},
+        {"size": 10**30, "mtime": "0001-01-01"},
+        {"size": -1, "mtime": datetime.min},
+        {"size": None, "mtime": 1e300},
+    ],
+)
+def test_what_a_store_cannot_mean_is_taken_for_untold(told):
+    status = remote_status({"type": "file", **told})
+    assert (status.size, status.regular) == (0, True)
+    assert -(2**63) <= status.mtime_ns < 2**63
+
+
+def test_a_store_may_have_a_name_that_looks_like_a_pattern(store, build, picture):
+    store.pipe("/shop/sub/a[1].png", picture(5))
+    assert len(Retriever.open(build("memory://shop/sub/a[1].png").path)) == 1
+
+
+def test_a_file_that_grew_beyond_any_picture_is_not_read(build, photos, monkeypatch):
+    retriever = Retriever.open(build(photos).path)
+    os.truncate(photos / "0.png", 2**40)
+    place = retriever.paths()[next(iter(retriever.paths()))].with_name("0.png")
+    with pytest.raises(ImageError, match="has more than 512 MiB"):
+        read_picture(place)
 
 
 def test_a_store_that_is_not_reached_is_not_called_a_missing_file():

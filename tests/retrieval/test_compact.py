@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 import retrieval.snapshot
+import retrieval.verify
 import retrieval.writer
 from retrieval import Index, IndexFormatError, IngestError, Retriever
 from retrieval.errors import DamagedFileError
+from retrieval.reembed import embed_again
 from retrieval.verify import verify_index
 
 
@@ -71,7 +73,7 @@ def test_a_name_that_no_file_can_have_deletes_nothing(index, name):
 
 @pytest.mark.parametrize("unknown", [77, "no.png", Path("/photos")])
 def test_nothing_is_deleted_when_one_of_them_is_not_there(index, photos, unknown):
-    with pytest.raises(IngestError, match=f"holds no (item with id|file) .*{unknown}"):
+    with pytest.raises(IngestError, match=f"holds no (item with id|picture or folder) .*{unknown}"):
         index.delete([0, photos / "2.png", unknown])
     assert (index.info().items, index.generation) == (10, Index.open(index.path).generation)
     assert index.delete([]) == 0
@@ -204,9 +206,54 @@ def test_an_index_without_any_picture_is_whole_whatever_the_sample(index, elasti
         assert verify_index(index.path, sample=sample, encoder=elastic).problems == ()
 
 
-def test_metadata_that_is_no_json_object_is_a_problem(index, monkeypatch):
+def forge(index, monkeypatch, change):
+    """Changes the items, and takes their recorded hash for theirs."""
     [path] = index.path.glob("segments/*/items.sqlite")
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE items SET metadata = '[1]' WHERE id = 1")
+        connection.executescript(change)
     monkeypatch.setattr(retrieval.snapshot, "check_file", lambda *arguments, **named: None)
+
+
+@pytest.mark.parametrize(
+    "metadata", ["'[1]'", "'5'", "'{bad'", "'{\"n\": %s}'" % ("1" * 5000), "CAST(x'7b22613a22ff227d' AS TEXT)"]
+)
+def test_metadata_that_is_no_json_object_is_a_problem(index, monkeypatch, metadata):
+    forge(index, monkeypatch, f"UPDATE items SET metadata = {metadata} WHERE id = 1")
     assert any("metadata that is no JSON object" in problem for problem in index.verify())
+    with pytest.raises(IndexFormatError):
+        Index.open(index.path).fields()
+
+
+def test_a_content_without_a_sha256_is_a_problem_and_not_searched(index, monkeypatch):
+    forge(index, monkeypatch, "UPDATE items SET content_sha256 = 'zz' WHERE id = 1")
+    assert any("contents without a sha256" in problem for problem in index.verify())
+    with pytest.raises(IndexFormatError, match="content has no sha256"):
+        Retriever.open(index.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE items RENAME TO others; CREATE VIEW items AS WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n "
+        "+ 1 FROM x) SELECT others.* FROM others, x",
+        "CREATE TRIGGER t AFTER DELETE ON items BEGIN SELECT 1; END",
+        "PRAGMA user_version = 99",
+    ],
+)
+def test_what_is_no_table_of_items_is_refused_before_it_is_read(index, monkeypatch, change):
+    forge(index, monkeypatch, change)
+    with pytest.raises(IndexFormatError, match="is no table of items"):
+        Index.open(index.path)
+
+
+def test_a_sample_is_taken_anew_where_a_writer_moves_on_meanwhile(index, elastic, monkeypatch, picture, photos):
+    def moved_on(*arguments, **named):
+        monkeypatch.undo()
+        (photos / "more.png").write_bytes(picture(60))
+        index.ingest(photos, encoder=elastic)
+        index.compact()
+        return embed_again(*arguments, **named)
+
+    monkeypatch.setattr(retrieval.verify, "embed_again", moved_on)
+    report = verify_index(index.path, sample=3, encoder=elastic)
+    assert (report.problems, report.sampled) == ((), 3)

@@ -149,6 +149,33 @@ def test_what_was_encoded_before_an_error_that_is_not_the_disks_is_published(tmp
     assert index.info().items == 4
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_index_that_is_replaced_by_another_while_it_is_written_is_left_as_that_is(
+    tmp_path, photos, elastic, picture, monkeypatch, interrupted
+):
+    monkeypatch.setattr(retrieval.ingest, "PUBLISH_ITEMS", 4)
+    index = Index.create(tmp_path / "i", encoder=elastic)
+
+    def replace_it(event):
+        if index.path.with_name("moved").exists() or event.done < 5:
+            return
+        index.path.rename(index.path.with_name("moved"))
+        shutil.copytree(index.path.with_name("moved"), index.path)
+        other = Index.open(index.path)
+        for number in range(3):
+            (tmp_path / f"{number}.png").write_bytes(picture(80 + number))
+            other.ingest(tmp_path / f"{number}.png", encoder=elastic)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrieval.ingest, "_PROGRESS_SECONDS", 0)
+    with pytest.raises(IngestError, match="was moved or replaced while it was written"):
+        index.ingest(photos, encoder=elastic, progress=replace_it)
+    opened = Index.open(index.path)
+    assert len([path for path in Retriever.open(index.path).paths().values() if path.parent == tmp_path]) == 3
+    assert opened.verify() == []
+
+
 def test_a_touched_file_with_equal_content_is_unchanged_and_then_not_even_read(index, photos, elastic, monkeypatch):
     os.utime(photos / "3.png", ns=(1, 1))
     assert counts(index.ingest(photos)) == (0, 10, 0, 0)

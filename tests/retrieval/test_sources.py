@@ -164,6 +164,11 @@ def test_a_file_belongs_to_the_deepest_root_and_known_roots_are_kept():
     assert Roots({}, {"/": True}).locate("/x.png") == ("root", b"x.png")
 
 
+def test_folders_of_one_name_have_a_root_each():
+    roots = Roots({"a": "/k", "a-3": "/l"}, {f"/p/{number}/a": False for number in range(2000)})
+    assert sorted(roots.named) == sorted(["a", *(f"a-{number}" for number in range(2, 2002)), "a-2002"])
+
+
 def test_every_new_folder_is_a_root_and_that_of_a_named_file_only_where_no_other_contains_it():
     bases = {"/p": False, "/p/photos": True, "/p/photos/ferry": False, "/p/shop": True, "/p/shop/new": True}
     assert list(Roots({}, bases).named.values()) == ["/p/shop", "/p/photos", "/p/shop/new", "/p"]
