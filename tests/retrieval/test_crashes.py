@@ -100,7 +100,7 @@ def finish(op, folder, photos, elastic):
     try:
         operate(op, folder, photos, elastic)
     except MatVitError as error:
-        told = "in this encoder's embedding space already", "holds no file"
+        told = "in this encoder's embedding space already", "holds no picture"
         assert any(words in str(error) for words in told)  # noqa: PT017
 
 
