@@ -103,9 +103,19 @@ def _read_csv(place: str) -> Iterator[Listed]:
     numeric = _numeric_columns(place)
     for number, row in _csv_rows(place):
         name = row.pop(_path_column(row, place), "")
+        if not all(map(_is_text, row.values())):  # a path may be any bytes
+            raise IngestError(what=f"line {number} is no UTF-8", where=place, fix="save the list as UTF-8")
         values = {key: _value(cell, numeric=key in numeric) for key, cell in row.items() if cell}
         if name:
             yield _listed(place, name, values, number)
+
+
+def _is_text(cell: str) -> bool:
+    try:
+        cell.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _value(cell: str, *, numeric: bool) -> str | int | float:

@@ -97,6 +97,15 @@ def test_a_csv_list_gives_metadata_and_numbers_are_numbers(photos, build):
     assert (found["3.png"], found["4.png"], len(found)) == ({}, {}, 10)
 
 
+def test_a_list_in_another_encoding_is_told_and_a_path_may_be_any_bytes(photos, build):
+    (photos / "1.png").rename(photos / os.fsdecode(b"\xe9.png"))
+    (photos / "list.csv").write_bytes(b"path,label\n\xe9.png,cat\n")
+    assert len(Retriever.open(build(photos / "list.csv").path)) == 1
+    (photos / "list.csv").write_bytes(b"path,label\n2.png,caf\xe9\n")
+    with pytest.raises(IngestError, match="line 2 is no UTF-8; save the list as UTF-8"):
+        build(photos / "list.csv")
+
+
 def test_a_list_that_grows_while_it_is_read_may_have_texts_among_its_numbers():
     assert [_value(cell, numeric=True) for cell in ("1", "1.5", "n/a")] == [1, 1.5, "n/a"]
 
