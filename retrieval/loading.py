@@ -18,7 +18,6 @@ from matvit.decoding import ANY_MEMORY, NOT_NOW, Decoded, Decoders, ReadFile
 from matvit.encoder import ImageEncoder
 from matvit.errors import ImageError, NotDecodedError
 from matvit.preprocess import MAX_FILE_BYTES, FloatArray, Header, PixelArray, read_header
-from retrieval.errors import IngestError
 from retrieval.items import OK
 from retrieval.known import Known
 from retrieval.locations import Open, Status, one_line, os_reason
@@ -195,7 +194,7 @@ class Loader:
                 copies = 1 if self._decoders is None else 2
                 with self._memory.reserve(copies * _length(file) + memory if reason is None else 0):
                     return self._decode(*_read(task, file, status, reason, header))
-        except (OSError, IngestError) as error:  # the latter of a store's file whose name fsspec takes for two
+        except OSError as error:
             reason = os_reason(error)
         except NotDecodedError as error:
             reason = one_line(error.what)

@@ -97,7 +97,10 @@ def open_file(place: str) -> BinaryIO:
             return open(place, "rb")  # noqa: PTH123 - a Path takes a third of the time
         except ValueError as error:
             raise no_such_name() from error
-    system, path = filesystem(place)
+    try:
+        system, path = filesystem(place)
+    except IngestError as error:  # of a file in a listing, whose name fsspec takes for two
+        raise OSError(errno.EINVAL, error.what) from error
     with remote_errors():
         return cast(BinaryIO, io.BufferedReader(_Remote(system.open(path, "rb"))))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import retrieval.backends.cache
+import retrieval.reembed
 from matvit.errors import MatVitError
 from retrieval import Index, IndexFormatError, IngestError, Retriever
 from retrieval.errors import DamagedFileError, IndexLockedError
@@ -431,6 +432,24 @@ def test_too_many_open_files_are_an_error_and_no_damage(index, elastic, picture)
             break
     assert refused >= 3
     assert contents(index, elastic, picture) == expected
+
+
+def test_no_picture_is_lost_that_could_only_not_be_opened_now(index, elastic, monkeypatch):
+    flip(first_segment(index) / "embeddings.f32", 5)
+    before = files_of(index)
+    real = retrieval.reembed.open_picture
+
+    def open_picture(place):
+        if place.endswith("2.png"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(retrieval.reembed, "open_picture", open_picture)
+        with pytest.raises(IngestError, match="Too many open files"):
+            Index.repair(index.path, encoder=elastic, drop_lost=True)
+    assert files_of(index) == before
+    assert Index.repair(index.path, encoder=elastic).whole
 
 
 def test_a_disk_that_cannot_give_a_file_is_damage(index, elastic, monkeypatch):
