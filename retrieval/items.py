@@ -117,16 +117,21 @@ class ItemStore:
     path: Path
 
     def check_places(self, roots: Container[str]) -> None:
-        """Raises IndexFormatError unless every item lies in one of `roots`, by a path that does not lead out of it.
-
-        Nothing but the table is in the file: reading a view may never end.
-        """
-        others = self._fetch("SELECT 1 FROM sqlite_master WHERE type <> 'table' OR name <> 'items'")
-        if others or self._fetch("PRAGMA user_version") != [(_VERSION,)]:
-            raise DamagedFileError(what="is no table of items", where=str(self.path), fix=RESTORE)
+        """Raises IndexFormatError unless every item lies in one of `roots`, by a path that does not lead out of it."""
+        self.check_table()
         known = all(root in roots for (root,) in self._fetch("SELECT DISTINCT root FROM items"))
         if not known or self._any(_LEADS_OUT):
             raise DamagedFileError(what="items lie outside the index's roots", where=str(self.path), fix=RESTORE)
+
+    def check_table(self) -> None:
+        """Raises IndexFormatError unless the file holds the table and nothing else.
+
+        A view, or a column that is computed, is a program of the file's maker, which need not end.
+        """
+        computed = self._fetch("SELECT 1 FROM pragma_table_xinfo('items') WHERE hidden <> 0")
+        tables = self._fetch("SELECT type, name FROM sqlite_master")
+        if computed or tables != [("table", "items")] or self._fetch("PRAGMA user_version") != [(_VERSION,)]:
+            raise DamagedFileError(what="is no table of items", where=str(self.path), fix=RESTORE)
 
     def problems(self) -> list[str]:
         """What the table's own rules leave open: one clause for each kind of thing that is wrong with some items."""
@@ -135,7 +140,7 @@ class ItemStore:
         found = [what for what, condition in conditions.items() if self._any(condition)]
         with self._reading() as connection:
             texts = connection.execute("SELECT CAST(metadata AS BLOB) FROM items WHERE metadata <> '{}'")
-            if not all(is_object(text) for (text,) in texts):
+            if any(metadata_of(text) is None for (text,) in texts):
                 found.append("metadata that is no JSON object")
         return found
 
@@ -218,12 +223,17 @@ class ItemStore:
             raise
 
 
-def is_object(text: bytes) -> bool:
-    """Whether it is a JSON object that Python reads."""
+def metadata_of(text: str | bytes) -> dict[str, Any] | None:
+    """The JSON object; None where it is none that Python reads and writes."""
     try:
-        return isinstance(json.loads(text), dict)
+        found = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):  # a number of thousands of digits is one, too
-        return False
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)  # NaN, Infinity
 
 
 def _unread(error: sqlite3.Error) -> str:

@@ -105,7 +105,7 @@ def _read_csv(place: str) -> Iterator[Listed]:
         name = row.pop(_path_column(row, place), "")
         if not all(map(_is_text, row.values())):  # a path may be any bytes
             raise IngestError(what=f"line {number} is no UTF-8", where=place, fix="save the list as UTF-8")
-        values = {key: _value(cell, numeric=key in numeric) for key, cell in row.items() if cell}
+        values = {key: _value(cell, numeric=key in numeric) if cell else None for key, cell in row.items()}
         if name:
             yield _listed(place, name, values, number)
 

@@ -13,6 +13,7 @@ from typing import Any
 from retrieval.errors import DamagedFileError
 from retrieval.files import RESTORE
 from retrieval.filters import Scalar
+from retrieval.items import metadata_of
 from retrieval.locations import folder_of
 from retrieval.types import MetadataField
 
@@ -24,7 +25,7 @@ _KINDS = {str: "text", bool: "truth value", int: "number", float: "number"}  # t
 
 
 def to_json(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The metadata as JSON (None when there is none), and what is wrong with it (None: nothing).
+    """The metadata as JSON (None when nothing is said), and what is wrong with it (None: nothing).
 
     Missing values (null, NaN) and bytes are left out; times become ISO text.
     """
@@ -35,7 +36,7 @@ def to_json(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
     text = json.dumps({name: value for name, value in kept.items() if value is not None}, sort_keys=True)
     if len(text) > MAX_METADATA:
         return None, f"its metadata has more than {MAX_METADATA // 1024} KiB"
-    return (text, None) if text != "{}" else (None, None)
+    return (text, None) if values else (None, None)
 
 
 def from_json(text: str, path: bytes) -> dict[str, Any]:
@@ -47,11 +48,8 @@ def from_json(text: str, path: bytes) -> dict[str, Any]:
 
 
 def _object(text: str, path: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+    found = metadata_of(text)
+    if found is None:
         where = path.decode(errors="replace")
         raise DamagedFileError(what="its metadata in the index is no JSON object", where=where, fix=RESTORE)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from matvit.errors import MatVitError
 from retrieval.found_files import FoundFiles
 from retrieval.items import Item
 from retrieval.locations import NO_TIME, Status, is_url, split_member, status_of
@@ -20,7 +21,8 @@ class Presence:
         """`path`: the item's location."""
         container, member = split_member(path)
         if is_url(container):
-            return self._found.holds(container) and (member is None or self._holds(container, member, item))
+            is_there = self._found.holds(container) or not _is_gone_from_store(container)
+            return is_there and (member is None or self._holds(container, member, item))
         error = lstat_error(container)
         if error is not None or member is None:
             return not is_gone(error)
@@ -46,6 +48,15 @@ class Presence:
         if self._members[0] != container:
             self._members = container, _names(container)
         return self._members[1]
+
+
+def _is_gone_from_store(url: str) -> bool:
+    """Asks the store: a pattern, or a listing that failed somewhere, finds only some of what is there."""
+    try:
+        status_of(url)
+    except (OSError, MatVitError) as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def is_unchanged(item: Item, status: Status) -> bool:

@@ -408,8 +408,10 @@ def _number(path: Path) -> int:
 
 def _readable(segment: Path) -> Iterator[Item]:
     """The items of a damaged segment, as far as they can be read."""
+    store = ItemStore(segment / ITEMS)
     with suppress(DamagedFileError, TypeError, ValueError):
-        yield from ItemStore(segment / ITEMS).all()
+        store.check_table()
+        yield from store.all()
 
 
 def _joined(ids: Iterable[IntArray]) -> IntArray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from retrieval.errors import IngestError
 from retrieval.files import keeping_lists
@@ -108,23 +108,26 @@ def _add(found: FoundFiles, name: str) -> None:
 def _add_url(found: FoundFiles, url: str) -> None:
     """The files of a store below a URL, or those that a pattern matches."""
     system, path = filesystem(url)
+    head = url.rstrip("/").removesuffix(path.rstrip("/"))
+    # Of what names a host, such as ftp://host/photos, `unstrip_protocol` leaves the host out.
+    named: Callable[[str], str] = system.unstrip_protocol if head == url.rstrip("/") else head.__add__
     try:
         with remote_errors():
             by_name = True
             if glob.has_magic(path) and not system.exists(path):
                 infos = system.glob(path, detail=True)
-                found.note_folder(system.unstrip_protocol(re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]))
+                found.note_folder(named(re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]))
             elif system.isdir(path):
                 by_name = False
                 infos = system.find(path, detail=True)
-                found.note_folder(system.unstrip_protocol(path).rstrip("/"))
+                found.note_folder(named(path).rstrip("/"))
             else:
                 infos = {path: system.info(path)}
     except OSError as error:
         found.skip(url, os_reason(error), gone=is_gone(error))
         return
     for place, info in sorted(infos.items()):
-        one, status = system.unstrip_protocol(place), remote_status(info)
+        one, status = named(place), remote_status(info)
         if status.regular and (by_name or is_picture(one)):
             _add_file(found, one, status=status)
 

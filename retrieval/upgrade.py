@@ -62,7 +62,7 @@ class Staged:
 
     def holds(self, items: Sequence[Item]) -> set[int]:
         """The ids of those of `items` that are staged as they are."""
-        by_id = {item.id: replace(item, row=None) for item in items}
+        by_id = {item.id: _untimed(item) for item in items}
         ids = np.fromiter(by_id, dtype=np.int64)
         homes = self.homes_of(ids)
         found = (
@@ -70,7 +70,12 @@ class Staged:
             for home in np.unique(homes[homes >= 0])
             for item in self.segments[home].items.with_ids(ids[homes == home].tolist())
         )
-        return {item.id for item in found if replace(item, row=None) == by_id[item.id]}
+        return {item.id for item in found if _untimed(item) == by_id[item.id]}
+
+
+def _untimed(item: Item) -> Item:
+    """A picture is staged with its file's size and time of then; by its content it is the same."""
+    return replace(item, row=None) if item.status != OK else replace(item, row=None, size=0, mtime_ns=NO_TIME)
 
 
 class Upgrade:

@@ -107,6 +107,11 @@ def refresh(
     stale = anew or _is_stale(snapshot, thorough=index_type is not None)
     if now == before and not stale and (index_type is None or not was_left):
         return
+    if chosen != EXACT and _is_dead(snapshot):  # or what is built now would be stale at once, and again each time
+        for _ in writer.compact():
+            pass
+        writer.clean()
+        snapshot = Snapshot.open(writer.folder, reuse=snapshot)
     entry = None if chosen == EXACT else _build(snapshot, chosen, progress)
     if entry is None and chosen != EXACT:
         chosen, reason = EXACT, f"{chosen} was left: recall@10 stays under {LEAST_RECALL} ({reason})"
@@ -176,6 +181,12 @@ def _is_stale(snapshot: Snapshot, *, thorough: bool) -> bool:
     live_rows = {segment.entry.name: len(segment.live_rows()) for segment in snapshot.segments}
     live, held = sum(live_rows.values()), sum(live_rows.get(name, 0) for name in entry.segments)
     return live - held > _STALE * live or entry.rows - held > _STALE * entry.rows
+
+
+def _is_dead(snapshot: Snapshot) -> bool:
+    """Whether more rows than an index may have count no more."""
+    rows = sum(segment.entry.rows for segment in snapshot.segments)
+    return rows - snapshot.pictures > _STALE * rows
 
 
 def read_cache(folder: Path, manifest: Manifest, entry: ApproximateEntry) -> Any:

@@ -513,6 +513,21 @@ def test_compaction_builds_the_index_again(index, elastic):
     assert len(search._new) == 0
 
 
+def test_after_many_deletions_it_is_built_again_once(index, tmp_path, elastic, picture, monkeypatch):
+    index.set_search("sq")
+    built, real = [], cache.build
+    monkeypatch.setattr(
+        cache, "build", lambda kind, rows, **named: built.append(len(rows)) or real(kind, rows, **named)
+    )
+    live = index.info().items
+    index.delete(range(live // 5))
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        index.ingest(tmp_path / f"{number}.png", encoder=elastic)
+    assert built == [live - live // 5 + 1]
+    assert (index.info().index_type, index.verify()) == ("sq", [])
+
+
 def test_building_does_not_copy_the_vectors(monkeypatch):
     monkeypatch.setattr(backends.build, "_TRAINING", 1000)
     monkeypatch.setattr(backends.build, "_HELD_OUT", 20)

@@ -97,6 +97,14 @@ def test_a_csv_list_gives_metadata_and_numbers_are_numbers(photos, build):
     assert (found["3.png"], found["4.png"], len(found)) == ({}, {}, 10)
 
 
+def test_a_list_whose_cells_were_emptied_takes_back_what_it_said(photos, build):
+    (photos / "list.csv").write_text("path,price\n0.png,3\n1.png,4\n")
+    index = build(photos / "list.csv")
+    (photos / "list.csv").write_text("path,price\n0.png,\n1.png,5\n")
+    index.ingest(photos / "list.csv")
+    assert metadata(index) == {"0.png": {}, "1.png": {"price": 5}}
+
+
 def test_a_list_in_another_encoding_is_told_and_a_path_may_be_any_bytes(photos, build):
     (photos / "1.png").rename(photos / os.fsdecode(b"\xe9.png"))
     (photos / "list.csv").write_bytes(b"path,label\n\xe9.png,cat\n")
@@ -671,6 +679,35 @@ def test_a_store_that_is_not_known_ends_no_ingest_of_what_is_named_beside_it(pho
     assert len(Retriever.open(index.path)) == 10
     [skipped] = index.ingest(["foo://bucket/a.png", photos]).skipped
     assert location(skipped.path) == "foo://bucket/a.png"
+
+
+def test_delete_forgets_nothing_of_a_store_that_is_there_but_was_not_meant(store, build, shard, picture):
+    store.pipe("/shop/noname", picture(6))
+    store.pipe("/shop/shard.tar", shard.read_bytes())
+    index = build(["memory://shop", "memory://shop/noname", "memory://shop/shard.tar"])
+    before = len(Retriever.open(index.path))
+    for named in ("memory://shop/sub/0*.png", "memory://shop"):
+        assert index.ingest(named, delete=True).deleted == 0
+    assert len(Retriever.open(index.path)) == before > 4
+    store.rm("/shop/sub/1.png")
+    assert index.ingest("memory://shop", delete=True).deleted == 1
+
+
+def test_a_store_that_names_a_host_keeps_it(store, build, elastic, picture):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Hosted(MemoryFileSystem):
+        protocol = "hosted"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("hosted://").partition("/")[2] if path.startswith("hosted://") else path
+
+    sys.modules["fsspec"].register_implementation("hosted", Hosted, clobber=True)
+    retriever = Retriever.open(build("hosted://me@one.example/shop").path, encoder=elastic)
+    [hit] = retriever.search(picture(2), k=1)
+    assert location(hit.path) == "hosted://me@one.example/shop/sub/2.png"
+    assert retriever.read_picture(hit.id) == picture(2)
 
 
 def test_a_store_inside_another_is_refused_and_a_file_that_is_named_so_is_skipped(store, build, picture):

@@ -223,6 +223,16 @@ def test_an_encoder_that_moved_is_noted_and_nothing_embedded(index, elastic, pic
         index.upgrade(moved)
 
 
+def test_what_is_staged_counts_where_the_files_have_other_times_than_the_index(index, other, photos, picture):
+    for path in photos.rglob("*.png"):
+        os.utime(path, (1, 1))
+    (photos / "2.png").unlink()
+    assert not index.upgrade(other).published
+    (photos / "2.png").write_bytes(picture(2))
+    report = index.upgrade(other)
+    assert (report.embedded, report.resumed, report.published) == (1, 9, True)
+
+
 def test_a_staged_upgrade_of_another_encoder_is_begun_anew(index, other, elastic, picture, photos):
     (photos / "2.png").unlink()
     assert not index.upgrade(other).published
