@@ -60,12 +60,15 @@ def ingest(
     path: Path,
     checkpoint: str | None = None,
     delete: bool = False,
+    index_type: str | None = None,
+    max_ram: int | None = None,
     progress: Progress = silent,
 ) -> IngestReport:
     """Adds pictures, and folders of them, to the index at `path`, which is made if it is not there.
 
     `checkpoint` None means the encoder that built the index, or the bundled one for a new index.
-    `delete` forgets pictures whose files are gone.
+    `delete` forgets pictures whose files are gone. `index_type`, `max_ram`: how an index that is there is searched from
+    now on, so that the type before is not built once more.
 
     Raises MatVitError: no pictures at all, another encoder's index, a damaged one. An index without a
     picture is not made.
@@ -84,7 +87,9 @@ def ingest(
             if not is_index(path):  # or else another process has made it meanwhile, and may be writing to it
                 raise
     encoder = None if checkpoint is None else load_encoder(checkpoint)
-    return Index.open(path).ingest(sources, encoder=encoder, delete=delete, progress=progress)
+    return Index.open(path).ingest(
+        sources, encoder=encoder, delete=delete, index_type=index_type, max_ram=max_ram, progress=progress
+    )
 
 
 def open_retriever(path: Path, *, checkpoint: str | None = None, pictures: Iterable[Path | int] = ()) -> Retriever:

@@ -150,6 +150,8 @@ class Index:
         *,
         encoder: ElasticEncoder | None = None,
         delete: bool = False,
+        index_type: str | None = None,
+        max_ram: int | None = None,
         progress: Progress = silent,
     ) -> IngestReport:
         """Bring the index up to date with `images`: a folder, a file, a pattern, a list, a shard, a URL, or several.
@@ -162,14 +164,19 @@ class Index:
         folder around a named picture, or where a folder below a named one is now empty, a disk may be away: they stay,
         that place is listed as skipped, and `Index.delete` forgets what was there. Pictures found again elsewhere, by
         their content, keep their id.
-        `encoder` None: the one that built the index, which is loaded when a picture must be read.
+        `encoder` None: the one that built the index, which is loaded when a picture must be read. `index_type`, with
+        `max_ram`: as for `set_search`, so that a type that is left is not built once more; None: as it is.
 
         Publishes as it goes, so an interrupted run continues where it stopped when it is repeated;
         KeyboardInterrupt is raised again after publishing what is complete.
         Raises IngestError (nothing to index, or the disk refuses), IndexLockedError, EncoderMismatchError,
         CheckpointError.
         """
-        return self._ingest(find_files(images, delete=delete), encoder=encoder, delete=delete, progress=progress)
+        limit = None if index_type is None else _check_search(index_type, max_ram)
+        found = find_files(images, delete=delete)
+        return self._ingest(
+            found, encoder=encoder, delete=delete, index_type=index_type, max_ram=limit, progress=progress
+        )
 
     def delete(self, items: Selected | Iterable[Selected]) -> int:
         """Forget pictures and skipped files by id, by file, or by a folder around them, one or several; gives how many.
@@ -263,17 +270,7 @@ class Index:
         searched exactly beside it.
         Raises IngestError (an unknown type or limit, or the disk refuses), IndexFormatError or IndexLockedError.
         """
-        from retrieval.backends import INDEX_TYPES
-
-        if index_type not in (known := ("auto", *INDEX_TYPES)):
-            raise IngestError(
-                what=f"'{index_type}' is no index type", where="index_type", fix=f"use one of: {', '.join(known)}"
-            )
-        if max_ram is not None and not (is_number(max_ram) and 0 <= max_ram < 2**62):
-            raise IngestError(
-                what=f"{max_ram!r} is no number of bytes", where="max_ram", fix="give one from 0 on, or None"
-            )
-        limit = None if max_ram is None else int(max_ram)
+        limit = _check_search(index_type, max_ram)
         with self._writing() as writer:
             _merge_small(writer)  # whatever made it so, building keeps each segment's file open
             _refresh_search(writer, self._snapshot, index_type=index_type, max_ram=limit, progress=progress)
@@ -323,7 +320,14 @@ class Index:
         return verify_index(self.path, sample=sample, encoder=self._encoder, progress=progress)
 
     def _ingest(
-        self, found: FoundFiles, *, encoder: ElasticEncoder | None, delete: bool, progress: Progress
+        self,
+        found: FoundFiles,
+        *,
+        encoder: ElasticEncoder | None,
+        delete: bool,
+        progress: Progress,
+        index_type: str | None = None,
+        max_ram: int | None = None,
     ) -> IngestReport:
         given = encoder or self._encoder
         with keeping_lists(), self._writing() as writer:
@@ -339,7 +343,7 @@ class Index:
             run = Ingest(snapshot, writer=writer, encoder=gallery_encoder, found=found, progress=progress)
             report = run.run(delete=delete)
             _merge_small(writer)
-            _refresh_search(writer, snapshot, progress=progress)
+            _refresh_search(writer, snapshot, index_type=index_type, max_ram=max_ram, progress=progress)
         return report
 
     @contextmanager
@@ -413,6 +417,19 @@ def _can_be_named(place: str) -> bool:
         return b"\0" not in os.fsencode(place)
     except UnicodeEncodeError:
         return False
+
+
+def _check_search(index_type: str, max_ram: int | None) -> int | None:
+    """The limit in bytes. Raises IngestError for what is no index type, or no such limit."""
+    from retrieval.backends import INDEX_TYPES
+
+    if index_type not in (known := ("auto", *INDEX_TYPES)):
+        raise IngestError(
+            what=f"'{index_type}' is no index type", where="index_type", fix=f"use one of: {', '.join(known)}"
+        )
+    if max_ram is not None and not (is_number(max_ram) and 0 <= max_ram < 2**62):
+        raise IngestError(what=f"{max_ram!r} is no number of bytes", where="max_ram", fix="give one from 0 on, or None")
+    return None if max_ram is None else int(max_ram)
 
 
 def _merge_small(writer: GenerationWriter) -> None:

@@ -85,7 +85,15 @@ def index(
     index_type = index_type or (None if limit is None else "auto")
     try:
         with progress_bar() as progress:
-            report = services.ingest(images, path=path, checkpoint=checkpoint, delete=delete, progress=progress)
+            report = services.ingest(
+                images,
+                path=path,
+                checkpoint=checkpoint,
+                delete=delete,
+                index_type=index_type,
+                max_ram=limit,
+                progress=progress,
+            )
             info = services.set_search(path, index_type=index_type, max_ram=limit, progress=progress)
     except KeyboardInterrupt:
         _show_interrupted(path)  # when the bar is gone: it would draw over the line

@@ -528,6 +528,26 @@ def test_after_many_deletions_it_is_built_again_once(index, tmp_path, elastic, p
     assert (index.info().index_type, index.verify()) == ("sq", [])
 
 
+def test_an_ingest_that_is_given_a_type_builds_that_one_only(index, tmp_path, elastic, picture, monkeypatch):
+    index.set_search("hnsw")
+    with index._writing() as writer:
+        add(writer, 500, seed=3)
+    built, real = [], cache.build
+
+    def build(kind, rows, **named):
+        built.append(kind)
+        return real(kind, rows, **named)
+
+    monkeypatch.setattr(cache, "build", build)
+    (tmp_path / "1.png").write_bytes(picture(1))
+    index.ingest(tmp_path / "1.png", encoder=elastic, index_type="sq")
+    assert (built, index.info().index_type) == ([cache.KINDS["sq"]], "sq")
+    assert index.set_search("sq").index_type == "sq"
+    assert len(built) == 1
+    with pytest.raises(IngestError, match="'tree' is no index type"):
+        index.ingest(tmp_path / "1.png", index_type="tree")
+
+
 def test_building_does_not_copy_the_vectors(monkeypatch):
     monkeypatch.setattr(backends.build, "_TRAINING", 1000)
     monkeypatch.setattr(backends.build, "_HELD_OUT", 20)
