@@ -47,9 +47,10 @@ def base(tmp_path, photos, elastic, picture, monkeypatch):
     (photos / "bad.png").write_text("no picture")
     (photos / "1.png").write_bytes(picture(31))
     index.ingest(photos, encoder=elastic)
-    (photos / "2.png").write_bytes(picture(32))
+    (photos / "more.png").write_bytes(picture(32))
     index.ingest(photos, encoder=elastic)
     assert index.set_search("sq").index_type == "sq"
+    assert len(index._snapshot.segments) == 3  # not compacted: less than a tenth of the rows are dead
     (photos / "3.png").unlink()
     (photos / "4.png").write_bytes(picture(34))
     (photos / "new.png").write_bytes(picture(35))
