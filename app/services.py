@@ -67,8 +67,8 @@ def ingest(
     """Adds pictures, and folders of them, to the index at `path`, which is made if it is not there.
 
     `checkpoint` None means the encoder that built the index, or the bundled one for a new index.
-    `delete` forgets pictures whose files are gone. `index_type`, `max_ram`: how an index that is there is searched from
-    now on, so that the type before is not built once more.
+    `delete` forgets pictures whose files are gone. `index_type`, `max_ram`: how it is searched from now on, see
+    `retrieval.Index.set_search`; None leaves it as it is.
 
     Raises MatVitError: no pictures at all, another encoder's index, a damaged one. An index without a
     picture is not made.
@@ -82,10 +82,14 @@ def ingest(
     if not is_index(path):
         encoder = load_encoder(checkpoint or DEFAULT_CHECKPOINT)
         try:
-            return build_index(sources, encoder=encoder, path=path, progress=progress)[1]
+            index, report = build_index(sources, encoder=encoder, path=path, progress=progress)
         except IndexExistsError:
             if not is_index(path):  # or else another process has made it meanwhile, and may be writing to it
                 raise
+        else:
+            if index_type is not None:
+                index.set_search(index_type, max_ram=max_ram, progress=progress)
+            return report
     encoder = None if checkpoint is None else load_encoder(checkpoint)
     return Index.open(path).ingest(
         sources, encoder=encoder, delete=delete, index_type=index_type, max_ram=max_ram, progress=progress
@@ -213,14 +217,6 @@ def index_types() -> tuple[str, ...]:
     from retrieval.manifest import IndexType
 
     return ("auto", *get_args(IndexType))
-
-
-def set_search(path: Path, *, index_type: str | None, max_ram: int | None, progress: Progress = silent) -> IndexInfo:
-    """How the index at `path` is searched from now on: see `retrieval.Index.set_search`; None leaves it as it is."""
-    from retrieval import Index
-
-    index = Index.open(path)
-    return index.info() if index_type is None else index.set_search(index_type, max_ram=max_ram, progress=progress)
 
 
 def search_json(index: IndexInfo) -> dict[str, Any]:

@@ -59,6 +59,7 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow opens MPO through JPEG
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit: larger ones are refused before decoding, as bombs
 MAX_FILE_BYTES = 512 * 2**20  # larger files are no photographs; reading one whole could exhaust the memory
+TOO_LARGE = f"has more than {MAX_FILE_BYTES // 2**20} MiB"
 MAX_READS = 2_000_000  # by Pillow, of one file
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # by all scans of a progressive JPEG; cameras' and editors' have about ten
 # With these limits, the worst file takes half a minute (docs/decisions/0010).
@@ -319,7 +320,7 @@ def _reason(error: Exception, source: ImageSource) -> str:
         PermissionError: "may not be read",
         UnidentifiedImageError: "not a picture in a supported format",
         _SpecialFileError: "is a pipe, a socket or a device, not a picture",
-        _TooLargeError: f"has more than {MAX_FILE_BYTES // 2**20} MiB",
+        _TooLargeError: TOO_LARGE,
         Image.DecompressionBombError: f"has more than {MAX_PIXELS // 10**6} megapixels",
     }
     for kind, reason in known.items():

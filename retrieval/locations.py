@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
 from matvit.errors import ImageError, MatVitError, MissingExtraError
-from matvit.preprocess import MAX_FILE_BYTES
+from matvit.preprocess import MAX_FILE_BYTES, TOO_LARGE
 from retrieval.errors import IngestError
 
 NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
@@ -87,7 +87,7 @@ def no_such_name() -> OSError:
 
 def too_large() -> OSError:
     """For what no picture is as large as."""
-    return OSError(errno.EFBIG, f"has more than {MAX_FILE_BYTES // 2**20} MiB")
+    return OSError(errno.EFBIG, TOO_LARGE)
 
 
 def open_file(place: str) -> BinaryIO:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from matvit.errors import MissingExtraError
-from matvit.preprocess import MAX_FILE_BYTES
+from matvit.preprocess import MAX_FILE_BYTES, TOO_LARGE
 from retrieval.errors import IngestError
 from retrieval.found_files import PICTURE, TABLE, TAR, FoundFile, FoundFiles
 from retrieval.known import Known, KnownItems
@@ -19,8 +19,6 @@ from retrieval.roots import Roots
 from retrieval.shards import Member, ShardError, Table, is_table, tar_members
 from retrieval.sources import is_gone
 from retrieval.types import SkippedFile
-
-_TOO_LARGE = f"has more than {MAX_FILE_BYTES // 2**20} MiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +136,7 @@ class Plan:
         root, path = self._roots.locate(full_path)
         known = self._known.at(root, path)
         if size > MAX_FILE_BYTES:
-            return _unread(full_path, _TOO_LARGE)
+            return _unread(full_path, TOO_LARGE)
         if known and is_unchanged(known.item, status):
             return Unchanged(full_path=full_path, known=known, metadata=metadata)
         return Task(

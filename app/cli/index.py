@@ -94,10 +94,10 @@ def index(
                 max_ram=limit,
                 progress=progress,
             )
-            info = services.set_search(path, index_type=index_type, max_ram=limit, progress=progress)
     except KeyboardInterrupt:
         _show_interrupted(path)  # when the bar is gone: it would draw over the line
         raise
+    info = services.index_info(path)
     if json:
         write_json(services.ingest_json(report) | services.search_json(info))
     else:

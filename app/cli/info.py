@@ -72,7 +72,7 @@ def _values(field: dict[str, Any]) -> str:
     if field["range"] and all(isinstance(one["value"], float | int) for one in field["common"]):
         return "{:g} to {:g}".format(*field["range"])
     common = [f"{typed(one['value'])} ({one['pictures']})" for one in field["common"]]
-    count = f"{field['values']:,} value{'s' * (field['values'] != 1)}"
+    count = counted(field["values"], "value")
     return f"{count}{', most often' if field['values'] > len(common) else ':'} {', '.join(common)}" if common else count
 
 
