@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -130,7 +131,8 @@ def _aligned(rows: int, dim: int) -> FloatArray:
 
 def check_finite(queries: FloatArray) -> None:
     """Raises ValueError: faiss would answer with anything."""
-    if not np.isfinite(queries).all():
+    # One product takes half as long as a look at each number; where it overflows, they decide.
+    if not math.isfinite(np.vdot(queries, queries)) and not np.isfinite(queries).all():
         raise ValueError("queries must be finite")
 
 
@@ -144,12 +146,18 @@ def float32_slack(dim: int) -> float:
 
 def exact_scores(rows: FloatArray, query: FloatArray) -> ScoreArray:
     """(N, D) and (D,) float32 -> (N,) float64 inner products; equal rows score the same wherever they lie."""
-    wide = query.astype(np.float64)
     if len(rows) <= _PART:
-        scores: ScoreArray = np.add.reduce(rows.astype(np.float64) * wide, axis=1)
-        return scores
-    parts = [(rows[start : start + _PART] * wide).sum(axis=1) for start in range(0, len(rows), _PART)]
-    return np.concatenate([np.empty(0, dtype=np.float64), *parts])
+        return _each(rows, query)
+    return np.concatenate([_each(rows[start : start + _PART], query) for start in range(0, len(rows), _PART)])
+
+
+def _each(rows: FloatArray, queries: FloatArray) -> ScoreArray:
+    """(P, D) float32, and as many queries or one (D,) -> (P,) float64 inner products.
+
+    Each is summed in the same order, so equal rows score the same; a matrix product would depend on where a row lies.
+    """
+    scores: ScoreArray = np.vecdot(rows.astype(np.float64), queries.astype(np.float64))
+    return scores
 
 
 def best_of(
@@ -168,16 +176,14 @@ def best_of(
     """
     if len(queries) == 1 and len(positions) <= _PART:
         return [best_of_one(queries[0], read(positions), positions, ids=ids, k=k)]
-    wide = queries.astype(np.float64)
     scores = np.empty(len(rows), dtype=np.float64)
     for start in range(0, len(rows), _PART):
         part = slice(start, start + _PART)
-        # Sums along the contiguous axis, so every row is added in the same order and equal rows score the same;
-        # a matrix product would depend on where the row lies.
-        scores[part] = (read(positions[part]) * wide[rows[part]]).sum(axis=1)
+        scores[part] = _each(read(positions[part]), queries[rows[part]])
     order = np.lexsort((ids[positions], -scores, rows))
-    starts = np.searchsorted(rows[order], np.arange(len(queries) + 1))
-    best = (order[start : min(start + k, end)] for start, end in pairwise(starts.tolist()))
+    rows, positions, scores = rows[order], positions[order], scores[order]
+    starts = np.searchsorted(rows, np.arange(len(queries) + 1))
+    best = (slice(start, min(start + k, end)) for start, end in pairwise(starts.tolist()))
     return [(positions[own], scores[own]) for own in best]
 
 
@@ -220,6 +226,7 @@ class _Candidates:
         """Scores (Q, B) of the vectors at `positions` (B,)."""
         if not self._limit and self._k is not None and len(positions) >= self._k:  # the first block
             self._floor = np.maximum(self._floor, _below(_at_most_kth(scores, k=self._k), self._slack))
+            self._limit = 2 * len(scores) * self._k  # a floor that is near already leaves little to prune
         flat = np.flatnonzero(scores >= self._floor[:, np.newaxis])  # in one dimension: twice as quick
         rows, columns = np.divmod(flat, len(positions))
         self._parts.append((rows, positions[columns], scores.ravel()[flat]))

@@ -26,7 +26,7 @@ from retrieval.backends.kinds import IvfPq
 from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning, IngestError
 from retrieval.files import sha256_file
-from retrieval.flat import FlatSearch
+from retrieval.flat import FlatSearch, exact_scores
 from retrieval.index import Index
 from retrieval.manifest import read_pointer
 from retrieval.retriever import Retriever
@@ -149,7 +149,7 @@ def test_hits_are_true_scores_of_pictures_that_are_there(built, seed, lost, new,
     ):
         assert len(positions) == min(k, len(gallery))
         assert len(set(positions.tolist())) == len(positions)
-        np.testing.assert_array_equal(scores, (gallery[positions] * query.astype(np.float64)).sum(axis=1))
+        np.testing.assert_array_equal(scores, exact_scores(gallery[positions], query))
         assert (np.diff(scores) <= 0).all()
         assert scores[0] <= best[0]
 

@@ -49,7 +49,7 @@ def test_equals_brute_force_with_duplicates(seed, distinct, rows, dim, k, batch)
     for query, (positions, scores) in zip(queries, search.search(queries, k=k), strict=True):
         expected, exact = brute_force(ids, vectors, query, k)
         np.testing.assert_array_equal(positions, expected)
-        np.testing.assert_array_equal(scores, exact[expected])
+        np.testing.assert_allclose(scores, exact[expected], rtol=0, atol=1e-14)
 
 
 def test_one_query_equals_the_same_query_in_a_batch():
