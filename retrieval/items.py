@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
-from collections.abc import Container, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -21,7 +22,8 @@ from retrieval.files import RESTORE, reading
 
 Place = tuple[str, bytes]  # a root's name, and the path below it
 
-_VERSION = 1  # of the table
+_VERSION = 2  # of the table
+_READ = range(1, _VERSION + 1)  # versions; 1 has no checksums
 _AT_ONCE = 1024  # items in memory while all are read
 
 OK = "ok"
@@ -41,6 +43,7 @@ CREATE TABLE items (
     status         TEXT NOT NULL CHECK (status IN ('ok', 'skipped')),
     reason         TEXT,
     row            INTEGER,
+    checksum       TEXT NOT NULL,
     CHECK ((status = 'ok') = (row IS NOT NULL)),
     CHECK ((status = 'skipped') = (reason IS NOT NULL))
 ) STRICT
@@ -101,12 +104,13 @@ _values = attrgetter(*_NAMES)  # astuple would copy each value, slowly
 
 def write_items(path: Path, items: Iterable[Item]) -> None:
     """Make the file at `path`, synced. Raises sqlite3.Error or OSError when the disk refuses."""
-    marks = ", ".join("?" * len(_NAMES))
+    marks = ", ".join("?" * (len(_NAMES) + 1))
+    rows = ((*values, _checksum(values)) for values in map(_values, items))
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA user_version = {_VERSION}")
         connection.execute(_SCHEMA)
-        connection.executemany(f"INSERT INTO items ({COLUMNS}) VALUES ({marks})", map(_values, items))  # noqa: S608
+        connection.executemany(f"INSERT INTO items ({COLUMNS}, checksum) VALUES ({marks})", rows)  # noqa: S608
     sync_file(path)
 
 
@@ -130,7 +134,8 @@ class ItemStore:
         """
         computed = self._fetch("SELECT 1 FROM pragma_table_xinfo('items') WHERE hidden <> 0")
         tables = self._fetch("SELECT type, name FROM sqlite_master")
-        if computed or tables != [("table", "items")] or self._fetch("PRAGMA user_version") != [(_VERSION,)]:
+        [(version,)] = self._fetch("PRAGMA user_version")
+        if computed or tables != [("table", "items")] or version not in _READ:
             raise DamagedFileError(what="is no table of items", where=str(self.path), fix=RESTORE)
 
     def problems(self) -> list[str]:
@@ -173,6 +178,19 @@ class ItemStore:
             rows = connection.execute(f"SELECT {COLUMNS} FROM items ORDER BY id")  # noqa: S608
             while some := rows.fetchmany(_AT_ONCE):
                 yield from map(item_of, some)
+
+    def records(self) -> Iterator[tuple[Item, bool]]:
+        """Of a damaged file: every item that can be read, and whether its checksum proves that it is what was written.
+
+        Those of version 1 have none.
+        """
+        with self._reading() as connection:
+            connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+            [(version,)] = connection.execute("PRAGMA user_version")
+            checksum = "''" if version == 1 else "checksum"
+            for *values, found in connection.execute(f"SELECT {COLUMNS}, {checksum} FROM items ORDER BY id"):  # noqa: S608
+                with suppress(AttributeError, TypeError):  # of another type than the table's
+                    yield item_of(values), found == _checksum(values)
 
     def with_ids(self, ids: Iterable[int]) -> list[Item]:
         """Those of these ids, by id."""
@@ -221,6 +239,12 @@ class ItemStore:
             if getattr(error, "sqlite_errorcode", None) in _DAMAGE:
                 raise DamagedFileError(what=_unread(error), where=str(self.path), fix=RESTORE) from error
             raise
+
+
+def _checksum(values: Sequence[Any]) -> str:
+    """The first digits of the sha256 of an item's other columns: a damaged file may hold whole ones."""
+    number, root, path, *others = values
+    return hashlib.sha256(json.dumps([number, root, path.decode("latin-1"), *others]).encode("ascii")).hexdigest()[:16]
 
 
 def metadata_of(text: str | bytes) -> dict[str, Any] | None:

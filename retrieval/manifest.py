@@ -27,7 +27,7 @@ T = TypeVar("T")
 IndexType = Literal["exact", "hnsw", "ivfpq", "sq"]
 FileName = Literal["embeddings.f32", "items.sqlite"]  # of a segment
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ATTEMPTS = 20  # to read a generation before a writer replaces it
 CURRENT = "CURRENT"
 GENERATIONS = "generations"
@@ -141,7 +141,7 @@ class AskedEntry(_Model):
 class Manifest(_Model):
     """One immutable published state of an index."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     generation: Annotated[int, Field(gt=0)]
     parent: int | None
     created: datetime  # UTC
@@ -349,8 +349,13 @@ def _v2_counts_held_out_rows(raw: Json) -> Json:
     return upgraded
 
 
+def _v3_checks_each_item(raw: Json) -> Json:
+    """Before, items had no checksums; tables of both kinds are read."""
+    return {**raw, "format_version": 3}
+
+
 # From this version to the next, each a pure function, which may take it for granted that the manifest has its form.
-UPGRADES: dict[int, Callable[[Json], Json]] = {1: _v2_counts_held_out_rows}
+UPGRADES: dict[int, Callable[[Json], Json]] = {1: _v2_counts_held_out_rows, 2: _v3_checks_each_item}
 
 
 def upgrade(raw: Json, *, path: Path) -> Json:

@@ -1,8 +1,9 @@
 """Making a damaged index whole, as far as that can be proven; what cannot be brought back is named.
 
 The start is the generation that CURRENT names, by its manifest or the manifest's copy. Where neither is whole: the
-newest one whose files are all whole, else the newest that can be read. Pictures of segments that fail their hash are
-embedded once more from their files. Nothing is removed before the repaired generation is published.
+newest one whose files are all whole, else the newest that can be read. Pictures whose embeddings are damaged are
+embedded once more from their files; of damaged items those count that their own checksum proves. Nothing is removed
+before the repaired generation is published.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from matvit.encoder import ElasticEncoder, ImageEncoder
+from matvit.encoder import ElasticEncoder, ImageEncoder, is_unit
 from matvit.errors import MatVitError
 from matvit.metrics import IntArray
+from matvit.preprocess import FloatArray
 from matvit.progress import Progress, ProgressEvent
 from matvit.regular import read_small
 from retrieval.encoders import check_encoder, load_encoder
@@ -32,10 +34,12 @@ from retrieval.manifest import (
     CACHE,
     CURRENT,
     DELETIONS,
+    EMBEDDINGS,
     GENERATIONS,
     ITEMS,
     SEGMENTS,
     DeletionsEntry,
+    FileName,
     Manifest,
     SegmentEntry,
     check_kinds,
@@ -58,7 +62,8 @@ class _Damaged:
     """One segment that fails a check."""
 
     entry: SegmentEntry
-    proven: bool  # whether the items are what was written
+    proven: bool  # whether all items are what was written
+    embeddings: FloatArray | None  # (R, D) float32, memory-mapped; None: damaged
     pictures: int  # that can be read and still count
     unnamed: int  # items that cannot be read
 
@@ -97,15 +102,13 @@ class _Repair:
         self._held: IntArray = np.empty(0, dtype=np.int64)  # sorted ids of the items that are whole or brought back
 
     def run(self, *, drop_lost: bool) -> RepairReport:
-        deletions = self._whole_deletions()
         # Without the deletions that are lost, so that segments can be opened.
-        self._base = self._base.model_copy(update={"deletions": deletions})
-        whole, damaged = self._sort_segments()
-        deletions = self._without_doubles(whole)
+        self._base = self._base.model_copy(update={"deletions": self._whole_deletions()})
+        segments = self._sort_segments()
+        damaged = [segment for segment in segments if isinstance(segment, _Damaged)]
         writer, kept = GenerationWriter(self._folder, self._base), set(_entries(self._folder / SEGMENTS))
-        restored: list[SegmentEntry] = []
         try:
-            restored += self._bring_back(damaged, writer)
+            restored, deletions = self._restore(segments, writer)
             unnamed = sum(segment.unnamed for segment in damaged) + self._lose_later()
         except BaseException:
             self._remove_segments(but=kept)
@@ -170,7 +173,7 @@ class _Repair:
         for home in _entries(self._folder / SEGMENTS):
             if home.name in named or not re.fullmatch("[0-9a-f]{16}", home.name):
                 continue
-            for item in self._new(_readable(home)):
+            for item, _ in self._new(_readable(home)):
                 if item.status == OK and self._is_ours(item):
                     self._lose(item, "it came with a generation whose manifest is lost")
                 elif item.status == OK:
@@ -190,8 +193,9 @@ class _Repair:
                 )
         return kept
 
-    def _sort_segments(self) -> tuple[list[OpenSegment], list[_Damaged]]:
-        whole, damaged = [], []
+    def _sort_segments(self) -> list[OpenSegment | _Damaged]:
+        """Every one, in the manifest's order."""
+        found: list[OpenSegment | _Damaged] = []
         total = len(self._base.segments)
         for done, entry in enumerate(self._base.segments, start=1):
             try:
@@ -199,15 +203,12 @@ class _Repair:
                 self._raise_next_id(segment)
                 problems = list(segment_problems(segment, self._base))
                 self._damage += problems
-                if problems:
-                    damaged.append(self._read_damaged(entry))
-                else:
-                    whole.append(segment)
+                found.append(self._read_damaged(entry) if problems else segment)
             except DamagedFileError as error:
                 self._damage.append(f"{error.where}: {error.what}")
-                damaged.append(self._read_damaged(entry))
+                found.append(self._read_damaged(entry))
             self._progress(ProgressEvent(stage="repair", done=done, total=total, unit="segments"))
-        return whole, damaged
+        return found
 
     def _raise_next_id(self, segment: OpenSegment) -> None:
         next_id = int(segment.all_ids().max(initial=-1)) + 1
@@ -216,24 +217,44 @@ class _Repair:
             self._base = self._base.model_copy(update={"next_id": next_id})
 
     def _read_damaged(self, entry: SegmentEntry) -> _Damaged:
-        path, file = self._folder / SEGMENTS / entry.name / ITEMS, entry.files[ITEMS]
-        try:
-            check_file(path, size=file.bytes, sha256=file.sha256)
-            proven = True
-        except DamagedFileError:
-            proven = False
+        proven = self._is_written(entry, ITEMS)
         items = pictures = 0
-        for item in self._items_of(entry, proven=proven):
+        for item, _ in self._items_of(entry, proven=proven):
             items += 1
             pictures += item.status == OK
         live = entry.items - len(read_deletions(self._folder, self._base, entry.name))
-        return _Damaged(entry=entry, proven=proven, pictures=pictures, unnamed=max(0, live - items))
+        return _Damaged(
+            entry=entry,
+            proven=proven,
+            embeddings=self._whole_embeddings(entry),
+            pictures=pictures,
+            unnamed=max(0, live - items),
+        )
 
-    def _items_of(self, entry: SegmentEntry, *, proven: bool) -> Iterator[Item]:
-        """Those of a damaged segment that can be read and still count."""
+    def _is_written(self, entry: SegmentEntry, name: FileName) -> bool:
+        file = entry.files[name]
+        try:
+            check_file(self._folder / SEGMENTS / entry.name / name, size=file.bytes, sha256=file.sha256)
+        except DamagedFileError:
+            return False
+        return True
+
+    def _whole_embeddings(self, entry: SegmentEntry) -> FloatArray | None:
+        shape = entry.rows, self._base.encoder.embedding_dim
+        if not entry.rows or entry.files[EMBEDDINGS].bytes != 4 * shape[0] * shape[1]:
+            return None
+        if not self._is_written(entry, EMBEDDINGS):
+            return None
+        path = self._folder / SEGMENTS / entry.name / EMBEDDINGS
+        with reading(path):
+            return np.memmap(path, dtype="<f4", mode="r", shape=shape)
+
+    def _items_of(self, entry: SegmentEntry, *, proven: bool) -> Iterator[tuple[Item, bool]]:
+        """Those of a damaged segment that can be read and still count, and whether they are what was written."""
         gone = set(read_deletions(self._folder, self._base, entry.name).tolist())
-        readable = _readable(self._folder / SEGMENTS / entry.name)
-        return (item for item in readable if item.id not in gone and (proven or self._is_ours(item)))
+        for item, is_sound in _readable(self._folder / SEGMENTS / entry.name):
+            if item.id not in gone and self._is_ours(item):
+                yield item, proven or is_sound
 
     def _is_ours(self, item: Item) -> bool:
         root, path = item.place
@@ -241,46 +262,62 @@ class _Repair:
         outside = not path or b"\0" in path or path.startswith(b"/") or b".." in parts
         return root in self._base.roots and not outside
 
-    def _without_doubles(self, whole: Sequence[OpenSegment]) -> dict[str, DeletionsEntry]:
-        """The deletions, with those made good that a later segment's ids prove."""
-        deletions = dict(self._base.deletions)
-        self._held, times = np.unique(_joined(segment.live_ids() for segment in whole), return_counts=True)
-        twice, later = self._held[times > 1], np.empty(0, dtype=np.int64)
-        writer = GenerationWriter(self._folder, self._base)
-        for segment in reversed(whole) if len(twice) else ():
-            own = np.intersect1d(segment.live_ids(), twice)
-            doubles = np.intersect1d(own, later)
-            if len(doubles):
+    def _restore(
+        self, segments: Sequence[OpenSegment | _Damaged], writer: GenerationWriter
+    ) -> tuple[list[SegmentEntry], dict[str, DeletionsEntry]]:
+        """What is written in place of damaged segments, newest first, and the deletions.
+
+        Where deletions are lost, the newest record of a picture counts: those that it proves are made good.
+        """
+        deletions, restored = dict(self._base.deletions), list[SegmentEntry]()
+        total = sum(segment.pictures for segment in segments if isinstance(segment, _Damaged))
+        for segment in reversed(segments):
+            if isinstance(segment, _Damaged):
+                restored += self._bring_back(segment, writer, total=total)
+                continue
+            own, name = segment.live_ids(), segment.entry.name
+            if len(doubles := np.intersect1d(own, self._held)):
                 with writing(self._folder):
-                    deletions[segment.entry.name] = writer.write_deletions(segment.entry.name, set(doubles.tolist()))
-            later = np.union1d(later, own)
-        return deletions
+                    deletions[name] = writer.write_deletions(name, set(doubles.tolist()))
+            self._held = np.union1d(self._held, own)
+        return restored, deletions
 
-    def _bring_back(self, damaged: Sequence[_Damaged], writer: GenerationWriter) -> Iterator[SegmentEntry]:
-        """A segment in place of each damaged one, or several where it is large, of what can be; nothing names them."""
-        total = sum(segment.pictures for segment in damaged)
-        for segment in reversed(damaged):  # where deletions are lost, the newest record of a picture counts
-            items = self._new(self._items_of(segment.entry, proven=segment.proven))
-            while some := list({item.id: item for item in islice(items, MERGED_ITEMS)}.values()):
-                if entries := list(self._again(some, proven=segment.proven, total=total)):
-                    written = writer.write_segment(entries)
-                    del entries  # or they would be in memory with the next ones
-                    yield written
-                self._held = np.union1d(self._held, [item.id for item in some]).astype(np.int64)
+    def _bring_back(self, segment: _Damaged, writer: GenerationWriter, *, total: int) -> Iterator[SegmentEntry]:
+        """A segment in place of a damaged one, or several where it is large, of what can be; nothing names them."""
+        items = self._sound(segment)
+        while some := list({item.id: item for item in islice(items, MERGED_ITEMS)}.values()):
+            if entries := list(self._entries_of(some, segment.embeddings, total=total)):
+                written = writer.write_segment(entries)
+                del entries  # or they would be in memory with the next ones
+                yield written
+            self._held = np.union1d(self._held, [item.id for item in some]).astype(np.int64)
 
-    def _new(self, items: Iterable[Item]) -> Iterator[Item]:
+    def _sound(self, segment: _Damaged) -> Iterator[Item]:
+        """Those that are not held yet, and are what was written; the others of them are lost."""
+        for item, is_sound in self._new(self._items_of(segment.entry, proven=segment.proven)):
+            if is_sound:
+                yield item
+            else:
+                self._lose(item, "its record is damaged; index it again")
+
+    def _new(self, records: Iterable[tuple[Item, bool]]) -> Iterator[tuple[Item, bool]]:
         """Those that are not held yet."""
-        for item in items:
+        for item, is_sound in records:
             place = int(np.searchsorted(self._held, item.id))
             if place == len(self._held) or self._held[place] != item.id:
-                yield item
+                yield item, is_sound
 
-    def _again(self, items: Sequence[Item], *, proven: bool, total: int) -> Iterator[Entry]:
-        yield from self._embed([item for item in items if item.status == OK], proven=proven, total=total)
-        if proven:
-            yield from (Entry(item=item, embedding=None, replaces=None) for item in items if item.status != OK)
+    def _entries_of(self, items: Sequence[Item], embeddings: FloatArray | None, *, total: int) -> Iterator[Entry]:
+        damaged = []
+        for item in items:
+            row = _row(item, embeddings)
+            if item.status == OK and row is None:
+                damaged.append(item)
+            else:
+                yield Entry(item=replace(item, row=None), embedding=row, replaces=None)
+        yield from self._embed(damaged, total=total)
 
-    def _embed(self, pictures: Sequence[Item], *, proven: bool, total: int) -> Iterator[Entry]:
+    def _embed(self, pictures: Sequence[Item], *, total: int) -> Iterator[Entry]:
         if not pictures:
             return
         if isinstance(encoder := self._gallery_encoder, MatVitError):
@@ -291,8 +328,6 @@ class _Repair:
         for item, embedded in zip(pictures, again, strict=True):
             if embedded.embedding is None:
                 self._lose(item, f"its embedding is damaged, and its file: {embedded.reason}")
-            elif not proven and embedded.item.content_sha256 != item.content_sha256:
-                self._lose(item, "its record is damaged, and its file is not the one that was indexed")
             else:
                 self._embedded += 1
                 yield Entry(item=embedded.item, embedding=embedded.embedding, replaces=None)
@@ -406,16 +441,20 @@ def _number(path: Path) -> int:
     return generation_of(path) or 0
 
 
-def _readable(segment: Path) -> Iterator[Item]:
-    """The items of a damaged segment, as far as they can be read."""
+def _readable(segment: Path) -> Iterator[tuple[Item, bool]]:
+    """The items of a damaged segment, as far as they can be read; see `ItemStore.records`."""
     store = ItemStore(segment / ITEMS)
     with suppress(DamagedFileError, TypeError, ValueError):
         store.check_table()
-        yield from store.all()
+        yield from store.records()
 
 
-def _joined(ids: Iterable[IntArray]) -> IntArray:
-    return np.concatenate([np.empty(0, dtype=np.int64), *ids])
+def _row(item: Item, embeddings: FloatArray | None) -> FloatArray | None:
+    """(D,) float32, copied; None for a skipped file, and where there is none that an index may hold."""
+    if embeddings is None or item.row is None or not 0 <= item.row < len(embeddings):
+        return None
+    row = np.array(embeddings[item.row])
+    return row if is_unit(row[np.newaxis]).all() else None
 
 
 def _names(folder: Path) -> set[str]:

@@ -101,7 +101,7 @@ def test_an_index_made_by_a_newer_version_is_refused_and_kept(run, build, pictur
     build()
     index = tmp_path / "i"
     [manifest] = [path for path in (index / "generations").iterdir() if path.name in (index / "CURRENT").read_text()]
-    data = manifest.read_bytes().replace(b'"format_version": 2', b'"format_version": 99')
+    data = manifest.read_bytes().replace(b'"format_version": 3', b'"format_version": 99')
     manifest.write_bytes(data)
     (index / "CURRENT").write_text(f"{manifest.name} {hashlib.sha256(data).hexdigest()}\n")
     before = tree(index)

@@ -222,14 +222,14 @@ def rewrite_manifest(index, change):
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        (b'"format_version": 2', b'"format_version": 3', "format version 3, newer than the 2 that this program reads"),
-        (b'"format_version": 2', b'"format_version": "x"', "format version x, which is unknown"),
+        (b'"format_version": 3', b'"format_version": 4', "format version 4, newer than the 3 that this program reads"),
+        (b'"format_version": 3', b'"format_version": "x"', "format version x, which is unknown"),
         (b'"index_type": "exact"', b'"index_type": "magic"', "bad field 'index_type'"),
         (b'"next_id":', b'"extra": 1, "next_id":', "bad field 'extra'"),
         (b'"name": "', b'"name": "../', "bad field 'segments.0.name'"),
-        (b'"format_version": 2', b'"format_version": [1]', r"format version \[1\], which is unknown"),
-        (b'"format_version": 2', b'"format_version": {}', "format version {}, which is unknown"),
-        (b'"format_version": 2', b'"format_version": true', "format version True, which is unknown"),
+        (b'"format_version": 3', b'"format_version": [1]', r"format version \[1\], which is unknown"),
+        (b'"format_version": 3', b'"format_version": {}', "format version {}, which is unknown"),
+        (b'"format_version": 3', b'"format_version": true', "format version True, which is unknown"),
         (b'"items.sqlite"', b'"embeddings.f32"', "bad field 'segments.0.files'"),
         (b'"generation": 3', b'"generation": 99', "000003.json: the file holds generation 99"),
         (b'"next_id": ', b'"next_id": 9223372036854775807', "bad field 'next_id'"),
@@ -294,7 +294,7 @@ def test_an_older_manifest_is_upgraded_step_by_step(index, monkeypatch):
     monkeypatch.setitem(UPGRADES, 0, lambda raw: {**raw, "format_version": 1, "index_type": "exact"})
     rewrite_manifest(
         index,
-        lambda data: data.replace(b'"format_version": 2', b'"format_version": 0').replace(
+        lambda data: data.replace(b'"format_version": 3', b'"format_version": 0').replace(
             b' "index_type": "exact",\n', b""
         ),
     )

@@ -14,7 +14,7 @@ import retrieval
 from retrieval import Index, Retriever
 from retrieval.backends import KINDS
 from retrieval.errors import DamagedFileError
-from retrieval.items import Item
+from retrieval.items import Item, ItemStore
 from retrieval.manifest import (
     ApproximateEntry,
     AskedEntry,
@@ -39,6 +39,7 @@ def tables():
 def test_every_field_and_column_is_documented_and_no_other():
     models = Manifest, EncoderEntry, AskedEntry, ApproximateEntry, SegmentEntry, DeletionsEntry
     expected = [[*model.model_fields] for model in models] + [[field.name for field in fields(Item)]]
+    expected[-1].append("checksum")
     found = [
         [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
         for (header, *rest), *rows in tables()
@@ -69,6 +70,25 @@ def test_an_index_of_format_1_is_read(version_1, elastic, picture):
     assert [(file.path, file.reason) for file in info.skipped] == [(Path("/photos/bad.jpg"), "the file is empty")]
     hits = Retriever.open(version_1, encoder=elastic).search(picture(33), encoder="XL", k=2)
     assert (hits[0].id, hits[0].path, round(hits[0].score, 5)) == (3, Path("/photos/3.png"), 1.0)
+
+
+@pytest.fixture
+def version_2(tmp_path):
+    """Written by commit 36f8c37: as `version_1`, and a list gave 0.png and 1.png the label "dog"."""
+    return Path(shutil.copytree(HERE / "formats" / "version-2", tmp_path / "old.index"))
+
+
+def test_an_index_of_format_2_is_read_and_its_items_are_given_checksums_when_they_are_copied(version_2, elastic):
+    index = Index.open(version_2)
+    assert index.verify() == []
+    expected = Retriever.open(version_2, encoder=elastic).paths()
+    tables = [ItemStore(path) for path in version_2.glob("segments/*/items.sqlite")]
+    assert [sound for table in tables for _, sound in table.records()] == [False] * 8
+    index.compact()
+    [table] = [ItemStore(path) for path in version_2.glob("segments/*/items.sqlite")]
+    assert [sound for _, sound in table.records()] == [True] * 6
+    assert (index.verify(), Retriever.open(version_2, encoder=elastic).paths()) == ([], expected)
+    assert index.fields()["label"].pictures == 2
 
 
 def test_the_public_names_are_the_documented_ones():
@@ -118,7 +138,7 @@ def test_the_cache_of_format_1_is_used_and_kept_by_the_next_writer(approximate_1
         if deleted is not None:
             index.delete(Path(f"/photos/{deleted}.png"))
     published = json.loads((approximate_1 / "generations" / "000004.json").read_bytes())
-    assert (published["format_version"], published["approximate"]["held_out"]) == (2, 6)
+    assert (published["format_version"], published["approximate"]["held_out"]) == (3, 6)
 
 
 @pytest.mark.parametrize(("rows", "held_out"), [(1000, 100), (5000, 200)])

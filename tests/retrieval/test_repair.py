@@ -165,20 +165,69 @@ def test_without_an_encoder_damaged_embeddings_are_lost_by_name(index):
     assert "there is no encoder" in report.lost[0].reason
 
 
-def test_damaged_items_are_brought_back_only_where_their_file_proves_them(index, photos, elastic, picture):
+def test_of_damaged_items_those_count_that_their_checksum_proves(index, photos, elastic, picture):
+    hits, skipped = contents(index, elastic, picture)
     items = first_segment(index) / "items.sqlite"
-    position = items.read_bytes().index(b"sub/8.png") + 4
-    flip(items, position, bit=0)  # "sub/9.png", whose content is another
-    report = Index.repair(index.path, encoder=elastic)
-    assert not report.whole
-    assert [file.reason for file in report.lost] == [
-        "its record is damaged, and its file is not the one that was indexed"
+    flip(items, items.read_bytes().index(b"sub/8.png") + 4, bit=0)  # "sub/9.png", which is there, too
+    (photos / "2.png").unlink()  # its embedding is whole
+    report = Index.repair(index.path)
+    assert (report.whole, report.lost_unnamed) == (False, 0)
+    assert [(file.path, file.reason) for file in report.lost] == [
+        (photos / "sub" / "9.png", "its record is damaged; index it again")
     ]
-    assert Index.repair(index.path, encoder=elastic, drop_lost=True).embedded == 8
+    assert Index.repair(index.path, drop_lost=True).embedded == 0
     assert Index.open(index.path).verify() == []
+    found, still_skipped = contents(index, elastic, picture)
+    assert {hit.path.name for hit in hits} - {hit.path.name for hit in found} == {"8.png"}
+    assert (len(found), still_skipped) == (len(hits) - 1, skipped)
     assert Index.open(index.path).ingest(photos, encoder=elastic).indexed == 1
-    names = {hit.path.name for hit in contents(index, elastic, picture)[0]}
-    assert {"8.png", "9.png"} <= names
+
+
+@pytest.fixture
+def labelled(tmp_path, photos, elastic):
+    """Pictures with metadata, and a skipped file, of one list."""
+    (photos / "bad.png").write_text("no picture")
+    lines = [f"{number}.png,{100 + number}\n" for number in range(1, 6)]
+    (photos / "list.csv").write_text("path,price\n" + "".join(lines) + "bad.png,7\n")
+    return Index.build(photos / "list.csv", encoder=elastic, path=tmp_path / "labelled.index")
+
+
+@pytest.mark.parametrize(
+    ("of", "what", "bit"), [("3.png", b'"price": 103', 3), ("bad.png", b"bad.png", 0), ("bad.png", b'"price": 7', 1)]
+)
+def test_no_damaged_record_is_given_a_new_hash(labelled, elastic, of, what, bit):
+    [items] = labelled.path.glob("segments/*/items.sqlite")
+    flip(items, items.read_bytes().index(what) + (9 if what.startswith(b'"') else 0), bit=bit)
+    report = Index.repair(labelled.path, encoder=elastic)
+    assert (report.whole, len(report.lost), report.lost_unnamed) == (False, 1, 0)
+    assert Index.repair(labelled.path, encoder=elastic, drop_lost=True).whole
+    index = Index.open(labelled.path)
+    kept = {path.name: hit for path, hit in by_path(index, elastic).items()}
+    assert index.verify() == []
+    assert kept == {f"{n}.png": {"price": 100 + n} for n in range(1, 6) if f"{n}.png" != of}
+    assert len(index.info().skipped) == (of != "bad.png")
+
+
+def by_path(index, elastic):
+    retriever = Retriever.open(index.path, encoder=elastic)
+    return {hit.path: hit.metadata for number in list(retriever.paths())[:1] for hit in retriever.search(number, k=99)}
+
+
+def test_an_id_that_was_changed_by_damage_takes_no_other_pictures_place(labelled, elastic):
+    [items] = labelled.path.glob("segments/*/items.sqlite")
+    paths = Retriever.open(labelled.path, encoder=elastic).paths()
+    data = bytearray(items.read_bytes())
+    record = data.index(b"5.png")
+    place = data.rindex(bytes([next(number for number, path in paths.items() if path.name == "5.png")]), 0, record - 20)
+    for at in range(
+        place, record
+    ):  # the id stands before the record; whichever byte it is, nothing is taken for another
+        for bit in range(3):
+            flip(items, at, bit=bit)
+            report = Index.repair(labelled.path, encoder=elastic)
+            assert not report.whole or Retriever.open(labelled.path, encoder=elastic).paths() == paths
+            assert report.whole == (report.lost_unnamed + len(report.lost) == 0)
+            items.write_bytes(data)
 
 
 def test_items_that_cannot_be_read_at_all_are_counted(index, photos, elastic):
@@ -199,6 +248,20 @@ def test_lost_deletions_are_told_and_ids_stay_single(index, photos, elastic, pic
     report = Index.repair(index.path, encoder=elastic)
     assert report.whole
     assert "may be back" in report.damage[0]
+    assert Index.open(index.path).verify() == []
+    found = Retriever.open(index.path, encoder=elastic).search(picture(90), k=1)
+    assert (found[0].path.name, round(found[0].score, 5)) == ("1.png", 1.0)
+
+
+def test_a_damaged_newer_record_counts_where_the_deletion_of_the_older_is_lost(index, photos, elastic, picture):
+    (photos / "1.png").write_bytes(picture(90))
+    index.ingest(photos, encoder=elastic)
+    for path in (index.path / "deletions").iterdir():
+        flip(path, 0)
+    newest = read_manifest(index.path, read_pointer(index.path)).segments[-1].name
+    flip(index.path / "segments" / newest / "embeddings.f32", 0)
+    report = Index.repair(index.path, encoder=elastic)
+    assert (report.whole, report.embedded, report.lost) == (True, 1, ())
     assert Index.open(index.path).verify() == []
     found = Retriever.open(index.path, encoder=elastic).search(picture(90), k=1)
     assert (found[0].path.name, round(found[0].score, 5)) == ("1.png", 1.0)
@@ -231,10 +294,10 @@ def test_a_truncated_manifest_falls_back_to_an_older_generation_and_says_so(inde
     assert Index.open(index.path).verify() == []
 
 
-@pytest.mark.parametrize("version", [b"0", b"2.0"])
+@pytest.mark.parametrize("version", [b"0", b"3.0"])
 def test_a_manifest_that_was_published_with_a_bad_field_falls_back_to_an_older_generation(index, elastic, version):
     path = manifest_of(index)
-    data = path.read_bytes().replace(b'"format_version": 2', b'"format_version": ' + version)
+    data = path.read_bytes().replace(b'"format_version": 3', b'"format_version": ' + version)
     path.write_bytes(data)
     copy_of_manifest(index).write_bytes(data)
     (index.path / "CURRENT").write_text(f"{path.name} {hashlib.sha256(data).hexdigest()}\n")
@@ -299,7 +362,7 @@ def test_a_newer_index_is_refused_not_rolled_back(index):
     from retrieval.files import sha256_bytes
 
     path = manifest_of(index)
-    data = path.read_bytes().replace(b'"format_version": 2', b'"format_version": 9')
+    data = path.read_bytes().replace(b'"format_version": 3', b'"format_version": 9')
     path.write_bytes(data)
     (index.path / "CURRENT").write_bytes(f"{path.name} {sha256_bytes(data)}\n".encode())
     with pytest.raises(IndexFormatError, match="format version 9, newer than"):

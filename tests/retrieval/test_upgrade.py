@@ -339,11 +339,11 @@ def test_a_staged_manifest_that_is_damaged_or_newer_is_told_and_kept(index, phot
     path = staging / "generations" / pointer.name
     whole, current = path.read_bytes(), (staging / "CURRENT").read_bytes()
 
-    newer = whole.replace(b'"format_version": 2', b'"format_version": 9')
+    newer = whole.replace(b'"format_version": 3', b'"format_version": 9')
     path.write_bytes(newer)
     (staging / "CURRENT").write_text(f"{pointer.name} {hashlib.sha256(newer).hexdigest()}\n")
     index.delete([photos / "4.png"])
-    with pytest.raises(IndexFormatError, match="newer than the 2"):
+    with pytest.raises(IndexFormatError, match="newer than the 3"):
         index.upgrade(other)
 
     (staging / "CURRENT").write_bytes(current)
