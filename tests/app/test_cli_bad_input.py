@@ -113,7 +113,7 @@ def test_an_index_made_by_a_newer_version_is_refused_and_kept(run, build, pictur
         ["repair", index],
         ["verify", index],
     ):
-        refused(run(*arguments), "format version 99, newer than the 2 that this program reads")
+        refused(run(*arguments), "format version 99, newer than the 3 that this program reads")
     assert tree(index) == before
 
 
