@@ -12,7 +12,7 @@ class NotOursError(OSError):
     """What lies there can be no file of ours: reading it another time would not help."""
 
 
-_MOST = 64 * 2**20  # bytes: far more than any manifest, config or record has
+MOST = 64 * 2**20  # bytes: far more than any config or record has, and than a manifest may
 
 
 def check_regular(path: Path) -> os.stat_result:
@@ -23,7 +23,7 @@ def check_regular(path: Path) -> os.stat_result:
     return found
 
 
-def read_small(path: Path, *, most: int = _MOST) -> bytes:
+def read_small(path: Path, *, most: int = MOST) -> bytes:
     """The content of a file of at most `most` bytes. Raises OSError, NotOursError for any other."""
     if check_regular(path).st_size > most:
         raise NotOursError(errno.EFBIG, f"larger than {most} bytes", str(path))

@@ -48,7 +48,13 @@ def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
             damage.append("a compressed tar; unpack it to a plain .tar")
         else:
             damage.append(f"damaged tar shard ({error})")
-    except (ValueError, EOFError, OverflowError, RecursionError):  # thousands of long names without a member
+    except (
+        ValueError,
+        EOFError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+    ):  # such as thousands of long names without a member
         damage.append("damaged tar shard")
 
 

@@ -70,7 +70,13 @@ def remove(path: Path) -> None:
 def exhausted(error: BaseException | None) -> bool:
     """Whether the system had no more memory or open files to give: that says nothing about what was to be read."""
     none_left = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return error is not None and (getattr(error, "errno", None) in none_left or exhausted(error.__cause__))
+    seen: set[int] = set()  # causes may go round in circles
+    while error is not None and id(error) not in seen:
+        if getattr(error, "errno", None) in none_left:
+            return True
+        seen.add(id(error))
+        error = error.__cause__
+    return False
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from retrieval.types import SkippedFile
 
 PICTURE, TAR, TABLE = "picture", "tar", "table"
 _FEW = 1000  # files
+_PAGE = 1000  # files that are read together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class FoundFiles:
         self.scopes: list[str] = []  # folders, and files with pictures in them, that were looked through
         self.skipped: list[SkippedFile] = []  # what cannot be read
         self.missing: list[SkippedFile] = []  # named, but not there
+        self.stores: set[str] = set()  # that were asked
         self._left_out: set[SkippedFile] = set()  # both
         self._real: dict[str, str] = {}  # folder -> its real path
         self._walked: set[str] = set()  # real paths
@@ -61,7 +63,7 @@ class FoundFiles:
     def files(self) -> Iterator[FoundFile]:
         """Every file, in the order in which it was found."""
         last = 0
-        while rows := self._files.execute(_SELECT, (last,)).fetchall():
+        while rows := self._files.execute(_SELECT, (last, _PAGE)).fetchall():
             for number, path, kind, metadata, problem, size, mtime_ns in rows:
                 status = None if size is None else Status(size=size, mtime_ns=mtime_ns)
                 last = number
@@ -83,8 +85,9 @@ class FoundFiles:
         yield from (file.path for file in self.files()) if few else self.bases
 
     def holds(self, path: str) -> bool:
-        """Whether a URL was found."""
-        return self._files.execute("SELECT 1 FROM files WHERE real = ?", (os.fsencode(path),)).fetchone() is not None
+        """Whether a store has listed a URL."""
+        query = "SELECT 1 FROM files WHERE real = ? AND size IS NOT NULL"  # a list may name what is not there
+        return self._files.execute(query, (os.fsencode(path),)).fetchone() is not None
 
     def any_at_or_below(self, place: str) -> bool:
         """Whether any file was found at a place, or below it, by the name that it was found by or by its own."""
@@ -190,7 +193,7 @@ ON CONFLICT (real) DO UPDATE SET metadata = excluded.metadata WHERE excluded.met
 _INSERT_NAMED = "INSERT OR IGNORE INTO files (real, path, kind) VALUES (?, ?, ?)"
 _SELECT = """
 SELECT number, coalesce(path, real), kind, metadata, problem, size, mtime_ns FROM files
-WHERE number > ? ORDER BY number LIMIT 1000
+WHERE number > ? ORDER BY number LIMIT ?
 """
 
 

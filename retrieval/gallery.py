@@ -172,7 +172,18 @@ class Gallery:
         if name not in self._columns:  # two threads may both read it, and find the same
             column = Column.of([self.metadata(position).get(name) for position in range(len(self.ids))])
             if not column.positions:
-                known = sorted({key for position in range(len(self.ids)) for key in self.metadata(position)})
+                found: dict[str, bool] = {}
+                for key, value in (
+                    pair for position in range(len(self.ids)) for pair in self.metadata(position).items()
+                ):
+                    found[key] = found.get(key, False) or isinstance(value, Scalar)
+                if name in found and not found[name]:
+                    raise SearchError(
+                        what=f"'{name}' holds lists or objects, which cannot be asked for",
+                        where="where",
+                        fix="index the pictures with a text, a number or a truth value under it",
+                    )
+                known = sorted(key for key, can_be_asked in found.items() if can_be_asked)
                 known = list(dict.fromkeys([*get_close_matches(str(name), known), *known]))  # the nearest first
                 named = ", ".join(known[:_NAMED]) + (f" and {len(known) - _NAMED} more" if len(known) > _NAMED else "")
                 raise SearchError(

@@ -28,6 +28,7 @@ from retrieval.manifest import (
     DELETIONS,
     GENERATIONS,
     LOCK,
+    OWN,
     SEGMENTS,
     Manifest,
     copy_of,
@@ -526,6 +527,11 @@ def _check_free(folder: Path) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise IndexExistsError(what="is a file", where=str(folder), fix="choose another name for the index")
+    for around in folder.parents:
+        if (around / folder.relative_to(around).parts[0]).name in OWN and is_index(around):
+            raise IndexExistsError(
+                what=f"lies among the files of the index {around}", where=str(folder), fix="choose a folder elsewhere"
+            )
     # A creation that was killed left no more than these.
     ours = {
         "": {GENERATIONS, SEGMENTS, DELETIONS, LOCK},

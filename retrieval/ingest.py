@@ -81,13 +81,13 @@ class Ingest:
         try:
             self._read_and_encode()
             kept = self._forget_gone()
+            self._publish()
         except DiskRefusalError:  # it would refuse again
             raise
         except BaseException:
             self._writer.catch_up()
             self._publish()
             raise
-        self._publish()
         self._report(force=True)
         seconds = time.monotonic() - self._started
         return IngestReport(

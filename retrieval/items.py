@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +100,10 @@ COLUMNS = ", ".join(_NAMES)
 # What says nothing about the file: no memory, no more open files, no room to sort.
 _NOT_NOW = {sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_FULL}
 _DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}  # no such table: cut to nothing
+_FORM = """
+SELECT name, type, "notnull", pk, hidden, (SELECT strict FROM pragma_table_list WHERE name = 'items')
+FROM pragma_table_xinfo('items')
+"""
 _values = attrgetter(*_NAMES)  # astuple would copy each value, slowly
 
 
@@ -128,14 +133,13 @@ class ItemStore:
             raise DamagedFileError(what="items lie outside the index's roots", where=str(self.path), fix=RESTORE)
 
     def check_table(self) -> None:
-        """Raises IndexFormatError unless the file holds the table and nothing else.
+        """Raises IndexFormatError unless the file holds the table, with its columns, and nothing else.
 
         A view, or a column that is computed, is a program of the file's maker, which need not end.
         """
-        computed = self._fetch("SELECT 1 FROM pragma_table_xinfo('items') WHERE hidden <> 0")
-        tables = self._fetch("SELECT type, name FROM sqlite_master")
         [(version,)] = self._fetch("PRAGMA user_version")
-        if computed or tables != [("table", "items")] or version not in _READ:
+        tables = self._fetch("SELECT type, name FROM sqlite_master")
+        if tables != [("table", "items")] or version not in _READ or self._fetch(_FORM) != _form(version):
             raise DamagedFileError(what="is no table of items", where=str(self.path), fix=RESTORE)
 
     def problems(self) -> list[str]:
@@ -145,8 +149,10 @@ class ItemStore:
         found = [what for what, condition in conditions.items() if self._any(condition)]
         with self._reading() as connection:
             texts = connection.execute("SELECT CAST(metadata AS BLOB) FROM items WHERE metadata <> '{}'")
-            if any(metadata_of(text) is None for (text,) in texts):
+            if not all(_is_metadata(text) for (text,) in texts):
                 found.append("metadata that is no JSON object")
+        if (told := self._fetch("PRAGMA quick_check(1)")) != [("ok",)]:  # types, and the conditions of the table
+            found.append(f"values that the table cannot have ({told[0][0]})")
         return found
 
     def _any(self, condition: str) -> bool:
@@ -245,6 +251,23 @@ def _checksum(values: Sequence[Any]) -> str:
     """The first digits of the sha256 of an item's other columns: a damaged file may hold whole ones."""
     number, root, path, *others = values
     return hashlib.sha256(json.dumps([number, root, path.decode("latin-1"), *others]).encode("ascii")).hexdigest()[:16]
+
+
+@cache
+def _form(version: int) -> list[Any]:
+    """The columns of a version's table, and that their types are enforced."""
+    schema = _SCHEMA if version > 1 else _SCHEMA.replace("checksum       TEXT NOT NULL,", "")
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute(schema)
+        return connection.execute(_FORM).fetchall()
+
+
+def _is_metadata(text: bytes) -> bool:
+    found = metadata_of(text)
+    try:
+        return found is not None and bool(json.dumps(found, allow_nan=False))
+    except (ValueError, RecursionError):  # such as 1e999
+        return False
 
 
 def metadata_of(text: str | bytes) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ class Known:
 Area = tuple[str, bytes, bytes]  # a root's name; paths below it from the one to before the other
 
 _END = b"\xff" * 5000  # after every path: none is as long
+_PAGE = 1000  # items that are read together
 _ENDING = 16  # digits of a content's sha256 that are looked up; then all are compared
 _AREAS = "CREATE TABLE areas (root TEXT, first BLOB, past BLOB, PRIMARY KEY (root, first)) WITHOUT ROWID"
 _KNOWN = f"CREATE TABLE known (segment TEXT, {COLUMNS})"
@@ -108,7 +109,7 @@ class KnownItems:
 
     def _between(self, root: str, first: bytes, end: bytes) -> Iterator[Known]:
         """Items by path, from `first` to before `end`; in pieces, so that others may ask meanwhile."""
-        while rows := self._rows("root = ? AND path >= ? AND path < ? ORDER BY path LIMIT 1000", root, first, end):
+        while rows := self._rows("root = ? AND path >= ? AND path < ? ORDER BY path LIMIT ?", root, first, end, _PAGE):
             yield from map(self._known, rows)
             first = rows[-1][3] + b"\0"  # the next path that there could be
 

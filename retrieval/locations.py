@@ -3,6 +3,8 @@
 A location is text: "/photos/a.jpg", "s3://bucket/a.jpg", "/shards/0.tar#a.jpg", "/tables/0.parquet#17" (a row from 0).
 """
 
+# ruff: noqa: PTH112, PTH113, PTH120 - as text, like all places
+
 from __future__ import annotations
 
 import errno
@@ -10,7 +12,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,8 +23,10 @@ from matvit.errors import ImageError, MatVitError, MissingExtraError
 from matvit.preprocess import MAX_FILE_BYTES, TOO_LARGE
 from retrieval.errors import IngestError
 
+_GONE = (404, 410)  # HTTP's words for it
 NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
 _MEMBER = re.compile(r"(.+?\.(?:tar|parquet))#(.+)", re.IGNORECASE | re.DOTALL)
+_CONTAINER = re.compile(r"[^/]\.(?:tar|parquet)(?=#.)", re.IGNORECASE | re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FILE = re.compile(r"(?:file|local):(?://localhost)?/+(?!$|/)", re.IGNORECASE)
 _FOLDED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/)(?!/)")  # two letters at least: one is a drive
@@ -55,10 +59,24 @@ def location(path: str | os.PathLike[str]) -> str:
 
 def split_member(place: str) -> tuple[str, str | None]:
     """A location as the file to open and the place inside it; None for a whole file."""
-    match = _MEMBER.fullmatch(place)
-    if match is None or os.path.lexists(place):  # a file may have such a name itself
+    ends = [match.end() for match in _CONTAINER.finditer(place)]
+    if not ends or os.path.lexists(place):  # a file may have such a name itself
         return place, None
-    return match[1], match[2]
+    end = ends[0] if len(ends) == 1 or is_url(place) else _end_of_file(place, ends)
+    return place[:end], place[end + 1 :]
+
+
+def _end_of_file(place: str, ends: Sequence[int]) -> int:
+    """Which of several ends, since a folder or a member may be named so, is that of a file."""
+    there = (end for end in ends if os.path.isfile(place[:end]))
+    around = (end for end in reversed(ends) if os.path.isdir(os.path.dirname(place[:end])))  # the file is gone
+    return next(there, next(around, ends[0]))
+
+
+def is_top(folder: str) -> bool:
+    """Whether nothing of the same disk, or store, lies around a folder."""
+    around = os.path.dirname(folder)
+    return around == folder or (is_url(folder) and not is_url(around))
 
 
 def folder_of(path: str) -> str:
@@ -195,9 +213,10 @@ def remote_errors() -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         reason = error.__cause__
-        not_reached = isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError)
-        if reason is not None and not_reached:  # the store itself
-            raise reason from error
+        if isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError):  # the store is not reached
+            raise reason from None  # it is the cause of `error`: it must not become its own
+        if (status := getattr(reason, "status", _GONE[0])) not in _GONE:  # of HTTP
+            raise OSError(errno.EIO, f"the server answers {status}") from error
         raise
     except (OSError, MatVitError):
         raise

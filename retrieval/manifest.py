@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from matvit.durable import sync_folder, write_atomic, write_together
-from matvit.regular import read_small
-from retrieval.errors import IndexFormatError
+from matvit.regular import MOST, read_small
+from retrieval.errors import DiskRefusalError, IndexFormatError
 from retrieval.files import check_kind, damaged, reading, sha256_bytes
 from retrieval.locations import is_url
 
@@ -35,6 +35,7 @@ SEGMENTS = "segments"
 DELETIONS = "deletions"
 CACHE = "cache"
 STAGING = "upgrade"  # an index of its own, inside the one that it will become
+OWN = (GENERATIONS, SEGMENTS, DELETIONS, CACHE, STAGING)  # folders of an index, in which writers remove what they find
 LOCK = "writer.lock"
 EMBEDDINGS: FileName = "embeddings.f32"
 ITEMS: FileName = "items.sqlite"
@@ -99,7 +100,7 @@ class EncoderEntry(_Model):
     weights_sha256: str | None
     spec: str
     resolution: Annotated[int, Field(gt=0)]  # pixels
-    embedding_dim: Annotated[int, Field(gt=0)]
+    embedding_dim: Annotated[int, Field(gt=0, le=2**20)]
 
 
 _MOST_EFFORT = 10**6  # hundreds of times what building chooses: faiss ends the process for far more
@@ -213,7 +214,7 @@ def read_pointer(folder: Path) -> Pointer:
 
 def check_kinds(folder: Path) -> None:
     """Raises DamagedFileError where a file stands in the place of a folder of the index, or the reverse."""
-    for name in (GENERATIONS, SEGMENTS, DELETIONS, CACHE, STAGING):
+    for name in OWN:
         check_kind(folder / name, folder=True)
     check_kind(folder / CURRENT, folder=False)
 
@@ -318,12 +319,19 @@ def make_folders(folder: Path) -> None:
 def publish_manifest(folder: Path, manifest: Manifest) -> Pointer:
     """Write the generation, twice, then CURRENT. Until the very last step readers see the generation before.
 
-    Raises FileExistsError rather than replace a manifest, which CURRENT may name.
+    Raises FileExistsError rather than replace a manifest, which CURRENT may name, and DiskRefusalError for one that is
+    too large to be read.
     """
     name = manifest_name(manifest.generation)
     if (folder / GENERATIONS / name).exists():
         raise FileExistsError(errno.EEXIST, f"generation {name} is there already")
     data = (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode("ascii")
+    if len(data) > MOST:
+        raise DiskRefusalError(
+            what=f"the index cannot be written (it would name {len(manifest.roots):,} folders of pictures)",
+            where=str(folder),
+            fix="index the folders around them instead, or fewer of them",
+        )
     pointer = Pointer(name=name, sha256=sha256_bytes(data))
     write_together({folder / GENERATIONS / one: data for one in (copy_of(name), name)})
     write_atomic(folder / CURRENT, f"{pointer.name} {pointer.sha256}\n".encode("ascii"))

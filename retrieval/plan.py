@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -99,19 +100,31 @@ class Plan:
         table = Table(container)
         try:
             for number, rows in enumerate(table.groups()):
-                known = {row: self._known.at(*self._roots.locate(f"{container}#{row}")) for row in rows}
-                same = {row: one for row, one in known.items() if one and is_unchanged(one.item, status)}
+                same = list(self._unchanged_rows(container, rows, status))
                 if len(same) == len(rows):
-                    for row, one in same.items():
-                        yield Unchanged(full_path=f"{container}#{row}", known=one, metadata=None)
-                else:
-                    for member in table.members(number, rows.start):
-                        yield self._member(container, member, status)
+                    yield from same
+                    continue
+                read = 0
+                for read, member in enumerate(table.members(number, rows.start), start=1):  # noqa: B007
+                    yield self._member(container, member, status)
+                if read < len(rows):
+                    raise ShardError("damaged parquet file (rows are missing)")
         finally:
             table.close()
 
+    def _unchanged_rows(self, container: str, rows: range, status: Status) -> Iterator[Unchanged]:
+        """Up to the first that must be read: a damaged table may claim any number."""
+        for row in rows:
+            full_path = f"{container}#{row}"
+            known = self._known.at(*self._roots.locate(full_path))
+            if known is None or not is_unchanged(known.item, status):
+                return
+            yield Unchanged(full_path=full_path, known=known, metadata=None)
+
     def _member(self, container: str, member: Member, status: Status) -> Step:
         full_path = f"{container}#{member.name}"
+        if not is_url(container) and os.path.lexists(full_path):
+            return _skip(full_path, "a file beside the shard has this very name")
         if member.problem is not None:
             # A tar's may have no name of its own, or none that an index can hold.
             return (_unread if is_table(container) else _skip)(full_path, member.problem)

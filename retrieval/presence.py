@@ -6,7 +6,7 @@ from matvit.errors import MatVitError
 from retrieval.found_files import FoundFiles
 from retrieval.items import Item
 from retrieval.locations import NO_TIME, Status, is_url, split_member, status_of
-from retrieval.shards import Table, is_table, tar_members
+from retrieval.shards import Table, is_row, is_table, tar_members
 from retrieval.sources import is_gone, lstat_error
 
 
@@ -15,7 +15,9 @@ class Presence:
 
     def __init__(self, found: FoundFiles) -> None:
         self._found = found
-        self._members: tuple[str, frozenset[str] | int] = "", 0  # of the shard that was asked for last
+        # Of the shard that was asked for last:
+        self._status: tuple[str, Status] = "", Status(size=0, mtime_ns=NO_TIME)
+        self._members: tuple[str, frozenset[str] | int] = "", 0
 
     def __call__(self, path: str, item: Item) -> bool:
         """`path`: the item's location."""
@@ -37,12 +39,14 @@ class Presence:
 
     def _holds(self, container: str, member: str, item: Item) -> bool:
         try:
-            if is_unchanged(item, status_of(container)):
+            if self._status[0] != container:
+                self._status = container, status_of(container)
+            if is_unchanged(item, self._status[1]):
                 return True
             names = self._names(container)
         except OSError:  # says nothing about what was in it
             return True
-        return int(member) < names if isinstance(names, int) else member in names
+        return is_row(member, names) if isinstance(names, int) else member in names
 
     def _names(self, container: str) -> frozenset[str] | int:
         if self._members[0] != container:

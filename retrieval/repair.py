@@ -77,8 +77,8 @@ def repair_index(folder: Path, *, encoder: ElasticEncoder | None, drop_lost: boo
         with writing(folder):
             make_folders(folder)
         damage: list[str] = []
-        base = _find_base(folder, damage)
-        repair = _Repair(folder, base, damage=damage, encoder=encoder, progress=progress)
+        base, is_current = _find_base(folder, damage)
+        repair = _Repair(folder, base, is_current=is_current, damage=damage, encoder=encoder, progress=progress)
         return repair.run(drop_lost=drop_lost)
 
 
@@ -88,12 +88,14 @@ class _Repair:
         folder: Path,
         base: Manifest,
         *,
+        is_current: bool,
         damage: list[str],
         encoder: ElasticEncoder | None,
         progress: Progress,
     ) -> None:
         self._folder = folder
         self._base = base
+        self._is_current = is_current  # whether CURRENT names it: later ones were never published
         self._damage = damage
         self._encoder = encoder
         self._progress = progress
@@ -166,7 +168,7 @@ class _Repair:
 
     def _lose_later(self) -> int:
         """List the items of segments that only later manifests, which are lost, have named; gives the unnamed ones."""
-        if self._base.generation >= max([0, *map(_number, _manifests(self._folder))]):
+        if self._is_current or self._base.generation >= max([0, *map(_number, _manifests(self._folder))]):
             return 0
         unnamed = 0
         named = {entry.name for entry in self._base.segments}
@@ -354,8 +356,10 @@ class _Repair:
         return place_name(self._base, place)
 
 
-def _find_base(folder: Path, damage: list[str]) -> Manifest:
-    """The generation to start from; what is wrong with CURRENT, its manifest and the copy is added to `damage`.
+def _find_base(folder: Path, damage: list[str]) -> tuple[Manifest, bool]:
+    """The generation to start from, and whether CURRENT names it.
+
+    What is wrong with CURRENT, its manifest and the copy is added to `damage`.
 
     Raises IndexFormatError for a newer format: what is whole needs no repair.
     """
@@ -363,7 +367,7 @@ def _find_base(folder: Path, damage: list[str]) -> Manifest:
         pointer = read_pointer(folder)
     except DamagedFileError as error:
         damage.append(f"{error.where}: {error.what}")
-        return _newest(folder, damage)
+        return _newest(folder, damage), False
     path, copy = (folder / GENERATIONS / name for name in (pointer.name, copy_of(pointer.name)))
     read = {one: _read(one, damage) for one in (path, copy) if one == path or one.exists()}
     hashes = {one: sha256_bytes(data) for one, data in read.items() if data is not None}
@@ -375,10 +379,10 @@ def _find_base(folder: Path, damage: list[str]) -> Manifest:
         damage += [f"{one}: is not what was published" for one in hashes if one not in published]
     for one in published[:1]:
         try:
-            return parse_manifest(read[one] or b"", path=one)
+            return parse_manifest(read[one] or b"", path=one), True
         except DamagedFileError as error:  # no bit of it changed since: it was written so
             damage.append(f"{error.where}: {error.what}")
-    return _newest(folder, damage)
+    return _newest(folder, damage), False
 
 
 def _read(path: Path, damage: list[str]) -> bytes | None:

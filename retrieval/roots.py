@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from retrieval.locations import split_member
+from retrieval.locations import is_top, split_member
+
+_MANY = 100  # folders, each of a picture that was named: those around them are taken instead
 
 
 class Roots:
@@ -19,7 +21,7 @@ class Roots:
 
         `bases`: folders that files were named by; True for one that was named itself, or is a pattern's base. All
         of these become roots, so that a file is known by the innermost; the folder of a file that was named
-        becomes one only where no other root contains it.
+        becomes one only where no other root contains it, and where there are many, one around it does.
         """
         self.named = dict(known)
         self._by_folder = {folder: name for name, folder in known.items()}
@@ -28,7 +30,8 @@ class Roots:
         folders = {_printable(base) for base, is_named in bases.items() if is_named}
         for base in sorted((base for base in folders if self._search(base) is None), key=_outermost_first):
             self._add(base)
-        for base in sorted(map(_printable, bases), key=_outermost_first):
+        others = {base for base in map(_printable, bases) if self._search(base) is None}
+        for base in sorted(_fewer(others), key=_outermost_first):
             if self._search(base) is None:
                 self._add(base)
 
@@ -69,6 +72,16 @@ class Roots:
 
 def _outermost_first(folder: str) -> tuple[int, str]:
     return len(folder), folder
+
+
+def _fewer(folders: set[str]) -> set[str]:
+    """At most `_MANY` folders around these, if there are any: a list may name pictures in a million."""
+    while len(folders) > _MANY:
+        around = {folder if is_top(folder) else os.path.dirname(folder) for folder in folders}
+        if around == folders:
+            break
+        folders = around
+    return folders
 
 
 def _printable(folder: str) -> str:

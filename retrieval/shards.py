@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -65,6 +66,11 @@ def is_table(name: str) -> bool:
 def holds_members(name: str) -> bool:
     """Whether a file is named like either, so that "#" behind it begins a place inside."""
     return is_tar(name) or is_table(name)
+
+
+def is_row(name: str, rows: int) -> bool:
+    """Whether the place inside a table is one of its first `rows` rows."""
+    return name.isdecimal() and len(name) < _LONGEST_ROW and int(name) < rows
 
 
 def read_member(container: str, name: str) -> bytes:
@@ -253,7 +259,7 @@ class RowReader:
 
     def read(self, container: str, name: str) -> tuple[bytes, Status]:
         """The bytes of one picture, with the status that its table had when it was opened. Raises OSError."""
-        row = int(name) if name.isdecimal() and len(name) < _LONGEST_ROW else -1
+        row = int(name) if is_row(name, sys.maxsize) else -1
         if self._table is None or self._table.container != container:
             self.close()
             self._status = status_of(container)

@@ -9,7 +9,9 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
+from matvit.errors import MissingExtraError
 from retrieval.errors import IngestError
 from retrieval.files import keeping_lists
 from retrieval.found_files import TABLE, TAR, FoundFiles, is_picture
@@ -17,12 +19,14 @@ from retrieval.lists import Listed, is_list, read_list, read_table
 from retrieval.locations import (
     Status,
     filesystem,
+    is_top,
     is_url,
     location,
     no_such_name,
     os_reason,
     remote_errors,
     remote_status,
+    split_member,
 )
 from retrieval.shards import ShardError, Table, holds_members, is_table, is_tar
 
@@ -107,6 +111,7 @@ def _add(found: FoundFiles, name: str) -> None:
 
 def _add_url(found: FoundFiles, url: str) -> None:
     """The files of a store below a URL, or those that a pattern matches."""
+    _forget_listings(found, url)
     system, path = filesystem(url)
     head = url.rstrip("/").removesuffix(path.rstrip("/"))
     # Of what names a host, such as ftp://host/photos, `unstrip_protocol` leaves the host out.
@@ -130,6 +135,15 @@ def _add_url(found: FoundFiles, url: str) -> None:
         one, status = named(place), remote_status(info)
         if status.regular and (by_name or is_picture(one)):
             _add_file(found, one, status=status)
+
+
+def _forget_listings(found: FoundFiles, url: str) -> None:
+    """Once a run: fsspec keeps what a store has listed as long as the process lives."""
+    store = "/".join(url.split("/", 3)[:3])
+    if store not in found.stores:
+        found.stores.add(store)
+        with suppress(IngestError, MissingExtraError):  # told where it is read
+            filesystem(url)[0].invalidate_cache()
 
 
 def _add_existing(found: FoundFiles, path: str, *, matched: bool = False) -> None:
@@ -180,13 +194,16 @@ def _add_listed(found: FoundFiles, line: Listed, *, source: str) -> None:
     if _has_no_folder(line.path):
         found.skip(line.path, _NO_FOLDER)
         return
+    if is_url(line.path):
+        _forget_listings(found, line.path)
     error = None if is_url(line.path) else lstat_error(line.path)
     if error is not None:
         reason = f"{os_reason(error)} (line {line.line} of {os.path.basename(source)})"
         found.skip(line.path, reason, gone=is_gone(error))
         return
     folder = os.path.dirname(source)
-    found.note_base(folder if is_below(line.path, [folder]) else os.path.dirname(line.path))
+    container, _ = split_member(line.path)
+    found.note_base(folder if is_below(line.path, [folder]) else os.path.dirname(container))
     found.add_file(line.path, metadata=line.metadata, problem=line.problem)
 
 
@@ -258,7 +275,7 @@ def _nothing(named: list[str], found: FoundFiles, *, delete: bool) -> IngestErro
 
 def _has_no_folder(path: str) -> bool:
     """Whether a URL names something at the top of its store, such as "memory://a.png": roots are folders."""
-    return is_url(path) and not is_url(os.path.dirname(path))
+    return is_url(path) and is_top(path)
 
 
 def is_below(path: str, folders: Iterable[str]) -> bool:

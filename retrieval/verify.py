@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from matvit.encoder import ElasticEncoder, is_unit
+from matvit.encoder import ElasticEncoder, ImageEncoder, is_unit
 from matvit.errors import CheckpointError, MissingExtraError
 from matvit.progress import Progress, ProgressEvent, silent
 from matvit.regular import read_small
 from retrieval.encoders import check_encoder, load_encoder
-from retrieval.errors import DamagedFileError, EncoderMismatchError, IndexFormatError
-from retrieval.files import check_kind, damaged, reading, sha256_bytes
+from retrieval.errors import DamagedFileError, EncoderMismatchError, IndexFormatError, IngestError
+from retrieval.files import check_kind, damaged, exhausted, reading, sha256_bytes
 from retrieval.items import Item
 from retrieval.manifest import (
     ATTEMPTS,
@@ -82,8 +82,19 @@ def _check_sample(
         if isinstance(error, MissingExtraError):
             raise
         return VerifyReport(problems=(str(error),), unsampled=str(error))
-    chosen = list(_sample(snapshot, SAMPLE if size is None else size))
-    again = embed_again((item for _, item in chosen), file_name=snapshot.file_name, encoder=elastic.encoder(entry.spec))
+    try:
+        return _compared(
+            snapshot, elastic.encoder(entry.spec), size=SAMPLE if size is None else size, progress=progress
+        )
+    except (IngestError, MissingExtraError) as error:  # a store whose package is not there
+        if size is None and not exhausted(error):
+            return VerifyReport(problems=(), unsampled=str(error))
+        raise
+
+
+def _compared(snapshot: Snapshot, encoder: ImageEncoder, *, size: int, progress: Progress) -> VerifyReport:
+    chosen = list(_sample(snapshot, size))
+    again = embed_again((item for _, item in chosen), file_name=snapshot.file_name, encoder=encoder)
     problems, sampled = [], 0
     for done, ((segment, item), found) in enumerate(zip(chosen, again, strict=True), start=1):
         if found.embedding is not None and found.item.content_sha256 == item.content_sha256:

@@ -117,13 +117,13 @@ def _show_interrupted(path: Path) -> None:
 
 
 def _bytes(size: str) -> int:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]?)B?", size)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)B?", size)
     if found is None:
         raise typer.BadParameter(f"'{size}' is no size: give one such as 500MB or 2GB", param_hint="--max-ram")
-    number = round(float(found[1]) * 1000.0 ** " kMGT".index(found[2] or " "))
+    number = float(found[1]) * 1000.0 ** " kMGT".index(found[2].replace("K", "k") or " ")
     if number >= 2**62:
         raise typer.BadParameter(f"'{size}' is more than any computer has", param_hint="--max-ram")
-    return number
+    return round(number)
 
 
 def described(search: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,10 +71,17 @@ def _show_index(found: dict[str, Any], skipped: list[dict[str, str]]) -> None:
 def _values(field: dict[str, Any]) -> str:
     """What pictures have under a metadata name, in short."""
     if field["range"] and all(isinstance(one["value"], float | int) for one in field["common"]):
-        return "{:g} to {:g}".format(*field["range"])
+        return " to ".join(map(_number, field["range"]))
     common = [f"{typed(one['value'])} ({one['pictures']})" for one in field["common"]]
     count = counted(field["values"], "value")
     return f"{count}{', most often' if field['values'] > len(common) else ':'} {', '.join(common)}" if common else count
+
+
+def _number(value: float) -> str:
+    try:
+        return f"{value:g}"
+    except OverflowError:  # a whole number of hundreds of digits
+        return f"{Decimal(value):.6g}"
 
 
 def _show_encoder(found: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from retrieval.backends.gpu import gpu_knn, gpu_of
 from retrieval.backends.kinds import Setting
 from retrieval.backends.rows import MappedRows
 from retrieval.errors import IndexFormatError, IndexWarning
-from retrieval.files import check_file, check_size, damaged, sha256_bytes, sha256_file, writing
+from retrieval.files import check_file, check_size, damaged, reading, sha256_bytes, sha256_file, writing
 from retrieval.flat import FlatSearch
 from retrieval.manifest import CACHE, ApproximateEntry, AskedEntry, IndexType, Manifest, read_pointer
 from retrieval.snapshot import OpenSegment, Snapshot
@@ -194,8 +194,9 @@ def read_cache(folder: Path, manifest: Manifest, entry: ApproximateEntry) -> Any
     path, dim = folder / CACHE / entry.file, manifest.encoder.embedding_dim
     check_file(path, size=entry.bytes, sha256=entry.sha256)  # faiss itself does not notice flipped bits
     try:
-        with _reading_at_most(2 * entry.bytes):
-            index = faiss.read_index(str(path))
+        with reading(path), path.open("rb") as file, _reading_at_most(2 * entry.bytes):
+            # By its name, which would have to be UTF-8, it would be opened once more.
+            index = faiss.read_index(faiss.PyCallbackIOReader(file.read))  # type: ignore[attr-defined]
     except RuntimeError as error:
         raise damaged(path, "is no index that this faiss reads") from error
     if index.ntotal != entry.rows or index.d != dim:

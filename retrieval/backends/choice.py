@@ -15,7 +15,7 @@ def choose(asked: str, rows: int, dim: int, *, max_ram: int | None) -> tuple[str
     """
     name, reason = _by_size(rows, dim, max_ram=max_ram) if asked == "auto" else (asked, "as asked")
     if name != EXACT and rows < LEAST_ROWS:
-        return EXACT, f"{name} was left: its recall is measured from {LEAST_ROWS:,} vectors on ({reason})"
+        return EXACT, f"{name} needs {LEAST_ROWS:,} pictures to measure its recall with ({reason})"
     return name, reason
 
 

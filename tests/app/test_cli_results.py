@@ -609,7 +609,7 @@ def test_index_type_and_memory_choose_how_an_index_is_searched(run, photos, chec
     assert "exact search (" in done.err
     assert "of 1,000.0 MB allowed)" in done.err
     assert "of 2,000.0 MB allowed)" in run("index", photos, "--index", path, "--max-ram", "2GB").err
-    for arguments in (["--index-type", "tree"], ["--max-ram", "much"], ["--max-ram", "9" * 20 + "GB"]):
+    for arguments in (["--index-type", "tree"], ["--max-ram", "much"], ["--max-ram", "9" * 400]):
         refused = run("index", photos, "--index", path, *arguments)
         assert (refused.code, refused.out) == (2, "")
         assert arguments[0] in refused.err

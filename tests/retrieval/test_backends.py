@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import runpy
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -244,7 +245,7 @@ def test_the_reason_says_when_nothing_fits_or_recall_cannot_be_measured():
     )
     assert choose("hnsw", 999, 384, max_ram=None) == (
         "exact",
-        "hnsw was left: its recall is measured from 1,000 vectors on (as asked)",
+        "hnsw needs 1,000 pictures to measure its recall with (as asked)",
     )
     assert choose("hnsw", 1000, 384, max_ram=None) == ("hnsw", "as asked")
 
@@ -605,7 +606,14 @@ def test_nothing_is_trained_below_the_bound_from_which_recall_is_measured(tmp_pa
         add(writer, LEAST_ROWS - 1, seed=1)
     assert index.set_search(asked, max_ram=1).index_type == "exact"
     index.compact()
-    assert f"was left: its recall is measured from {LEAST_ROWS:,} vectors on" in index.info().index_reason
+    assert f"needs {LEAST_ROWS:,} pictures to measure its recall with" in index.info().index_reason
+
+
+def test_an_approximate_index_lies_below_a_folder_of_any_name(index, elastic):
+    index.set_search("sq")
+    moved = index.path.rename(os.fsdecode(os.fsencode(index.path.parent) + b"/\xff.index"))
+    assert len(Retriever.open(moved, encoder=elastic)) == index.info().items  # would warn if it did not read the cache
+    assert Index.open(moved).verify() == []
 
 
 def test_a_type_whose_recall_is_too_low_is_tried_again_only_when_it_is_asked_for_again(index, monkeypatch):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import traceback
 from datetime import datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,7 @@ import pytest
 
 from matvit.errors import ImageError, MissingExtraError
 from retrieval import Index, IngestError, Retriever, SearchError
+from retrieval.files import exhausted
 from retrieval.lists import _value
 from retrieval.locations import (
     location,
@@ -33,6 +35,7 @@ from retrieval.locations import (
 )
 from retrieval.manifest import read_pointer
 from retrieval.metadata import from_json
+from retrieval.shards import Table
 from retrieval.sources import find_files
 
 
@@ -606,6 +609,77 @@ def test_a_file_whose_name_looks_like_a_place_in_a_shard_is_itself(tmp_path, pic
     assert read_picture(tmp_path / "a.tar#b.png") == picture(1)
 
 
+def test_a_folder_may_be_named_like_a_shard(tmp_path, picture, build):
+    folder = tmp_path / "w" / "a.tar#b"
+    folder.mkdir(parents=True)
+    shard = write_tar(folder / "c.tar", {"1.png": picture(1), "d.tar#e.png": picture(2)})
+    assert split_member(f"{shard}#d.tar#e.png") == (str(shard), "d.tar#e.png")
+    index = build([tmp_path / "w", shard])
+    assert index.ingest([tmp_path / "w", shard], delete=True).unchanged == 2
+    assert sorted(map(read_picture, Retriever.open(index.path).paths().values())) == sorted([picture(1), picture(2)])
+    shard.unlink()
+    assert split_member(f"{shard}#1.png") == (str(shard), "1.png")
+
+
+def test_a_url_in_a_list_that_looks_like_a_place_in_a_shard_is_one_bad_line(photos, build):
+    pytest.importorskip("fsspec")
+    (photos / "list.txt").write_text("1.png\nmemory://not/there.tar#y/z.png\n")
+    index = build(photos / "list.txt")
+    assert len(Retriever.open(index.path)) == 1
+
+
+def test_a_picture_that_was_beside_a_table_and_is_gone_is_no_row_of_it(tmp_path, photos, picture, build):
+    write_table(photos / "x.parquet", {"image": [picture(90)]})
+    (photos / "x.parquet#a.png").write_bytes(picture(91))
+    index = build(photos)
+    (photos / "x.parquet#a.png").unlink()
+    assert index.ingest(photos).gone == 1
+    assert index.ingest(photos, delete=True).deleted == 1
+
+
+def test_a_file_named_like_a_member_of_the_shard_beside_it_is_the_one_that_counts(tmp_path, picture, build):
+    (tmp_path / "p").mkdir()
+    shard = write_tar(tmp_path / "p" / "x.tar", {"y.png": picture(1), "z.png": picture(2)})
+    (tmp_path / "p" / "x.tar#y.png").write_bytes(picture(3))
+    index = build([tmp_path / "p", shard])
+    (tmp_path / "p" / "x.tar#y.png").write_bytes(picture(4))
+    report = index.ingest([tmp_path / "p", shard])
+    assert (report.indexed, report.unchanged) == (1, 1)
+    assert [file.reason for file in report.skipped] == ["a file beside the shard has this very name"]
+    assert {read_picture(path) for path in Retriever.open(index.path).paths().values()} == {picture(4), picture(2)}
+
+
+def test_a_sparse_header_that_is_cut_is_damage(tmp_path, picture, photos, build):
+    shard = write_tar(tmp_path / "s.tar", {"ok.png": picture(60)})
+    entry = tarfile.TarInfo("a.png")
+    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    header[156:157], header[482] = b"S", 1  # an old GNU sparse file, whose map goes on in the next block
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    shard.write_bytes(shard.read_bytes()[: 512 + -(-len(picture(60)) // 512) * 512] + header)
+    index = build([shard, photos])
+    assert [file.reason for file in index.ingest([shard, photos]).skipped] == ["damaged tar shard"]
+    assert index.info().items == 11
+
+
+def test_a_table_that_claims_rows_without_end_is_damaged_where_they_end(tmp_path, picture, build, monkeypatch):
+    table = write_table(tmp_path / "t.parquet", {"image": [picture(1), picture(2)]})
+    monkeypatch.setattr(Table, "groups", lambda _: [range(10**12)])
+    index = build(table)
+    [skipped] = index.ingest(table).skipped
+    assert (index.info().items, skipped.reason) == (2, "damaged parquet file (rows are missing)")
+
+
+def test_metadata_that_are_lists_are_not_offered_to_ask_for(tmp_path, picture, build):
+    data = json.dumps({"tags": ["a"], "price": 3}).encode()
+    shard = write_tar(tmp_path / "s.tar", {"1.png": picture(1), "1.json": data})
+    retriever = Retriever.open(build(shard).path)
+    with pytest.raises(SearchError, match="'tags' holds lists or objects, which cannot be asked for"):
+        retriever.search(0, where={"tags": "a"})
+    with pytest.raises(SearchError, match=r"use one of: price$"):
+        retriever.search(0, where={"tag": "a"})
+
+
 @pytest.fixture
 def store(picture):
     fsspec = pytest.importorskip("fsspec")
@@ -657,6 +731,66 @@ def test_a_url_that_answers_404_is_not_forgotten_beside_a_folder(build, photos, 
         server.server_close()
     assert (report.deleted, report.gone, [location(file.path) for file in report.skipped]) == (0, 1, [url])
     assert index.info().items == 11
+
+
+@pytest.mark.parametrize(("status", "deleted"), [(404, 1), (503, 0), (403, 0)])
+def test_only_what_a_server_calls_gone_is_forgotten(store, build, picture, monkeypatch, status, deleted):
+    aiohttp = pytest.importorskip("aiohttp")
+    index = build("memory://shop")
+    store.rm("/shop/sub/1.png")
+    real = type(store).info
+
+    def info(system, path, **named):
+        if path.endswith("1.png"):
+            raise FileNotFoundError(path) from aiohttp.ClientResponseError(None, (), status=status)
+        return real(system, path, **named)
+
+    monkeypatch.setattr(type(store), "info", info)
+    assert index.ingest("memory://shop", delete=True).deleted == deleted
+
+
+def test_what_a_list_names_and_the_store_has_lost_is_forgotten_with_its_folder(store, build, tmp_path):
+    (tmp_path / "list.txt").write_text("".join(f"memory://shop/sub/{number}.png\n" for number in range(3)))
+    index = build(tmp_path / "list.txt")
+    store.rm("/shop/sub/1.png")
+    report = index.ingest(["memory://shop", tmp_path / "list.txt"], delete=True)
+    assert (report.deleted, index.info().items) == (1, 2)
+
+
+def test_a_store_is_asked_anew_by_every_run(store, build, picture, tmp_path):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Kept(MemoryFileSystem):  # as s3fs and others do
+        protocol = "kept"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("kept://").strip("/")
+
+        def ls(self, path, detail=True, **named):
+            path = self._strip_protocol(path)
+            if path not in self.dircache:
+                self.dircache[path] = [dict(info) for info in super().ls(path, detail=True, **named)]
+            found = self.dircache[path]
+            return found if detail else [info["name"] for info in found]
+
+        def info(self, path, **named):
+            known = self._ls_from_cache(self._parent(self._strip_protocol(path))) or ()
+            same = [one for one in known if one["name"] == self._strip_protocol(path)]
+            return same[0] if same else super().info(path, **named)
+
+        def invalidate_cache(self, path=None):
+            self.dircache.clear()
+
+    sys.modules["fsspec"].register_implementation("kept", Kept, clobber=True)
+    (tmp_path / "list.txt").write_text("kept://shop/sub/0.png\n")
+    index = build(["kept://shop", tmp_path / "list.txt"])
+    store.pipe("/shop/sub/0.png", picture(60))
+    store.pipe("/shop/sub/new.png", picture(61))
+    store.rm("/shop/sub/1.png")
+    assert index.ingest(tmp_path / "list.txt").indexed == 1
+    report = index.ingest("kept://shop", delete=True)
+    assert (report.indexed, report.deleted, report.unchanged) == (1, 1, 2)
 
 
 def test_without_fsspec_a_url_names_the_install_line(monkeypatch):
@@ -758,8 +892,10 @@ def test_a_store_that_is_not_reached_is_not_called_a_missing_file():
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x.jpg"  # nobody listens
         for ask in (status_of, read_picture):
-            with pytest.raises(OSError if ask is status_of else ImageError, match="Connect call failed"):
+            with pytest.raises(OSError if ask is status_of else ImageError, match="Connect call failed") as caught:
                 ask(url)
+            assert not exhausted(caught.value)
+            assert len(traceback.format_exception(caught.value)) < 200  # causes do not go round in circles
 
 
 def test_a_file_url_is_the_file(photos, build, elastic):

@@ -215,13 +215,24 @@ def forge(index, monkeypatch, change):
 
 
 @pytest.mark.parametrize(
-    "metadata", ["'[1]'", "'5'", "'{bad'", "'{\"n\": %s}'" % ("1" * 5000), "CAST(x'7b22613a22ff227d' AS TEXT)"]
+    "metadata",
+    ["'[1]'", "'{\"n\": 1e999}'", "'5'", "'{bad'", "'{\"n\": %s}'" % ("1" * 5000), "CAST(x'7b22613a22ff227d' AS TEXT)"],
 )
 def test_metadata_that_is_no_json_object_is_a_problem(index, monkeypatch, metadata):
     forge(index, monkeypatch, f"UPDATE items SET metadata = {metadata} WHERE id = 1")
     assert any("metadata that is no JSON object" in problem for problem in index.verify())
-    with pytest.raises(IndexFormatError):
-        Index.open(index.path).fields()
+    if "1e999" not in metadata:
+        with pytest.raises(IndexFormatError):
+            Index.open(index.path).fields()
+
+
+def test_values_that_the_table_cannot_have_are_a_problem(index, monkeypatch):
+    schema = "PRAGMA writable_schema = ON; UPDATE sqlite_master SET sql = "
+    loose = schema + "replace(sql, ') STRICT', ')')"
+    forge(index, monkeypatch, f"{loose}; PRAGMA writable_schema = RESET")
+    change = "UPDATE items SET size = 'large' WHERE id = 1; "
+    forge(index, monkeypatch, change + schema + "rtrim(sql, char(10)) || ' STRICT'")
+    assert any("values that the table cannot have" in problem for problem in index.verify())
 
 
 def test_a_content_without_a_sha256_is_a_problem_and_not_searched(index, monkeypatch):
@@ -238,6 +249,8 @@ def test_a_content_without_a_sha256_is_a_problem_and_not_searched(index, monkeyp
         "+ 1 FROM x) SELECT others.* FROM others, x",
         "CREATE TRIGGER t AFTER DELETE ON items BEGIN SELECT 1; END",
         "PRAGMA user_version = 99",
+        "CREATE TABLE others AS SELECT * FROM items; DROP TABLE items; ALTER TABLE others RENAME TO items",
+        "ALTER TABLE items ADD COLUMN more TEXT",
     ],
 )
 def test_what_is_no_table_of_items_is_refused_before_it_is_read(index, monkeypatch, change):

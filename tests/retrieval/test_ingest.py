@@ -13,10 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import retrieval.found_files
 import retrieval.ingest
+import retrieval.known
+import retrieval.manifest
 import retrieval.snapshot
-from retrieval import EmbeddingError, EncoderMismatchError, Index, IngestError, Retriever
+import retrieval.writer
+from retrieval import EmbeddingError, EncoderMismatchError, Index, IndexExistsError, IngestError, Retriever
 from retrieval.encoders import check_query_encoder, describe
+from retrieval.errors import DiskRefusalError
 from retrieval.items import Item, ItemStore, write_items
 from retrieval.known import KnownItems
 from retrieval.loading import Loader
@@ -583,6 +588,64 @@ def test_whatever_ends_a_run_what_is_complete_is_kept(tmp_path, photos, elastic,
     assert reopened.verify() == []
     assert counts(reopened.ingest(photos, encoder=elastic)) == (6, 4, 0, 0)
     assert reopened.verify() == []
+
+
+def test_an_interrupt_in_the_last_publication_loses_nothing_that_was_encoded(tmp_path, photos, elastic, monkeypatch):
+    index, real, calls = Index.create(tmp_path / "i", encoder=elastic), retrieval.writer.write_items, []
+
+    def interrupted_once(path, items):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        real(path, items)
+
+    monkeypatch.setattr(retrieval.writer, "write_items", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        index.ingest(photos)
+    assert Index.open(index.path).info().items == 10
+
+
+def test_an_index_that_would_name_too_many_folders_is_not_published(index, tmp_path, elastic, picture, monkeypatch):
+    before = index.info()
+    monkeypatch.setattr(retrieval.manifest, "MOST", 3000)
+    for number in range(90):
+        (tmp_path / "shop" / str(number)).mkdir(parents=True)
+        (tmp_path / "shop" / str(number) / "main.png").write_bytes(picture(200 + number))
+    with pytest.raises(
+        DiskRefusalError, match=r"it would name 91 folders of pictures\); index the folders around them"
+    ):
+        index.ingest([tmp_path / "shop" / str(number) / "main.png" for number in range(90)], encoder=elastic)
+    assert Index.open(index.path).info() == before
+    assert Index.open(index.path).verify() == []
+    assert index.ingest(tmp_path / "shop", encoder=elastic).indexed == 90
+
+
+@pytest.mark.parametrize("name", ["segments/mine", "upgrade", "cache/a/b", "deletions/x"])
+def test_no_index_is_made_among_the_files_of_another(index, elastic, name):
+    with pytest.raises(IndexExistsError, match="lies among the files of the index"):
+        Index.create(index.path / name, encoder=elastic)
+    assert Index.create(index.path.parent / "other" / name, encoder=elastic).info().items == 0
+
+
+def test_files_and_items_are_read_in_pages(index, photos, elastic, monkeypatch):
+    for module in (retrieval.found_files, retrieval.known):
+        monkeypatch.setattr(module, "_PAGE", 3)
+    assert counts(index.ingest(photos)) == (0, 10, 0, 0)
+    shutil.rmtree(photos / "sub")
+    left = len(list(photos.glob("*.png")))
+    assert counts(index.ingest(photos, delete=True)) == (0, left, 10 - left, 0)
+
+
+def test_contents_whose_sha256_end_alike_are_told_apart(index, tmp_path, elastic, picture, monkeypatch):
+    monkeypatch.setattr(retrieval.known, "_ENDING", 1)
+    for number in range(40):
+        (tmp_path / f"{number}.png").write_bytes(picture(300 + number))
+    assert index.ingest([tmp_path / f"{number}.png" for number in range(40)], encoder=elastic).indexed == 40
+    assert len(set(embeddings_of(index))) == 50
+
+
+def embeddings_of(index):
+    return [row.tobytes() for segment in index._snapshot.segments for row in segment.embeddings()]
 
 
 def test_the_space_of_an_encoder_is_asked_for_once_since_it_is_a_hash_of_all_weights(elastic, tmp_path):

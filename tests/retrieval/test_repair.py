@@ -267,6 +267,25 @@ def test_a_damaged_newer_record_counts_where_the_deletion_of_the_older_is_lost(i
     assert (found[0].path.name, round(found[0].score, 5)) == ("1.png", 1.0)
 
 
+def test_what_was_never_published_is_removed_and_not_called_lost(index, photos, elastic, monkeypatch, picture):
+    expected = contents(index, elastic, picture)
+    (photos / "more.png").write_bytes(picture(60))
+    with monkeypatch.context() as patched:
+        patched.setattr(retrieval.manifest, "write_atomic", interrupted)  # a kill before CURRENT is replaced
+        patched.setattr(GenerationWriter, "catch_up", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            index.ingest(photos, encoder=elastic)
+    assert index.verify() == []
+    report = Index.repair(index.path)
+    assert (report.whole, report.damage, report.lost, report.lost_unnamed) == (True, (), (), 0)
+    assert len(report.removed) == 3  # the manifest, its copy and the segment
+    assert contents(index, elastic, picture) == expected
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_of_two_damaged_records_of_one_picture_the_newer_counts(index, photos, elastic, picture):
     (photos / "3.png").write_bytes(picture(3))  # its deletion will be lost
     (photos / "1.png").rename(photos / "moved.png")

@@ -165,8 +165,19 @@ def test_a_file_belongs_to_the_deepest_root_and_known_roots_are_kept():
 
 
 def test_folders_of_one_name_have_a_root_each():
-    roots = Roots({"a": "/k", "a-3": "/l"}, {f"/p/{number}/a": False for number in range(2000)})
+    roots = Roots({"a": "/k", "a-3": "/l"}, {f"/p/{number}/a": True for number in range(2000)})
     assert sorted(roots.named) == sorted(["a", *(f"a-{number}" for number in range(2, 2002)), "a-2002"])
+
+
+def test_of_many_folders_that_only_a_list_names_those_around_them_are_roots():
+    shop = {f"/nas/shop/{number % 30}/{number}": False for number in range(3000)}
+    urls = {f"https://host/{number // 50}/{number}": False for number in range(200)}
+    roots = Roots({}, {**shop, **urls, "/nas/shop/7/7": True})
+    around = {*(f"/nas/shop/{number}" for number in range(30)), *(f"https://host/{number}" for number in range(4))}
+    assert set(roots.named.values()) == around | {"/nas/shop/7/7"}
+    assert roots.locate("/nas/shop/9/39/x.png") == ("9", b"39/x.png")
+    hosts = {f"https://host-{number}/a": False for number in range(200)}
+    assert set(Roots({}, hosts).named.values()) == {f"https://host-{number}" for number in range(200)}
 
 
 def test_every_new_folder_is_a_root_and_that_of_a_named_file_only_where_no_other_contains_it():
