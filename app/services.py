@@ -126,6 +126,13 @@ def gone(paths: Iterable[Path]) -> set[Path]:
     return {path for path in paths if not is_virtual(location(path)) and not path.exists()}
 
 
+def location(path: Path) -> str:
+    """See `retrieval.locations.location`."""
+    from retrieval.locations import location as of
+
+    return of(path)
+
+
 def duplicates(path: Path, *, min_score: float | None, progress: Progress = silent) -> list[DuplicateGroup]:
     """See `retrieval.Retriever.duplicates`. Raises MatVitError: a damaged index."""
     return open_retriever(path).duplicates(min_score=min_score, progress=progress)
@@ -138,12 +145,17 @@ def group_json(group: DuplicateGroup) -> list[dict[str, Any]]:
     return [{**asdict(picture), "path": location(picture.path)} for picture in group]
 
 
-def delete(paths: Iterable[Path | int], *, path: Path) -> tuple[int, int]:
-    """See `retrieval.Index.delete`; gives how many were deleted, and how many pictures are left. Raises MatVitError."""
+def delete(paths: Iterable[Path | int], *, path: Path) -> tuple[int, int, int]:
+    """See `retrieval.Index.delete`; gives how many were deleted, pictures among them, and pictures that are left.
+
+    Raises MatVitError.
+    """
     from retrieval import Index
 
     index = Index.open(path)
-    return index.delete(paths), index.info().items
+    before = index.info().items
+    deleted, left = index.delete(paths), index.info().items
+    return deleted, before - left, left
 
 
 def compact(path: Path, *, progress: Progress = silent) -> CompactReport:

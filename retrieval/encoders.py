@@ -64,7 +64,8 @@ def load_encoder(entry: EncoderEntry, *, index: Path) -> ElasticEncoder:
         raise CheckpointError(
             what=f"the encoder that built this index cannot be loaded from '{entry.source}' ({error.what})",
             where=str(index),
-            fix="put it back there, or pass encoder= (--checkpoint at the command line)",
+            fix="put it back there, or pass encoder= (--checkpoint at the command line); Index.upgrade, or matvit "
+            "upgrade, notes its new place once and for all",
         ) from error
     check_encoder(encoder, entry, index=index)
     return encoder

@@ -84,7 +84,7 @@ class Gallery:
             raise SearchError(
                 what=f"holds no picture with id {number!r}",
                 where=str(self.snapshot.folder),
-                fix="take one that a search gives, or of paths()",
+                fix="take one that a search shows; in Python, Retriever.paths() has all",
             )
         return self.positions[number]
 

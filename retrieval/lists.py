@@ -189,7 +189,8 @@ def _path_column(row: Mapping[str, str], place: str) -> str:
         if name in row:
             return name
     columns = one_line(", ".join(row))
-    raise IngestError(what=f"the list has no path column, only: {columns}", where=place, fix=_FIX)
+    fix = "separate its columns by commas" if len(row) == 1 and re.search("[;\t|]", columns) else _FIX
+    raise IngestError(what=f"the list has no path column, only: {columns}", where=place, fix=fix)
 
 
 def _listed(place: str, name: str, values: Mapping[str, Any], line: int) -> Listed:

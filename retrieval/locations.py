@@ -23,6 +23,7 @@ from matvit.errors import ImageError, MatVitError, MissingExtraError
 from matvit.preprocess import MAX_FILE_BYTES, TOO_LARGE
 from retrieval.errors import IngestError
 
+INSIDE = ("no such member", "no such row")  # of a shard, of a table
 _GONE = (404, 410)  # HTTP's words for it
 NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
 _MEMBER = re.compile(r"(.+?\.(?:tar|parquet))#(.+)", re.IGNORECASE | re.DOTALL)
@@ -54,7 +55,8 @@ def location(path: str | os.PathLike[str]) -> str:
     text = os.fsdecode(path)
     if match := _FILE.match(text):
         return unquote("/" + text[match.end() :], errors="surrogateescape")  # as `os.fsdecode`
-    return _FOLDED.sub(r"\1/", text, count=1) if _FOLDED.match(text) else text
+    folded = _FOLDED.match(text) and not os.path.lexists(text)  # a folder may have such a name
+    return _FOLDED.sub(r"\1/", text, count=1) if folded else text
 
 
 def split_member(place: str) -> tuple[str, str | None]:
@@ -332,4 +334,6 @@ def os_reason(error: OSError | MatVitError) -> str:
     if isinstance(error, MatVitError):
         return f"{error.what}; {error.fix}"
     known = {FileNotFoundError: "no such file", PermissionError: "may not be read"}
+    if isinstance(error, FileNotFoundError) and error.strerror in INSIDE:
+        return error.strerror
     return known.get(type(error)) or f"cannot be read ({error.strerror or str(error) or type(error).__name__})"

@@ -127,6 +127,12 @@ class Snapshot:
         size += 0 if manifest.approximate is None else manifest.approximate.bytes
         return cls(folder=folder, pointer=pointer, manifest=manifest, segments=segments, bytes=size)
 
+    def live_rows(self) -> Iterator[tuple[OpenSegment, IntArray]]:
+        """The segments with rows that still count, and the numbers of these: what others hold need not be whole."""
+        for segment in self.segments:
+            if len(rows := segment.live_rows()):
+                yield segment, rows
+
     def full_path(self, place: Place) -> Path:
         """The absolute path of an item's file."""
         return Path(self.file_name(place))

@@ -249,12 +249,9 @@ def is_gone(error: OSError | None) -> bool:
 
 def _nothing(named: list[str], found: FoundFiles, *, delete: bool) -> IngestError:
     if found.skipped:
-        first_skipped = found.skipped[0]
-        return IngestError(
-            what=first_skipped.reason,
-            where=location(first_skipped.path),
-            fix="check the file, the disk and the permissions",
-        )
+        what, _, fix = found.skipped[0].reason.partition("; ")  # which some have
+        fix = fix or "check the file, the disk and the permissions"
+        return IngestError(what=what, where=location(found.skipped[0].path), fix=fix)
     fix = "name a folder, a file or a pattern that holds pictures"
     if delete:  # an empty folder may be where a disk is not mounted
         fix += (
@@ -262,7 +259,7 @@ def _nothing(named: list[str], found: FoundFiles, *, delete: bool) -> IngestErro
         )
     if not named:
         return IngestError(what="no pictures were given", where="images", fix=fix)
-    first = named[0]
+    first = location(named[0])
     if is_list(first) or is_table(first):
         gone = f" ({location(found.missing[0].path)}: {found.missing[0].reason})" if found.missing else ""
         return IngestError(what=f"the list names no picture that is there{gone}", where=first, fix=fix)

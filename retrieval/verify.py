@@ -194,4 +194,4 @@ def segment_problems(segment: OpenSegment, manifest: Manifest) -> Iterator[str]:
 
 
 def _count(problems: list[str]) -> str:
-    return f"{len(problems)} problems" if problems else ""
+    return f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else ""

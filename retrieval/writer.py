@@ -271,7 +271,7 @@ class GenerationWriter:
 
 
 def _live_entries(segment: OpenSegment) -> Iterator[Entry]:
-    embeddings = segment.embeddings()
+    embeddings = segment.embeddings() if len(segment.live_rows()) else ()  # where none counts, they may be damaged
     for item in segment.live(segment.items.all()):
         embedding = None if item.row is None else np.array(embeddings[item.row])
         yield Entry(item=replace(item, row=None), embedding=embedding, replaces=None)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, write_json, write_line
+from matvit_app.cli.output import JsonFlag, counted, write_json, write_line
 from matvit_app.cli.progress import progress_bar
 
 
@@ -31,6 +31,7 @@ def compact(
         write_json(asdict(report))
     else:
         write_line(
-            f"{path}: {report.segments_before} segments -> {report.segments}, {report.dropped} dead items dropped, "
+            f"{path}: {counted(report.segments_before, 'segment')} -> {report.segments}, "
+            f"{counted(report.dropped, 'dead item')} dropped, "
             f"{report.bytes_before:,} bytes -> {report.bytes:,}"
         )

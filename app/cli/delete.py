@@ -16,7 +16,7 @@ def delete(
         list[Path] | None,
         typer.Argument(
             metavar="[PATHS...]",
-            help="What the index forgets, as a search names it: pictures, whole folders or shards, URLs.",
+            help="What the index forgets, as a search names it: pictures, whole folders or shards, URLs; no patterns.",
             show_default=False,
         ),
     ] = None,
@@ -40,8 +40,9 @@ def delete(
     """
     if not (named := [*(paths or ()), *(items or ())]):
         raise typer.BadParameter("there is nothing to delete; name pictures or folders, or give --item")
-    deleted, left = services.delete(named, path=path)
+    deleted, pictures, left = services.delete(named, path=path)
     if json:
         write_json({"deleted": deleted, "items": left})
     else:
-        write_line(f"{path}: {deleted} deleted, {counted(left, 'picture')} left")
+        others = f" and {counted(deleted - pictures, 'skipped file')}" if deleted > pictures else ""
+        write_line(f"{path}: {counted(pictures, 'picture')}{others} deleted, {counted(left, 'picture')} left")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from matvit_app import services
+
 if TYPE_CHECKING:
     from matvit.datasets import SkippedPicture
 
@@ -79,9 +81,9 @@ def checkpoint_option(help: str, *, show_default: bool | str = True) -> Any:  # 
 
 
 def short_path(path: Path) -> str:
-    """`path`, relative to the current folder where it lies below it."""
+    """A hit's path, relative to the current folder where it lies below it, or its URL."""
     here = Path.cwd()
-    return os.fspath(path.relative_to(here) if path.is_relative_to(here) else path)
+    return os.fspath(path.relative_to(here)) if path.is_relative_to(here) else services.location(path)
 
 
 def short_paths(query: str) -> str:

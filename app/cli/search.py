@@ -124,6 +124,10 @@ def search(
     _refuse_checkpoint(encoder)
     conditions = parse_conditions(where or ())
     retriever = services.open_retriever(path, checkpoint=checkpoint, pictures=[*like, *(unlike or ())])
+    if not len(retriever):
+        say(f"{path}: the index holds no pictures yet")
+    if not images and not unlike and (encoder or max_latency_ms or min_recall):
+        say("no picture is encoded: the index has the items' embeddings; what chooses an encoder is not used")
     # Before the encoder is loaded, which takes seconds.
     retriever.search_many([], k=k, min_score=min_score, where=conditions)
     for note in (*unknown_values(where or (), retriever.values), *left_out(where or (), retriever.values)):
@@ -152,7 +156,8 @@ def search(
     for hits in answers:
         _show(hits)
     if gone := services.gone(hit.path for hits in answers for hit in hits):
-        say(f"not there now: {counted(len(gone), 'file')} of these; index the folders again, or matvit delete them")
+        fix = "matvit index FOLDER --delete forgets them, matvit delete FOLDER all of one that was moved or is gone"
+        say(f"not there now: {counted(len(gone), 'file')} of these; {fix}")
 
 
 def _refuse_checkpoint(encoder: str | None) -> None:

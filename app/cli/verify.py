@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from matvit_app import services
-from matvit_app.cli.output import JsonFlag, say, write_json, write_line, write_lines
+from matvit_app.cli.output import JsonFlag, counted, say, write_json, write_line, write_lines
 from matvit_app.cli.progress import progress_bar
 
 
@@ -63,8 +63,8 @@ def verify(
         if result.unsampled and not result.problems:
             say(f"no picture was embedded once more: {result.unsampled}")
         elif sample != 0 and result.kind == "index" and not result.problems:
-            index_again = "; index their folders again" if result.unusable else ""
-            say(f"{result.sampled} pictures embedded once more, {result.unusable} gone or changed{index_again}")
+            gone = f"{result.unusable} gone or changed" + ("; index their folders again" if result.unusable else "")
+            say(f"{counted(result.sampled, 'picture')} embedded once more, {gone}")
         bad = "cannot be compared with its pictures" if result.unsampled else "is damaged"
         write_line(f"{target}: {result.kind} {bad if result.problems else 'is whole'}")
     if result.problems:

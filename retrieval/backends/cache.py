@@ -61,7 +61,7 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
     if entry is None:
         elsewhere = None if gpu is None else partial(gpu_knn, device=gpu)
         # One by one: each is an open file.
-        parts = (segment.embeddings()[segment.live_rows()] for segment in snapshot.segments)
+        parts = (segment.embeddings()[rows] for segment, rows in snapshot.live_rows())
         return FlatSearch(ids, parts, dim=manifest.encoder.embedding_dim, elsewhere=elsewhere)
     return _search(snapshot.segments, manifest, entry, index=index, ids=ids)
 
@@ -69,7 +69,7 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
 def _search(
     segments: Sequence[OpenSegment], manifest: Manifest, entry: ApproximateEntry, *, index: Any, ids: IntArray
 ) -> ApproximateSearch:
-    live = [(segment.embeddings(), segment.live_rows()) for segment in segments]
+    live = [(segment.embeddings(), rows) for segment in segments if len(rows := segment.live_rows())]
     return ApproximateSearch(
         ids,
         MappedRows(live, dim=manifest.encoder.embedding_dim),

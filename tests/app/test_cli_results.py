@@ -72,12 +72,16 @@ def test_delete_of_a_folder_whose_disk_may_be_away_is_told_and_exits_with_1(run,
 def test_delete_takes_pictures_and_folders_out_and_leaves_their_files(run, own_index, monkeypatch):
     monkeypatch.chdir(own_index.parent)
     shown = run("delete", "photos/dogs/0.png", "--index", own_index)
-    assert (shown.code, shown.out, shown.err) == (0, f"{own_index}: 1 deleted, 7 pictures left\n", "")
+    assert (shown.code, shown.out, shown.err) == (0, f"{own_index}: 1 picture deleted, 7 pictures left\n", "")
     assert run("delete", "photos/dogs/1.png", "photos/cats", "--index", own_index, "--json").json == {
         "deleted": 5,
         "items": 2,
     }
+    (own_index.parent / "photos" / "bad.png").write_bytes(b"")
     assert run("index", "photos", "--index", own_index, "--json").json["indexed"] == 6
+    shown = run("delete", "photos", "--index", own_index)
+    assert shown.out == f"{own_index}: 8 pictures and 1 skipped file deleted, 0 pictures left\n"
+    assert "the index holds no pictures yet" in run("search", "photos/cats/0.png", "--index", own_index).err
 
 
 def test_delete_takes_ids_and_names_that_lead_through_links(run, own_index):
@@ -89,12 +93,17 @@ def test_delete_takes_ids_and_names_that_lead_through_links(run, own_index):
     assert run("info", own_index, "--json").json["metadata"]["label"]["common"] == [{"value": "cats", "pictures": 2}]
 
 
+def test_what_chooses_an_encoder_is_told_to_be_of_no_use_for_an_item(run, own_index):
+    assert "is not used" in run("search", "--item", 1, "--encoder", "S", "--index", own_index).err
+    assert "is not used" not in run("search", "--item", 1, "--index", own_index).err
+
+
 def test_a_hit_whose_file_is_gone_is_told(run, own_index):
     picture = own_index.parent / "photos" / "dogs" / "0.png"
     assert "not there now" not in run("search", picture, "--index", own_index).err
     (own_index.parent / "photos" / "cats" / "0.png").unlink()
     shown = run("search", picture, "--index", own_index)
-    assert "not there now: 1 file of these; index the folders again" in shown.err
+    assert "not there now: 1 file of these; matvit index FOLDER --delete forgets them" in shown.err
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 0), (["--strict"], 1)])
@@ -539,7 +548,7 @@ def test_compact_drops_what_was_deleted(run, index, photos, tmp_path):
     assert (shown.code, shown.err) == (0, "")
     assert (shown.json["segments"], shown.json["dropped"]) == (1, 4)
     assert shown.json["bytes"] < shown.json["bytes_before"]
-    assert "1 segments -> 1, 0 dead items dropped" in run("compact", path).out
+    assert "1 segment -> 1, 0 dead items dropped" in run("compact", path).out
     assert run("info", path, "--json").json["items"] == 4
 
 

@@ -609,6 +609,14 @@ def test_a_file_whose_name_looks_like_a_place_in_a_shard_is_itself(tmp_path, pic
     assert read_picture(tmp_path / "a.tar#b.png") == picture(1)
 
 
+def test_a_folder_may_be_named_like_a_store(tmp_path, picture, build, monkeypatch):
+    (tmp_path / "ab:" / "c").mkdir(parents=True)
+    (tmp_path / "ab:" / "c" / "1.png").write_bytes(picture(1))
+    monkeypatch.chdir(tmp_path)
+    assert list(Retriever.open(build("ab:/c").path).paths().values()) == [tmp_path / "ab:" / "c" / "1.png"]
+    assert read_picture("ab:/c/1.png") == picture(1)
+
+
 def test_a_folder_may_be_named_like_a_shard(tmp_path, picture, build):
     folder = tmp_path / "w" / "a.tar#b"
     folder.mkdir(parents=True)

@@ -270,3 +270,20 @@ def test_a_sample_is_taken_anew_where_a_writer_moves_on_meanwhile(index, elastic
     monkeypatch.setattr(retrieval.verify, "embed_again", moved_on)
     report = verify_index(index.path, sample=3, encoder=elastic)
     assert (report.problems, report.sampled) == ((), 3)
+
+
+@pytest.mark.parametrize("kind", ["exact", "sq"])
+def test_a_segment_in_which_nothing_counts_need_not_be_whole(tmp_path, photos, elastic, picture, kind, monkeypatch):
+    monkeypatch.setattr(retrieval.backends.choice, "LEAST_ROWS", 5)
+    index = Index.build(photos, encoder=elastic, path=tmp_path / "i")
+    (tmp_path / "one.png").write_bytes(picture(70))
+    index.ingest(tmp_path / "one.png", encoder=elastic)
+    index.set_search(kind)
+    index.delete([tmp_path / "one.png"])
+    [one] = [entry.name for entry in index._snapshot.manifest.segments if entry.items == 1]
+    vectors = index.path / "segments" / one / "embeddings.f32"
+    vectors.write_bytes(b"\1" + vectors.read_bytes()[1:])
+    assert len(Retriever.open(index.path, encoder=elastic).search(picture(1), k=99)) == 10
+    assert len(Index.open(index.path).verify()) == 1
+    Index.open(index.path).compact()
+    assert Index.open(index.path).verify() == []
