@@ -242,7 +242,7 @@ def test_copies_are_found_by_their_content(retriever):
 @pytest.mark.parametrize(
     ("query", "options", "sentence"),
     [
-        (10000, {}, "holds no picture with id 10000; take one that a search gives"),
+        (10000, {}, "holds no picture with id 10000; take one that a search shows"),
         (Blend([]), {}, "Blend: 'like' is empty; give"),
         (Blend("1.png"), {}, "Blend: 'like' is no list; give"),
         (Blend([0], unlike=7), {}, "Blend: 'unlike' is no list; give"),
