@@ -48,13 +48,7 @@ def headers(file: BinaryIO, damage: list[str]) -> Iterator[tarfile.TarInfo]:
             damage.append("a compressed tar; unpack it to a plain .tar")
         else:
             damage.append(f"damaged tar shard ({error})")
-    except (
-        ValueError,
-        EOFError,
-        IndexError,
-        OverflowError,
-        RecursionError,
-    ):  # such as thousands of long names without a member
+    except (ValueError, EOFError, IndexError, OverflowError, RecursionError):  # RecursionError: for names without end
         damage.append("damaged tar shard")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from operator import attrgetter
@@ -195,8 +195,11 @@ class ItemStore:
             [(version,)] = connection.execute("PRAGMA user_version")
             checksum = "''" if version == 1 else "checksum"
             for *values, found in connection.execute(f"SELECT {COLUMNS}, {checksum} FROM items ORDER BY id"):  # noqa: S608
-                with suppress(AttributeError, TypeError):  # of another type than the table's
-                    yield item_of(values), found == _checksum(values)
+                try:
+                    is_sound = found == _checksum(values)
+                except (AttributeError, TypeError):  # of another type than the table's
+                    continue
+                yield item_of(values), is_sound
 
     def with_ids(self, ids: Iterable[int]) -> list[Item]:
         """Those of these ids, by id."""
