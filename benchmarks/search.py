@@ -68,15 +68,16 @@ def vectors(count: int, seed: int) -> FloatArray:
 
 
 def exact_peers(gallery: FloatArray) -> dict[str, Search]:
-    """Exact searches of `gallery` (N, DIM)."""
+    """Exact searches of `gallery` (N, DIM), each with vectors of its own: it finds none that another has just read."""
     ours = FlatSearch(np.arange(len(gallery), dtype=np.int64), [gallery], dim=DIM)
     bare = faiss.IndexFlatIP(DIM)
     bare.add(gallery)
+    by_numpy, by_torch = gallery.copy(), torch.from_numpy(gallery.copy())
     return {
         "ours": ours_of(ours),
         "faiss": lambda queries: bare.search(queries, K)[1],
-        "numpy": lambda queries: numpy_product(gallery, queries),
-        "torch": lambda queries: torch_product(torch.from_numpy(gallery), torch.from_numpy(queries)),
+        "numpy": lambda queries: numpy_product(by_numpy, queries),
+        "torch": lambda queries: torch_product(by_torch, torch.from_numpy(queries)),
     }
 
 
