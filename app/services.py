@@ -103,7 +103,7 @@ def open_retriever(path: Path, *, checkpoint: str | None = None, pictures: Itera
     Raises MatVitError: a damaged index, an encoder of another space, a picture that is not there.
     """
     from retrieval import Retriever
-    from retrieval.locations import location, os_reason, split_member, status_of
+    from retrieval.locations import os_reason, split_member, status_of
 
     for image in pictures:
         if isinstance(image, Path):
@@ -121,7 +121,7 @@ def open_retriever(path: Path, *, checkpoint: str | None = None, pictures: Itera
 
 def gone(paths: Iterable[Path]) -> set[Path]:
     """Those of the hits' paths at which there is no file of this computer now; stores and shards are not asked."""
-    from retrieval.locations import is_virtual, location
+    from retrieval.locations import is_virtual
 
     return {path for path in paths if not is_virtual(location(path)) and not path.exists()}
 
@@ -140,8 +140,6 @@ def duplicates(path: Path, *, min_score: float | None, progress: Progress = sile
 
 def group_json(group: DuplicateGroup) -> list[dict[str, Any]]:
     """The form that `matvit duplicates --json` prints for one group."""
-    from retrieval.locations import location
-
     return [{**asdict(picture), "path": location(picture.path)} for picture in group]
 
 
@@ -185,8 +183,6 @@ def repair(
 
 def ingest_json(report: IngestReport) -> dict[str, Any]:
     """The form that `matvit index --json` prints."""
-    from retrieval.locations import location
-
     skipped = [{"path": location(file.path), "reason": file.reason} for file in report.skipped]
     return {
         "indexed": report.indexed,
@@ -201,8 +197,6 @@ def ingest_json(report: IngestReport) -> dict[str, Any]:
 
 def hits_json(hits: Hits, *, encoder: str) -> dict[str, Any]:
     """The form that `matvit search --json` prints for one query; `encoder` is what was asked for."""
-    from retrieval.locations import location
-
     found = [{**asdict(hit), "path": location(hit.path)} for hit in hits]
     return {
         "query": hits.query,
@@ -286,8 +280,6 @@ def _read_index(target: str) -> tuple[IndexInfo, dict[str, MetadataField]]:
 
 
 def _contents_json(target: str, index: IndexInfo, fields: Mapping[str, MetadataField]) -> dict[str, Any]:
-    from retrieval.locations import location
-
     return {
         "encoder": index.encoder_name,
         "embedding_dim": index.embedding_dim,

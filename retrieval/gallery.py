@@ -173,10 +173,9 @@ class Gallery:
             column = Column.of([self.metadata(position).get(name) for position in range(len(self.ids))])
             if not column.positions:
                 found: dict[str, bool] = {}
-                for key, value in (
-                    pair for position in range(len(self.ids)) for pair in self.metadata(position).items()
-                ):
-                    found[key] = found.get(key, False) or isinstance(value, Scalar)
+                for position in range(len(self.ids)):
+                    for key, value in self.metadata(position).items():
+                        found[key] = found.get(key, False) or isinstance(value, Scalar)
                 if name in found and not found[name]:
                     raise SearchError(
                         what=f"'{name}' holds lists or objects, which cannot be asked for",

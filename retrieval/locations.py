@@ -23,11 +23,10 @@ from matvit.errors import ImageError, MatVitError, MissingExtraError
 from matvit.preprocess import MAX_FILE_BYTES, TOO_LARGE
 from retrieval.errors import IngestError
 
-INSIDE = ("no such member", "no such row")  # of a shard, of a table
+NO_MEMBER, NO_ROW = "no such member", "no such row"  # of a shard, of a table
 _GONE = (404, 410)  # HTTP's words for it
 NO_TIME = -1  # of a store that does not tell when a file changed: such files are always read again
-_MEMBER = re.compile(r"(.+?\.(?:tar|parquet))#(.+)", re.IGNORECASE | re.DOTALL)
-_CONTAINER = re.compile(r"[^/]\.(?:tar|parquet)(?=#.)", re.IGNORECASE | re.DOTALL)
+_CONTAINER = re.compile(r".\.(?:tar|parquet)(?=#.)", re.IGNORECASE | re.DOTALL)  # its end, before a place inside
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FILE = re.compile(r"(?:file|local):(?://localhost)?/+(?!$|/)", re.IGNORECASE)
 _FOLDED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/)(?!/)")  # two letters at least: one is a drive
@@ -83,8 +82,8 @@ def is_top(folder: str) -> bool:
 
 def folder_of(path: str) -> str:
     """The folder that a picture lies in, below the folder that was indexed or in its shard; "" for none."""
-    match = _MEMBER.fullmatch(path)
-    return (path if match is None else match[2]).rpartition("/")[0]
+    match = _CONTAINER.search(path)
+    return (path if match is None else path[match.end() + 1 :]).rpartition("/")[0]
 
 
 def status_of(place: str) -> Status:
@@ -334,6 +333,6 @@ def os_reason(error: OSError | MatVitError) -> str:
     if isinstance(error, MatVitError):
         return f"{error.what}; {error.fix}"
     known = {FileNotFoundError: "no such file", PermissionError: "may not be read"}
-    if isinstance(error, FileNotFoundError) and error.strerror in INSIDE:
+    if isinstance(error, FileNotFoundError) and error.strerror in (NO_MEMBER, NO_ROW):
         return error.strerror
     return known.get(type(error)) or f"cannot be read ({error.strerror or str(error) or type(error).__name__})"

@@ -51,7 +51,7 @@ from retrieval.manifest import (
     read_pointer,
 )
 from retrieval.reembed import embed_again
-from retrieval.snapshot import OpenSegment, Snapshot, open_segment, place_name, read_deletions
+from retrieval.snapshot import OpenSegment, Snapshot, map_embeddings, open_segment, place_name, read_deletions
 from retrieval.types import RepairReport, SkippedFile
 from retrieval.verify import segment_problems, verify_index
 from retrieval.writer import MERGED_ITEMS, Entry, GenerationWriter
@@ -242,14 +242,10 @@ class _Repair:
         return True
 
     def _whole_embeddings(self, entry: SegmentEntry) -> FloatArray | None:
-        shape = entry.rows, self._base.encoder.embedding_dim
-        if not entry.rows or entry.files[EMBEDDINGS].bytes != 4 * shape[0] * shape[1]:
+        dim = self._base.encoder.embedding_dim
+        if entry.files[EMBEDDINGS].bytes != entry.rows * dim * 4 or not self._is_written(entry, EMBEDDINGS):
             return None
-        if not self._is_written(entry, EMBEDDINGS):
-            return None
-        path = self._folder / SEGMENTS / entry.name / EMBEDDINGS
-        with reading(path):
-            return np.memmap(path, dtype="<f4", mode="r", shape=shape)
+        return map_embeddings(self._folder / SEGMENTS / entry.name / EMBEDDINGS, rows=entry.rows, dim=dim)
 
     def _items_of(self, entry: SegmentEntry, *, proven: bool) -> Iterator[tuple[Item, bool]]:
         """Those of a damaged segment that can be read and still count, and whether they are what was written."""

@@ -18,7 +18,18 @@ from matvit import tars
 from matvit.datasets import PICTURE_SUFFIXES, schema_names
 from matvit.errors import MissingExtraError
 from matvit.preprocess import MAX_FILE_BYTES
-from retrieval.locations import NO_TIME, Status, one_line, open_file, open_regular, status_of, too_large, window
+from retrieval.locations import (
+    NO_MEMBER,
+    NO_ROW,
+    NO_TIME,
+    Status,
+    one_line,
+    open_file,
+    open_regular,
+    status_of,
+    too_large,
+    window,
+)
 from retrieval.metadata import MAX_METADATA, to_json
 
 PATH_COLUMNS = ("path", "file_name", "filename")  # the first that a table has; Hugging Face's name is the second
@@ -81,7 +92,7 @@ def read_member(container: str, name: str) -> bytes:
     status = status_of(container)
     place = _offsets(container, status.size, status.mtime_ns).get(name)
     if place is None:
-        raise FileNotFoundError(2, "no such member", f"{container}#{name}")
+        raise FileNotFoundError(2, NO_MEMBER, f"{container}#{name}")
     if place[1] > MAX_FILE_BYTES:
         raise too_large()
     with Member(name=name, offset=place[0], size=place[1]).open(container) as file:
@@ -268,7 +279,7 @@ class RowReader:
             self._table = Table(container)
         column = self._table.image_column
         if column is None:
-            raise FileNotFoundError(2, "no such row", f"{container}#{name}")
+            raise FileNotFoundError(2, NO_ROW, f"{container}#{name}")
         if row not in self._ahead:
             self._seek(self._table, row, column)
         ahead, self._ahead = self._ahead, range(0)  # where reading fails the next one seeks, and is told why
@@ -280,7 +291,7 @@ class RowReader:
                 if data:
                     return bytes(data), self._status
                 break
-        raise FileNotFoundError(2, "no such row", f"{container}#{name}")
+        raise FileNotFoundError(2, NO_ROW, f"{container}#{name}")
 
     def _seek(self, table: Table, row: int, column: str) -> None:
         groups = enumerate(table.groups())

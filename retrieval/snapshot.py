@@ -54,11 +54,7 @@ class OpenSegment:
 
         Raises IndexFormatError when they are not what was written.
         """
-        path = self.embeddings_file.path()
-        if self.entry.rows == 0:  # an empty file cannot be mapped
-            return np.empty((0, self.dim), dtype=np.float32)
-        with reading(path):
-            return np.memmap(path, dtype="<f4", mode="r", shape=(self.entry.rows, self.dim))
+        return map_embeddings(self.embeddings_file.path(), rows=self.entry.rows, dim=self.dim)
 
     def live_rows(self) -> IntArray:
         """(L,) int64 row numbers that still count."""
@@ -127,12 +123,6 @@ class Snapshot:
         size += 0 if manifest.approximate is None else manifest.approximate.bytes
         return cls(folder=folder, pointer=pointer, manifest=manifest, segments=segments, bytes=size)
 
-    def live_rows(self) -> Iterator[tuple[OpenSegment, IntArray]]:
-        """The segments with rows that still count, and the numbers of these: what others hold need not be whole."""
-        for segment in self.segments:
-            if len(rows := segment.live_rows()):
-                yield segment, rows
-
     def full_path(self, place: Place) -> Path:
         """The absolute path of an item's file."""
         return Path(self.file_name(place))
@@ -180,6 +170,24 @@ def _parameters(manifest: Manifest) -> dict[str, int]:
     if entry is None:
         return {}
     return {**entry.parameters, "effort": entry.effort, "depth": entry.depth, "held_out": entry.held_out}
+
+
+def live_embeddings(segments: Iterable[OpenSegment]) -> Iterator[tuple[FloatArray, IntArray]]:
+    """Of each segment with rows that still count, all embeddings and the numbers of these rows.
+
+    What others hold need not be whole. Raises IndexFormatError for those that are not what was written.
+    """
+    for segment in segments:
+        if len(rows := segment.live_rows()):
+            yield segment.embeddings(), rows
+
+
+def map_embeddings(path: Path, *, rows: int, dim: int) -> FloatArray:
+    """(rows, dim) float32, memory-mapped: the file is open for as long as the array lives. Raises IndexFormatError."""
+    if rows == 0:  # an empty file cannot be mapped
+        return np.empty((0, dim), dtype=np.float32)
+    with reading(path):
+        return np.memmap(path, dtype="<f4", mode="r", shape=(rows, dim))
 
 
 def place_name(manifest: Manifest, place: Place) -> str:

@@ -196,8 +196,7 @@ def _add_listed(found: FoundFiles, line: Listed, *, source: str) -> None:
         return
     if is_url(line.path):
         _forget_listings(found, line.path)
-    error = None if is_url(line.path) else lstat_error(line.path)
-    if error is not None:
+    elif (error := lstat_error(line.path)) is not None:
         reason = f"{os_reason(error)} (line {line.line} of {os.path.basename(source)})"
         found.skip(line.path, reason, gone=is_gone(error))
         return

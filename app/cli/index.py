@@ -120,7 +120,7 @@ def _bytes(size: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)B?", size)
     if found is None:
         raise typer.BadParameter(f"'{size}' is no size: give one such as 500MB or 2GB", param_hint="--max-ram")
-    number = float(found[1]) * 1000.0 ** " kMGT".index(found[2].replace("K", "k") or " ")
+    number = float(found[1]) * 1000.0 ** " kmgt".index(found[2].lower() or " ")
     if number >= 2**62:
         raise typer.BadParameter(f"'{size}' is more than any computer has", param_hint="--max-ram")
     return round(number)

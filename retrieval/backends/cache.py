@@ -28,7 +28,7 @@ from retrieval.errors import IndexFormatError, IndexWarning
 from retrieval.files import check_file, check_size, damaged, reading, sha256_bytes, sha256_file, writing
 from retrieval.flat import FlatSearch
 from retrieval.manifest import CACHE, ApproximateEntry, AskedEntry, IndexType, Manifest, read_pointer
-from retrieval.snapshot import OpenSegment, Snapshot
+from retrieval.snapshot import OpenSegment, Snapshot, live_embeddings
 from retrieval.writer import GenerationWriter
 
 _STALE = 0.1  # so much of what counts may be missing from the approximate index, or be dead in it
@@ -61,7 +61,7 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
     if entry is None:
         elsewhere = None if gpu is None else partial(gpu_knn, device=gpu)
         # One by one: each is an open file.
-        parts = (segment.embeddings()[rows] for segment, rows in snapshot.live_rows())
+        parts = (embeddings[rows] for embeddings, rows in live_embeddings(snapshot.segments))
         return FlatSearch(ids, parts, dim=manifest.encoder.embedding_dim, elsewhere=elsewhere)
     return _search(snapshot.segments, manifest, entry, index=index, ids=ids)
 
@@ -69,10 +69,9 @@ def open_search(snapshot: Snapshot, ids: IntArray, *, device: str = "cpu") -> Fl
 def _search(
     segments: Sequence[OpenSegment], manifest: Manifest, entry: ApproximateEntry, *, index: Any, ids: IntArray
 ) -> ApproximateSearch:
-    live = [(segment.embeddings(), rows) for segment in segments if len(rows := segment.live_rows())]
     return ApproximateSearch(
         ids,
-        MappedRows(live, dim=manifest.encoder.embedding_dim),
+        MappedRows(list(live_embeddings(segments)), dim=manifest.encoder.embedding_dim),
         index=index,
         kind=KINDS[manifest.index_type],
         setting=Setting(effort=entry.effort, depth=entry.depth),

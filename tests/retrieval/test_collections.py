@@ -627,6 +627,7 @@ def test_a_folder_may_be_named_like_a_shard(tmp_path, picture, build):
     assert sorted(map(read_picture, Retriever.open(index.path).paths().values())) == sorted([picture(1), picture(2)])
     shard.unlink()
     assert split_member(f"{shard}#1.png") == (str(shard), "1.png")
+    assert split_member("/w/.tar#1.png") == ("/w/.tar", "1.png")
 
 
 def test_a_url_in_a_list_that_looks_like_a_place_in_a_shard_is_one_bad_line(photos, build):
